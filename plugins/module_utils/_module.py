@@ -1,0 +1,78 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""The thin shell between AnsibleModule and a resource."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ._errors import FleetError
+from ._host import Host
+from ._resource import Change, Resource, converge
+
+S = t.TypeVar("S")
+
+
+def fail(module: AnsibleModule, error: FleetError) -> t.NoReturn:
+    """End the module with the sentence, the reason and the facts of an expected error."""
+    facts = dict(error.facts)
+    changes = facts.pop("changes", [])
+    module.fail_json(msg=error.message, reason=error.reason, changed=bool(changes), changes=changes, **facts)
+
+
+def render_diff(changes: t.Sequence[Change]) -> list[dict[str, str]]:
+    """Ansible's diff structure: one entry a file, and one that lists all other differences as lines."""
+    entries: list[dict[str, str]] = []
+    before: list[str] = []
+    after: list[str] = []
+    for change in changes:
+        if change.diff is not None:
+            entries.append(
+                {
+                    "before_header": change.diff.path,
+                    "after_header": change.diff.path,
+                    "before": change.diff.before,
+                    "after": change.diff.after,
+                }
+            )
+            continue
+        for lines, value in ((before, change.before), (after, change.after)):
+            if value is not None:
+                lines.append("%s: %s\n" % (change.what, value))
+    if before or after:
+        name = changes[0].resource
+        entries.append({"before_header": name, "after_header": name, "before": "".join(before), "after": "".join(after)})
+    return entries
+
+
+def run_resource(
+    module: AnsibleModule,
+    build: t.Callable[[], Resource[S]],
+    result: t.Callable[[S], dict[str, t.Any]],
+    *,
+    host: Host | None = None,
+) -> t.NoReturn:
+    """Validate, observe, plan, apply, verify, answer.
+
+    Args:
+        build: Makes the resource out of ``module.params``; every option is validated here, before the first look.
+        result: Turns the last observed state into the module's own return values.
+    """
+    host = host or Host()
+    try:
+        resource = build()
+        outcome = converge(host, resource, check_mode=module.check_mode)
+        answer = result(outcome.state)
+    except FleetError as error:
+        fail(module, error)
+    module.exit_json(
+        changed=outcome.changed,
+        changes=[change.as_dict() for change in outcome.changes],
+        blocked=[change.as_dict() for change in outcome.blocked],
+        diff=render_diff(outcome.changes) if module._diff else [],
+        **answer,
+    )

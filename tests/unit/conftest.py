@@ -1,0 +1,26 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Fixtures of all unit tests."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from fake_host import FakeHost
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    """An empty host; fill its files and commands."""
+    return FakeHost()
+
+
+@pytest.fixture
+def fixtures() -> pathlib.Path:
+    """Real captures and recorded data."""
+    return pathlib.Path(__file__).parent / "fixtures"
