@@ -121,7 +121,12 @@ class Host:
             if remedy:
                 message = "%s. %s" % (message.rstrip("."), remedy)
             raise FleetError(
-                reason, message, rc=result.rc, cmd=list(argv), stdout=result.stdout[-4000:], stderr=result.stderr[-4000:]
+                reason,
+                message,
+                rc=result.rc,
+                cmd=list(argv),
+                stdout=result.stdout[-4000:],
+                stderr=result.stderr[-4000:],
             )
         return result
 
@@ -169,7 +174,9 @@ class Host:
             found = os.stat(path)
         except OSError:
             return None
-        return FileStat(found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), found.st_size, stat.S_ISDIR(found.st_mode))
+        return FileStat(
+            found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), found.st_size, stat.S_ISDIR(found.st_mode)
+        )
 
     def exists(self, path: str) -> bool:
         return self.stat(path) is not None
@@ -215,7 +222,9 @@ class Host:
             os.chown(path, uid, gid)
             os.chmod(path, mode)
         except OSError as error:
-            raise FleetError("write_failed", "Creating directory %s failed: %s." % (path, error.strerror), path=path) from error
+            raise FleetError(
+                "write_failed", "Creating directory %s failed: %s." % (path, error.strerror), path=path
+            ) from error
 
     def remove(self, path: str) -> None:
         """Remove a file, or a directory with all it holds; absent is fine."""

@@ -22,6 +22,7 @@ def fail(module: AnsibleModule, error: FleetError) -> t.NoReturn:
     facts = dict(error.facts)
     changes = facts.pop("changes", [])
     module.fail_json(msg=error.message, reason=error.reason, changed=bool(changes), changes=changes, **facts)
+    raise AssertionError("fail_json returned")
 
 
 def render_diff(changes: t.Sequence[Change]) -> list[dict[str, str]]:
@@ -45,7 +46,9 @@ def render_diff(changes: t.Sequence[Change]) -> list[dict[str, str]]:
                 lines.append("%s: %s\n" % (change.what, value))
     if before or after:
         name = changes[0].resource
-        entries.append({"before_header": name, "after_header": name, "before": "".join(before), "after": "".join(after)})
+        entries.append(
+            {"before_header": name, "after_header": name, "before": "".join(before), "after": "".join(after)}
+        )
     return entries
 
 
@@ -76,3 +79,4 @@ def run_resource(
         diff=render_diff(outcome.changes) if module._diff else [],
         **answer,
     )
+    raise AssertionError("exit_json returned")

@@ -53,11 +53,10 @@ class FakeHost(Host):
         line = " ".join(argv)
         for pattern, answer in self.commands.items():
             if line == pattern or fnmatch.fnmatchcase(line, pattern):
-                if callable(answer):
-                    answer = answer(self, tuple(argv), stdin, env)
-                if isinstance(answer, str):
-                    return CommandResult(tuple(argv), 0, answer, "")
-                rc, stdout, stderr = answer
+                given = answer(self, tuple(argv), stdin, env) if callable(answer) else answer
+                if isinstance(given, str):
+                    return CommandResult(tuple(argv), 0, given, "")
+                rc, stdout, stderr = given
                 return CommandResult(tuple(argv), rc, stdout, stderr)
         return CommandResult(tuple(argv), 127, "", "%s: command not found" % argv[0])
 
