@@ -1,0 +1,107 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+#   make demo        bare hosts to answering models, in a sandbox on this machine
+#   make demo-down   remove every trace of it
+#   make test        everything that CI runs
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VERSION := $(shell sed -n 's/^version: *//p' galaxy.yml)
+BIN := $(CURDIR)/.venv/bin
+TARBALL := .build/dist/gpu_fleet-nim-$(VERSION).tar.gz
+COLLECTIONS := $(CURDIR)/.build/collections
+SOURCES := $(shell git ls-files -co --exclude-standard -- galaxy.yml README.md CHANGELOG.rst LICENSE LICENSES REUSE.toml \
+	docs meta playbooks plugins roles changelogs)
+SANDBOX := $(BIN)/python tests/sandbox/sandbox.py
+SCENARIOS := $(sort $(notdir $(patsubst %/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
+HOSTS ?= 2
+S ?= $(SCENARIOS)
+
+export PATH := $(BIN):$(PATH)
+export ANSIBLE_COLLECTIONS_PATH := $(COLLECTIONS)
+export ANSIBLE_HOME := $(CURDIR)/.build/ansible
+export ANSIBLE_INJECT_FACT_VARS := false
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- tools ------------------------------------------------------------------------------------------
+
+.PHONY: venv
+venv: .venv/.stamp ## Install the tools into .venv
+
+.venv/.stamp: requirements-dev.txt
+	@echo "== installing Ansible, the linters and the test tools into .venv"
+	@command -v apt-get >/dev/null && ! python3 -c 'import ensurepip' 2>/dev/null && apt-get install -qy python3-venv || true
+	@test -x $(BIN)/python || python3 -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt 2> >(grep -v 'is ignored: it is neither' >&2)
+	@touch $@
+
+# The checkout under the path that Python and Ansible expect of a collection.
+.build/ansible_collections/gpu_fleet/nim:
+	@mkdir -p $(@D) && ln -sfn ../../.. $@
+
+# -- build ------------------------------------------------------------------------------------------
+
+.PHONY: build
+build: $(TARBALL) ## Build the collection tarball
+
+$(TARBALL): $(SOURCES) | .venv/.stamp
+	@$(BIN)/ansible-galaxy collection build --force --output-path $(@D) . | sed 's/^/== /'
+
+# What the demo and molecule run is the tarball, installed as a user installs it.
+.PHONY: install
+install: $(COLLECTIONS)/.stamp
+$(COLLECTIONS)/.stamp: $(TARBALL)
+	@rm -rf $(COLLECTIONS) && mkdir -p $(COLLECTIONS)
+	@$(BIN)/ansible-galaxy collection install --offline --no-deps -p $(COLLECTIONS) $(TARBALL) 2>&1 | grep -v WARNING | sed 's/^/== /'
+	@touch $@
+
+# -- sandbox and demo -------------------------------------------------------------------------------
+
+.PHONY: sandbox
+sandbox: .venv/.stamp ## Start the sandbox with HOSTS=n bare GPU hosts
+	@$(SANDBOX) up -n $(HOSTS)
+
+.PHONY: demo
+demo: install ## Bare hosts to three answering models, then a table and a chat with each
+	@tests/sandbox/demo.sh
+
+.PHONY: demo-down
+demo-down: ## Remove every trace of the sandbox
+	@if test -d .sandbox; then $(SANDBOX) down; else echo "== there is no sandbox"; fi
+
+# -- tests ------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: lint unit sanity molecule ## Everything that CI runs
+
+.PHONY: lint
+lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stamp ## Linters and type checker
+	@echo "== ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "== mypy"; $(BIN)/mypy
+	@echo "== yamllint"; $(BIN)/yamllint --strict .
+	@echo "== reuse"; $(BIN)/reuse lint --quiet || { $(BIN)/reuse lint; exit 1; }
+	@echo "== ansible-lint"; ANSIBLE_COLLECTIONS_PATH=$(COLLECTIONS) $(BIN)/ansible-lint --offline --strict -q
+	@echo "== documentation"; cd $(COLLECTIONS)/ansible_collections/gpu_fleet/nim && $(BIN)/antsibull-docs lint-collection-docs --plugin-docs .
+
+.PHONY: unit
+unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
+	@PYTHONPATH=.build $(BIN)/pytest -n 2 tests/unit
+
+.PHONY: sanity
+sanity: .venv/.stamp ## ansible-test sanity, without ignores
+	@tests/sanity.sh
+
+.PHONY: molecule
+molecule: install ## Molecule scenarios; one with S=name
+	@tests/molecule.sh $(S)
+
+.PHONY: clean
+clean: demo-down ## Remove everything that was built
+	@rm -rf .build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
