@@ -4,10 +4,13 @@
 # ansible-test wants a real directory .../ansible_collections/gpu_fleet/nim: a copy of what git knows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+command -v shellcheck >/dev/null || apt-get install -qqy shellcheck >/dev/null
 copy=.build/sanity/ansible_collections/gpu_fleet/nim
 rm -rf "$copy" && mkdir -p "$copy"
 git ls-files -co --exclude-standard -z | while IFS= read -r -d '' name; do [ -e "$name" ] && printf '%s\0' "$name"; done |
   tar --null -T - -c | tar -x -C "$copy"
+# Without a repository of its own the copy would count as ignored by the one around it.
+git -C "$copy" init -q && git -C "$copy" add -A
 
 # ansible-test bootstraps its virtual environments with a get-pip script of a fixed name that it downloads;
 # where only a Python package index can be reached, ensurepip and that index do the same.
