@@ -1,0 +1,132 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Reads of the Docker Engine API over its unix socket, with the standard library only.
+
+The look at a host must work where no Docker SDK is installed, and importing the SDK costs more than all reads together.
+Only GET and HEAD requests are made here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import typing as t
+import urllib.parse
+
+from ._errors import FleetError
+
+#: Where every supported package puts the socket.
+SOCKET = "/var/run/docker.sock"
+#: Seconds until an unanswered request counts as "the daemon hangs".
+TIMEOUT = 20.0
+
+Json = t.Dict[str, t.Any]
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class DockerApi:
+    """The reads that observers need. A missing object is None; a missing daemon is an error.
+
+    Raises:
+        FleetError: ``docker_unavailable`` from every method except :meth:`available` when nobody answers on the socket.
+    """
+
+    def __init__(self, socket_path: str = SOCKET, timeout: float = TIMEOUT) -> None:
+        self.socket_path = socket_path
+        self.timeout = timeout
+
+    def get(self, path: str, parameters: t.Optional[t.Mapping[str, str]] = None) -> t.Any:
+        """Parsed JSON of one GET request (text where the answer is no JSON); None for 404."""
+        if parameters:
+            path += "?" + urllib.parse.urlencode(parameters)
+        connection = _UnixConnection(self.socket_path, self.timeout)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise FleetError(
+                "docker_unavailable",
+                "Asking Docker at %s for %s failed: %s. See 'systemctl status docker' and 'journalctl -u docker'."
+                % (self.socket_path, path.split("?")[0], _describe(error)),
+                socket=self.socket_path,
+            ) from error
+        finally:
+            connection.close()
+        if response.status == 404:
+            return None
+        if response.status >= 400:
+            raise FleetError(
+                "docker_error",
+                "Docker at %s answered %s with status %d: %s"
+                % (self.socket_path, path.split("?")[0], response.status, _message(body)),
+                status=response.status,
+            )
+        if "json" in (response.getheader("Content-Type") or ""):
+            return json.loads(body)
+        return body
+
+    def available(self) -> bool:
+        """Whether a daemon answers on the socket; the connection may activate one through docker.socket."""
+        try:
+            return self.get("/_ping") is not None
+        except FleetError:
+            return False
+
+    def version(self) -> Json:
+        """``GET /version``: Version, ApiVersion, Components, …"""
+        return t.cast(Json, self.get("/version") or {})
+
+    def info(self) -> Json:
+        """``GET /info``: Runtimes, DefaultRuntime, LiveRestoreEnabled, CgroupDriver, …"""
+        return t.cast(Json, self.get("/info") or {})
+
+    def containers(self, all: bool = True, labels: t.Sequence[str] = ()) -> t.List[Json]:
+        """``GET /containers/json``; ``labels`` are ``key`` or ``key=value``, all of which must match."""
+        parameters = {"all": "1" if all else "0"}
+        if labels:
+            parameters["filters"] = json.dumps({"label": list(labels)})
+        return t.cast("t.List[Json]", self.get("/containers/json", parameters) or [])
+
+    def container(self, name: str) -> t.Optional[Json]:
+        """``docker container inspect``, or None when there is no such container."""
+        return t.cast("t.Optional[Json]", self.get("/containers/%s/json" % urllib.parse.quote(name, safe="")))
+
+    def image(self, reference: str) -> t.Optional[Json]:
+        """``docker image inspect``, or None when the image is not on the host."""
+        return t.cast("t.Optional[Json]", self.get("/images/%s/json" % urllib.parse.quote(reference, safe="/:@")))
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such socket"
+    if isinstance(error, ConnectionRefusedError):
+        return "no daemon listens there"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(error, socket.timeout):
+        return "no answer in time"
+    return str(error) or type(error).__name__
+
+
+def _message(body: str) -> str:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return body.strip()[:500]
+    return str(found.get("message", body)) if isinstance(found, dict) else body.strip()[:500]
