@@ -210,7 +210,10 @@ def parse_models(raw: t.Any, variable: str = "nim_models") -> list[NimModel]:
 
 
 def _refuse(path: str, value: t.Any, problem: str, remedy: str) -> FleetError:
-    shown = repr(value) if isinstance(value, str) else str(value)
+    if isinstance(value, tuple):
+        shown = _shown(value)
+    else:
+        shown = repr(value) if isinstance(value, str) and value != "..." else str(value)
     if len(shown) > 120:
         shown = shown[:117] + "..."
     return FleetError("invalid_option", "%s = %s: %s; %s." % (path, shown, problem, remedy), option=path)
@@ -517,7 +520,7 @@ def _check_together(models: t.Sequence[NimModel], variable: str) -> None:
             if "all" in (model.gpus, earlier.gpus):
                 raise _refuse(
                     path + ".gpus",
-                    _shown(model.gpus),
+                    model.gpus,
                     "cannot share the host with model %s, as one of the two wants all GPUs (the other has %s)"
                     % (earlier.name, _shown(earlier.gpus)),
                     "name counts or lists that leave room for both",
@@ -528,7 +531,7 @@ def _check_together(models: t.Sequence[NimModel], variable: str) -> None:
                 if shared:
                     raise _refuse(
                         path + ".gpus",
-                        _shown(model.gpus),
+                        model.gpus,
                         "GPU %s is taken by model %s" % (", ".join(shared), earlier.name),
                         "give each model GPUs of its own",
                     )

@@ -1,0 +1,206 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Every refusal of a model names the variable, the value and the remedy."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import (
+    NIM_MODEL_OPTIONS,
+    addresses_overlap,
+    parse_models,
+    parse_size,
+)
+
+IMAGE = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
+UUID = "GPU-5f2a4b1c-0000-4000-8000-00000000000%d"
+HEX = "0123456789abcdef" * 4
+
+
+def model(**options: t.Any) -> dict[str, t.Any]:
+    return dict({"name": "llama", "image": IMAGE}, **options)
+
+
+def refuse(*entries: t.Any) -> str:
+    with pytest.raises(FleetError) as caught:
+        parse_models(list(entries))
+    assert caught.value.reason == "invalid_option"
+    return caught.value.message
+
+
+def test_defaults() -> None:
+    (found,) = parse_models([model()])
+    assert (found.gpus, found.port, found.bind_address) == (1, 8000, "0.0.0.0")
+    assert found.cache_directory == "/var/lib/nim/cache/llama"
+    assert found.shm_size == 16 * 1024**3
+    assert (found.uid, found.gid) == (1000, 1000)
+    assert found.ulimits == {"nofile": "65536", "memlock": "-1", "stack": "67108864"}
+    assert (found.unit, found.container, found.url) == ("nim-llama.service", "nim-llama", "http://127.0.0.1:8000")
+    assert (found.start_timeout, found.stop_timeout, found.completion, found.state) == (1800, 60, "auto", "started")
+
+
+def test_none_means_not_said_as_ansible_passes_it() -> None:
+    assert parse_models([dict.fromkeys(NIM_MODEL_OPTIONS) | model()]) == parse_models([model()])
+    assert parse_models(None) == []
+
+
+def test_strings_from_templates_are_numbers() -> None:
+    (found,) = parse_models([model(port="8001", gpus="2", start_timeout="60", max_model_length="4096")])
+    assert (found.port, found.gpus, found.start_timeout, found.max_model_length) == (8001, 2, 60, 4096)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (3, 3),
+        ("all", "all"),
+        ([0, 1], ("0", "1")),
+        (["00", "1"], ("0", "1")),
+        ([UUID % 1], (UUID % 1,)),
+        (UUID % 1, (UUID % 1,)),
+    ],
+)
+def test_gpus(given: t.Any, expected: t.Any) -> None:
+    assert parse_models([model(gpus=given)])[0].gpus == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "words"),
+    [
+        ({"prot": 1}, "nim_models[0].prot", "known options are"),
+        ({"name": "a b"}, "nim_models[0].name = 'a b'", "letters, digits"),
+        ({"name": "-x"}, "nim_models[0].name", "letter or digit"),
+        ({"name": "x" * 61}, "nim_models[0].name", "at most 60"),
+        ({"name": "a-download"}, "nim_models[0].name", "another name"),
+        ({"name": None}, "nim_models[0].name", "is required"),
+        ({"image": ""}, "nim_models[0].image", "is required"),
+        ({"image": "NVCR.io/nim/Llama:1"}, "nim_models[0].image", "lower case"),
+        ({"image": "https://nvcr.io/nim/x:1"}, "nim_models[0].image", "scheme"),
+        ({"image": "nvcr.io/nim/x@sha256:12"}, "nim_models[0].image", "digest"),
+        ({"port": 0}, "nim_models[0].port = 0", "1 to 65535"),
+        ({"port": 65536}, "nim_models[0].port = 65536", "1 to 65535"),
+        ({"port": "http"}, "nim_models[0].port = 'http'", "whole number"),
+        ({"port": True}, "nim_models[0].port", "whole number"),
+        ({"port": ""}, "numeric option", "leave it out"),
+        ({"bind_address": "localhost"}, "nim_models[0].bind_address = 'localhost'", "not an IP address"),
+        ({"gpus": 0}, "nim_models[0].gpus = 0", "at least one GPU"),
+        ({"gpus": []}, "nim_models[0].gpus", "count, a list"),
+        ({"gpus": "0,1"}, "nim_models[0].gpus = '0,1'", "count, a list"),
+        ({"gpus": {"a": 1}}, "nim_models[0].gpus", "count, a list"),
+        ({"gpus": [-1]}, "nim_models[0].gpus", "neither the index nor the UUID"),
+        ({"gpus": [True]}, "nim_models[0].gpus", "neither the index nor the UUID"),
+        ({"gpus": ["GPU-1"]}, "nim_models[0].gpus", "neither the index nor the UUID"),
+        ({"gpus": [1, "1"]}, "nim_models[0].gpus", "twice"),
+        ({"cache_directory": "cache"}, "nim_models[0].cache_directory = 'cache'", "start it with /"),
+        ({"cache_directory": "/var"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"weights_directory": "./w"}, "nim_models[0].weights_directory", "start it with /"),
+        ({"weights_directory": "/a:b"}, "nim_models[0].weights_directory", "colon"),
+        ({"lora_directory": "/a/../b"}, "nim_models[0].lora_directory", "another path"),
+        ({"shm_size": "16"}, "nim_models[0].shm_size = '16'", "16GB"),
+        ({"shm_size": 16}, "nim_models[0].shm_size", "unit"),
+        ({"disk_space": "lots"}, "nim_models[0].disk_space = 'lots'", "16GB"),
+        ({"ulimits": [1]}, "nim_models[0].ulimits", "dictionary"),
+        ({"ulimits": {"files": 1}}, "nim_models[0].ulimits.files", "nofile"),
+        ({"ulimits": {"nofile": "many"}}, "nim_models[0].ulimits.nofile = 'many'", "soft:hard"),
+        ({"environment": "A=b"}, "nim_models[0].environment", "dictionary"),
+        ({"environment": {"A B": "1"}}, "nim_models[0].environment.A B", "underscores"),
+        ({"environment": {"A": "x\ny"}}, "nim_models[0].environment.A", "newline"),
+        ({"environment": {"A": True}}, "nim_models[0].environment.A", "quotes"),
+        ({"environment": {"A": [1]}}, "nim_models[0].environment.A", "quotes"),
+        ({"environment": {"NGC_API_KEY": "secret-value"}}, "nim_models[0].environment.NGC_API_KEY", "ngc_api_key"),
+        ({"environment": {"NIM_CACHE_PATH": "/x"}}, "nim_models[0].environment.NIM_CACHE_PATH", "cache_directory"),
+        ({"environment": {"NIM_MODEL_PROFILE": "x"}}, "NIM_MODEL_PROFILE", "set profile"),
+        ({"environment": {"HF_TOKEN": "hf_secret"}}, "nim_models[0].environment.HF_TOKEN", "secret"),
+        ({"environment": {"X": "nvapi-0123456789abcdefghij"}}, "nim_models[0].environment.X", "secret"),
+        ({"profile": HEX + " (vllm-fp16-tp1)"}, "nim_models[0].profile", "use the id alone: " + HEX),
+        ({"profile": HEX[:-1]}, "nim_models[0].profile", "63 characters"),
+        ({"profile": HEX.upper()}, "nim_models[0].profile", "capitals"),
+        ({"profile": "fast please"}, "nim_models[0].profile = 'fast please'", "list-model-profiles"),
+        ({"profile": "fast"}, "nim_models[0].profile = 'fast'", "list-model-profiles"),
+        ({"served_model_name": "a b"}, "nim_models[0].served_model_name", "without spaces"),
+        ({"served_model_name": "a\nb"}, "nim_models[0].served_model_name", "newline"),
+        ({"custom_model_name": "a b"}, "nim_models[0].custom_model_name", "without spaces"),
+        ({"lora_refresh_interval": 5}, "nim_models[0].lora_refresh_interval = 5", "set lora_directory"),
+        ({"max_model_length": 0}, "nim_models[0].max_model_length = 0", "tokens"),
+        ({"network_mode": "none"}, "nim_models[0].network_mode", "bridge, host"),
+        ({"network_mode": "container:x"}, "nim_models[0].network_mode", "bridge, host"),
+        ({"network_mode": "host", "bind_address": "127.0.0.1"}, "nim_models[0].network_mode", "use bridge"),
+        ({"user": "nim"}, "nim_models[0].user = 'nim'", "UID:GID"),
+        ({"user": "1000:video"}, "nim_models[0].user", "UID:GID"),
+        ({"engine_arguments": "--x 1"}, "nim_models[0].engine_arguments", "list entry"),
+        ({"engine_arguments": ["--port=1"]}, "nim_models[0].engine_arguments[0] = '--port=1'", "set port"),
+        ({"engine_arguments": ["a\nb"]}, "nim_models[0].engine_arguments[0]", "newline"),
+        ({"engine_arguments": [""]}, "nim_models[0].engine_arguments[0]", "quotes"),
+        ({"engine_arguments": ["--api-key", "x"]}, "nim_models[0].engine_arguments[0]", "secret"),
+        ({"start_timeout": 1}, "nim_models[0].start_timeout = 1", "10 to 86400"),
+        ({"stop_timeout": 0}, "nim_models[0].stop_timeout = 0", "1 to 3600"),
+        ({"completion": "maybe"}, "nim_models[0].completion = 'maybe'", "auto, chat, completion, none"),
+        ({"state": "present"}, "nim_models[0].state = 'present'", "started, stopped, absent"),
+        ({"state": ["started"]}, "nim_models[0].state", "quotes"),
+    ],
+)
+def test_refused(options: dict[str, t.Any], path: str, words: str) -> None:
+    message = refuse(model(**options))
+    assert path in message
+    assert words in message
+    for secret in ("secret-value", "hf_secret", "nvapi-0123"):
+        assert secret not in message
+
+
+def test_not_a_list_and_not_a_dictionary() -> None:
+    with pytest.raises(FleetError, match=r"nim_models = \{'name': 'a'\}: must be a list"):
+        parse_models({"name": "a"})
+    assert "nim_models[0] = 'llama': must be a dictionary" in refuse("llama")
+
+
+def test_value_of_an_unknown_key_is_not_printed() -> None:
+    assert "nvapi" not in refuse(model(ngc_key="nvapi-whatever"))
+
+
+def test_duplicates() -> None:
+    assert "nim_models[1].name = 'llama'" in refuse(model(), model(port=1))
+    message = refuse(model(gpus=[0]), model(name="b", gpus=[1]))
+    assert "nim_models[1].port = 8000: is the port of model llama too" in message
+    message = refuse(model(gpus=[0, 1]), model(name="b", port=8001, gpus=[1, 2]))
+    assert "nim_models[1].gpus = [1, 2]: GPU 1 is taken by model llama" in message
+    message = refuse(
+        model(gpus=[UUID % 1]), model(name="b", port=8001, gpus=[(UUID % 1).lower().replace("gpu-", "GPU-")])
+    )
+    assert "is taken by model llama" in message
+    message = refuse(model(gpus="all"), model(name="b", port=8001))
+    assert "wants all GPUs" in message
+    message = refuse(model(cache_directory="/c"), model(name="b", port=1, cache_directory="/c", user="0"))
+    assert "another user" in message
+
+
+def test_same_port_on_different_addresses_is_fine() -> None:
+    assert len(parse_models([model(bind_address="10.0.0.1"), model(name="b", bind_address="10.0.0.2")])) == 2
+    assert "port" in refuse(model(bind_address="10.0.0.1"), model(name="b"))
+    assert addresses_overlap("::", "10.0.0.1")
+
+
+def test_absent_models_hold_nothing_and_stopped_ones_do() -> None:
+    assert len(parse_models([model(gpus="all", state="absent"), model(name="b", gpus="all")])) == 2
+    assert "port" in refuse(model(state="stopped"), model(name="b"))
+
+
+def test_profile_forms() -> None:
+    for good in (HEX, "default", "vllm-fp16-tp1", "tensorrt_llm-h100-fp8-tp1-pp1-throughput", "vllm-fp8-tp1-pp1-34.0"):
+        assert parse_models([model(profile=good)])[0].profile == good
+    assert parse_models([model(profile="automatic")])[0].profile is None
+
+
+def test_sizes_count_as_docker_does() -> None:
+    assert parse_size("16GB") == parse_size("16g") == parse_size("16 GiB") == 16 * 1024**3
+    assert parse_size("512MB") == 512 * 1024**2
+    assert parse_size("1.5k") == 1536
+    assert parse_size("10b") == 10
+    assert parse_size("10") is None
+    assert parse_size("-1GB") is None
+
+
+def test_ipv6_url() -> None:
+    assert parse_models([model(bind_address="::")])[0].url == "http://[::1]:8000"
