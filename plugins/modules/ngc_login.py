@@ -1,0 +1,183 @@
+#!/usr/bin/python
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: ngc_login
+short_description: Store an NGC API key in a user's Docker configuration
+version_added: "1.0.0"
+description:
+  - Stores the credentials for one registry, by default NVIDIA's C(nvcr.io), in the Docker configuration of a user of the host.
+  - Only the entry of that registry is touched. A configuration that cannot be parsed is an error and is left as it is.
+  - A new key is checked against the registry before anything is changed; when nothing changes, the registry is not contacted.
+  - Without a key nothing is done, since many images are public.
+extends_documentation_fragment:
+  - gpu_fleet.nim.attributes
+attributes:
+  check_mode:
+    support: full
+    details:
+      - A key that would be stored is checked against the registry in check mode too, unless O(validate=never).
+options:
+  api_key:
+    description:
+      - The NGC API key, or the password of O(username).
+      - Without it, O(state=present) does nothing and a stored login is left as it is.
+    type: str
+  registry:
+    description: Host of the registry, with its port where it has one.
+    type: str
+    default: nvcr.io
+  username:
+    description: User name at the registry. NGC takes every key under the literal name C($oauthtoken).
+    type: str
+    default: $oauthtoken
+  docker_user:
+    description:
+      - User of the host whose Docker configuration is meant.
+      - The file is C(.docker/config.json) in the user's home directory.
+    type: str
+    default: root
+  state:
+    description: Whether the login is to be there.
+    type: str
+    choices: [present, absent]
+    default: present
+  check_repository:
+    description:
+      - Repository or image that the key must be allowed to pull, for example C(nim/meta/llama-3.1-8b-instruct:1.8.4).
+      - Without it, the key only has to be accepted by the registry.
+    type: str
+    default: ""
+  validate:
+    description:
+      - V(on_change) asks the registry when a key would be stored.
+      - V(always) asks on every run, which notices a stored key that has expired since.
+      - V(never) does not ask; for hosts that reach only a mirror.
+    type: str
+    choices: [on_change, always, never]
+    default: on_change
+seealso:
+  - module: gpu_fleet.nim.nim_image
+author:
+  - The gpu_fleet.nim authors (@gpu-fleet)
+"""
+
+EXAMPLES = r"""
+---
+- name: Root can pull from nvcr.io
+  gpu_fleet.nim.ngc_login:
+    api_key: "{{ vault_ngc_api_key }}"
+    check_repository: nim/meta/llama-3.1-8b-instruct:1.8.4
+  become: true
+
+- name: Nobody is logged in any more
+  gpu_fleet.nim.ngc_login:
+    state: absent
+  become: true
+"""
+
+RETURN = r"""
+login:
+  description: The login as it is stored now.
+  returned: success
+  type: dict
+  contains:
+    registry:
+      description: Registry host.
+      type: str
+      returned: always
+    docker_user:
+      description: User of the host.
+      type: str
+      returned: always
+    path:
+      description: The user's Docker configuration file.
+      type: str
+      returned: always
+    username:
+      description: User name at the registry; null when no login is stored.
+      type: str
+      returned: always
+    fingerprint:
+      description: C(sha256:) and the first 12 hex digits of the SHA-256 of the stored key; null when none is stored.
+      type: str
+      returned: always
+  sample:
+    registry: nvcr.io
+    docker_user: root
+    path: /root/.docker/config.json
+    username: $oauthtoken
+    fingerprint: sha256:9f86d081884c
+key_given:
+  description: Whether a key was given.
+  returned: success
+  type: bool
+message:
+  description: What it means that no key was given; else empty.
+  returned: success
+  type: str
+changes:
+  description: What was changed, or in check mode would be.
+  returned: always
+  type: list
+  elements: dict
+blocked:
+  description: Changes that were left undone, with the reason.
+  returned: success
+  type: list
+  elements: dict
+reason:
+  description:
+    - Stable name of the failure, for example V(bad_key), V(no_entitlement), V(no_such_repository), V(rate_limit),
+      V(registry_unreachable), V(tls_error), V(docker_config_unreadable), V(credential_helper), V(no_such_user).
+  returned: failure
+  type: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
+    USERNAME,
+    VALIDATE_ALWAYS,
+    VALIDATE_NEVER,
+    VALIDATE_ON_CHANGE,
+    NgcLogin,
+)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "api_key": {"type": "str", "no_log": True},
+            "registry": {"type": "str", "default": "nvcr.io"},
+            "username": {"type": "str", "default": USERNAME},
+            "docker_user": {"type": "str", "default": "root"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "check_repository": {"type": "str", "default": ""},
+            "validate": {
+                "type": "str",
+                "choices": [VALIDATE_ON_CHANGE, VALIDATE_ALWAYS, VALIDATE_NEVER],
+                "default": VALIDATE_ON_CHANGE,
+            },
+        },
+        supports_check_mode=True,
+    )
+    host = Host()
+    try:
+        login = NgcLogin(**module.params)
+        if login.validate == VALIDATE_ALWAYS or (
+            module.check_mode and login.validate == VALIDATE_ON_CHANGE and login.plan(login.observe(host))
+        ):
+            login.check_registry()
+    except FleetError as error:
+        fail(module, error)
+    run_resource(module, lambda: login, login.result, host=host)
+
+
+if __name__ == "__main__":
+    main()
