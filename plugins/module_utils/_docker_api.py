@@ -77,9 +77,11 @@ class DockerApi:
                 % (self.socket_path, path.split("?")[0], response.status, _message(body)),
                 status=response.status,
             )
-        if "json" in (response.getheader("Content-Type") or ""):
+        try:
             return json.loads(body)
-        return body
+        except ValueError:
+            # Plain text (/_ping), or several documents one after the other (/events).
+            return body
 
     def available(self) -> bool:
         """Whether a daemon answers on the socket; the connection may activate one through docker.socket."""
@@ -106,6 +108,19 @@ class DockerApi:
     def container(self, name: str) -> t.Optional[Json]:
         """``docker container inspect``, or None when there is no such container."""
         return t.cast("t.Optional[Json]", self.get("/containers/%s/json" % urllib.parse.quote(name, safe="")))
+
+    def reloaded_since(self, since: float, until: float) -> bool:
+        """Whether the daemon took its configuration over after SIGHUP between two moments (seconds since the epoch)."""
+        found = self.get(
+            "/events",
+            {
+                "since": "%.6f" % since,
+                # A moment that has passed ends the answer; later it would go on as a stream.
+                "until": "%.6f" % until,
+                "filters": json.dumps({"type": ["daemon"], "event": ["reload"]}),
+            },
+        )
+        return bool(found)
 
     def image(self, reference: str) -> t.Optional[Json]:
         """``docker image inspect``, or None when the image is not on the host."""

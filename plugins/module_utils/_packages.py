@@ -264,7 +264,7 @@ def download(url: str) -> bytes:
 
 def is_binary_key(content: t.Optional[bytes]) -> bool:
     """Whether bytes start like an OpenPGP public key packet (tag 6, RFC 9580 section 4.2), old or new format."""
-    return content is not None and len(content) > 0 and (content[0] & 0xBC == 0x98 or content[0] == 0xC6)
+    return content is not None and len(content) > 0 and (content[0] & 0xFC == 0x98 or content[0] == 0xC6)
 
 
 def dearmor(content: bytes, url: str = "") -> bytes:
@@ -279,9 +279,8 @@ def dearmor(content: bytes, url: str = "") -> bytes:
     blocks = re.findall(r"-----BEGIN PGP PUBLIC KEY BLOCK-----\n(.*?)-----END PGP PUBLIC KEY BLOCK-----", text, re.S)
     result = b""
     for block in blocks:
-        # Armour headers ("Version: …") end with an empty line; the CRC line starts with "=".
-        _, separator, body = block.partition("\n\n")
-        lines = (body if separator else block).split("\n")
+        # Armour headers contain a colon ("Version: …"), the CRC line starts with "="; neither is base64.
+        lines = block.split("\n")
         encoded = "".join(
             line.strip() for line in lines if line.strip() and not line.startswith("=") and ":" not in line
         )

@@ -1,0 +1,1242 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""daemon.json by merge of our own keys, applied to the running daemon with the smallest action and read back from it.
+
+Which keys a SIGHUP reaches: dockerd's reference, "Configuration reload behavior", and moby ``daemon/reload*.go``; keys that
+a SIGHUP does not reach are ignored by it without a word. A reload that dockerd rejects is visible in its log only.
+"""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+import typing as t
+from dataclasses import dataclass, field
+
+from ._docker_api import DockerApi, Json
+from ._errors import FleetError
+from ._host import Host
+from ._resource import Change, Disruption, FileDiff, Resource
+
+DEFAULT_CONFIG = "/etc/docker/daemon.json"
+UNIT = "docker.service"
+#: Left behind between writing the file and telling the daemon; gone after a reboot, as is the daemon it speaks of.
+PENDING = "/run/gpu_fleet/docker_daemon.json"
+#: The file as it was before the last change.
+BACKUP = "/var/lib/gpu_fleet/daemon.json.before"
+
+#: Seconds for a reload to show in the daemon, and for a restarted daemon to answer.
+RELOAD_TIMEOUT = 10.0
+RESTART_TIMEOUT = 90.0
+
+#: Keys that dockerd takes over on SIGHUP.
+RELOADABLE = frozenset(
+    {
+        "authorization-plugins",
+        "debug",
+        "default-cgroupns-mode",
+        "default-ipc-mode",
+        "default-runtime",
+        "default-shm-size",
+        "features",
+        "insecure-registries",
+        "labels",
+        "live-restore",
+        "max-concurrent-downloads",
+        "max-concurrent-uploads",
+        "max-download-attempts",
+        "registry-mirrors",
+        "runtimes",
+        "shutdown-timeout",
+    }
+)
+#: Of those, the ones whose *absence* a SIGHUP takes over as well; the others keep their last value until a restart.
+RELOADABLE_REMOVAL = frozenset(
+    {"features", "max-concurrent-downloads", "max-concurrent-uploads", "max-download-attempts"}
+)
+#: Features that are set up when the daemon starts: stored by SIGHUP, effective after a restart.
+RESTART_FEATURES = frozenset({"cdi", "containerd-snapshotter"})
+#: Keys that live-restore does not carry over: after a restart the running containers would be lost to the daemon or to the
+#: network.
+LOSES_CONTAINERS = frozenset(
+    {
+        "bip",
+        "bip6",
+        "bridge",
+        "containerd-namespace",
+        "data-root",
+        "default-address-pools",
+        "exec-root",
+        "features.containerd-snapshotter",
+        "fixed-cidr",
+        "fixed-cidr-v6",
+        "iptables",
+        "ip6tables",
+        "ipv6",
+        "storage-driver",
+        "userns-remap",
+    }
+)
+
+#: Command-line flags whose key in daemon.json is named differently (moby ``cmd/dockerd/config*.go``).
+_FLAG_KEYS = {
+    "-D": "debug",
+    "-G": "group",
+    "-H": "hosts",
+    "-b": "bridge",
+    "-g": "data-root",
+    "-l": "log-level",
+    "-p": "pidfile",
+    "-s": "storage-driver",
+    "--add-runtime": "runtimes",
+    "--authorization-plugin": "authorization-plugins",
+    "--cdi-spec-dir": "cdi-spec-dirs",
+    "--default-address-pool": "default-address-pools",
+    "--default-ulimit": "default-ulimits",
+    "--dns-opt": "dns-opts",
+    "--exec-opt": "exec-opts",
+    "--feature": "features",
+    "--graph": "data-root",
+    "--host": "hosts",
+    "--insecure-registry": "insecure-registries",
+    "--label": "labels",
+    "--log-opt": "log-opts",
+    "--node-generic-resource": "node-generic-resources",
+    "--registry-mirror": "registry-mirrors",
+    "--storage-opt": "storage-opts",
+}
+#: Flags that take no value unless it is attached with "=".
+_BOOLEAN_FLAGS = frozenset(
+    {
+        "debug",
+        "experimental",
+        "icc",
+        "init",
+        "ip-forward",
+        "ip-masq",
+        "ip6tables",
+        "iptables",
+        "ipv6",
+        "live-restore",
+        "no-new-privileges",
+        "raw-logs",
+        "rootless",
+        "selinux-enabled",
+        "tls",
+        "tlsverify",
+        "userland-proxy",
+        "validate",
+    }
+)
+#: The one key that dockerd itself merges from flags and file.
+_MERGED_BY_DOCKERD = frozenset({"runtimes"})
+
+_RUNTIME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+_KEY_NAME = re.compile(r"[a-z][a-z0-9-]*\Z")
+
+Path = t.Tuple[str, ...]
+
+
+# -- the text of the file -------------------------------------------------------------------------
+
+
+class _Absent:
+    """Marks a key that is to be taken out."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT: t.Any = _Absent()
+
+
+def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
+    """The document in daemon.json; a missing or blank file is an empty one, as dockerd reads it.
+
+    Raises:
+        FleetError: ``daemon_json_invalid`` when it is no JSON object or names a key twice; the file is left alone.
+    """
+
+    def pairs(members: t.List[t.Tuple[str, t.Any]]) -> Json:
+        found: Json = {}
+        for key, value in members:
+            if key in found:
+                raise ValueError("the key %r stands there twice" % key)
+            found[key] = value
+        return found
+
+    content = (text or "").lstrip("\ufeff")
+    if not content.strip():
+        return {}
+    try:
+        document = json.loads(content, object_pairs_hook=pairs)
+    except ValueError as error:
+        raise FleetError(
+            "daemon_json_invalid",
+            "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (path, error),
+            path=path,
+        ) from error
+    if not isinstance(document, dict):
+        raise FleetError(
+            "daemon_json_invalid",
+            "Reading %s failed: it holds no JSON object. It was left as it is; mend it by hand and run again." % path,
+            path=path,
+        )
+    return document
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    start: int
+    value_start: int
+    end: int
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+def _members(text: str, start: int) -> t.Tuple[t.List[_Member], int]:
+    """Positions of the members of the object that opens at ``start``, and of its closing brace. The text is valid JSON."""
+
+    def skip(position: int) -> int:
+        found = _BLANK.match(text, position)
+        return found.end() if found else position
+
+    members: t.List[_Member] = []
+    position = skip(start + 1)
+    while text[position] != "}":
+        key, after = _DECODER.raw_decode(text, position)
+        value_start = skip(skip(after) + 1)
+        _, end = _DECODER.raw_decode(text, value_start)
+        members.append(_Member(key, position, value_start, end))
+        position = skip(end)
+        if text[position] == ",":
+            position = skip(position + 1)
+    return members, position
+
+
+def _indentation(text: str) -> str:
+    found = re.search(r"\n([ \t]+)\"", text)
+    return found.group(1) if found else "  "
+
+
+def set_value(text: str, path: Path, value: t.Any) -> str:
+    """The text of a JSON object with one value set or (``ABSENT``) taken out; every other character stays.
+
+    Args:
+        path: Keys from the outside in; missing objects on the way are created.
+    """
+    if not text.lstrip("\ufeff").strip():
+        text = "{}\n"
+    unit = _indentation(text)
+    many_lines = "\n" in text.strip() or not parse(text)
+
+    def render(content: t.Any, depth: int) -> str:
+        if not many_lines:
+            return json.dumps(content, ensure_ascii=False)
+        plain = json.dumps(content, ensure_ascii=False, indent=unit)
+        return plain.replace("\n", "\n" + unit * depth)
+
+    start = text.index("{")
+    depth = 0
+    keys = list(path)
+    while True:
+        depth += 1
+        members, close = _members(text, start)
+        key = keys.pop(0)
+        index = next((number for number, member in enumerate(members) if member.key == key), None)
+        if index is None:
+            if value is ABSENT:
+                return text
+            for inner in reversed(keys):
+                value = {inner: value}
+            member_text = "%s: %s" % (json.dumps(key, ensure_ascii=False), render(value, depth))
+            if members:
+                opening = text[start + 1 : members[0].start]
+                return text[: members[-1].end] + "," + (opening or " ") + member_text + text[members[-1].end :]
+            if not many_lines:
+                return text[: start + 1] + member_text + text[close:]
+            inside = "\n" + unit * depth + member_text + "\n" + unit * (depth - 1)
+            return text[: start + 1] + inside + text[close:]
+        member = members[index]
+        if keys and value is ABSENT and text[member.value_start] != "{":
+            return text
+        if keys and text[member.value_start] == "{":
+            start = member.value_start
+            continue
+        if value is not ABSENT:
+            for inner in reversed(keys):
+                value = {inner: value}
+            return text[: member.value_start] + render(value, depth) + text[member.end :]
+        if len(members) == 1:
+            return text[: start + 1] + text[close:]
+        if index == 0:
+            return text[: member.start] + text[members[1].start :]
+        return text[: members[index - 1].end] + text[member.end :]
+
+
+def redact(text: str) -> str:
+    """Proxy passwords and tokens of log drivers made unreadable, for diffs and messages."""
+    text = re.sub(r'(://)[^/@\s"]+@', r"\1***@", text)
+    return re.sub(r'(?i)("[^"\n]*(?:token|secret|password)[^"\n]*"\s*:\s*)"[^"\n]*"', r'\1"***"', text)
+
+
+# -- merging --------------------------------------------------------------------------------------
+
+
+def edits(document: t.Mapping[str, t.Any], wanted: t.Mapping[str, t.Any]) -> t.List[t.Tuple[Path, t.Any]]:
+    """What must be set in a document so that it holds every wanted value; objects are merged, all else is replaced."""
+    result: t.List[t.Tuple[Path, t.Any]] = []
+    for key, value in wanted.items():
+        present = document.get(key, ABSENT)
+        if isinstance(value, dict) and isinstance(present, dict):
+            result += [((key, *path), inner) for path, inner in edits(present, value)]
+        elif present is ABSENT or not _same(present, value):
+            result.append(((key,), value))
+    return result
+
+
+def _same(left: t.Any, right: t.Any) -> bool:
+    """Equality of JSON values: unlike Python's, true is not 1."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)
+
+
+def get_value(document: t.Any, path: Path) -> t.Any:
+    """The value at a path, or ``ABSENT``."""
+    for key in path:
+        if not isinstance(document, dict) or key not in document:
+            return ABSENT
+        document = document[key]
+    return document
+
+
+def merge(text: t.Optional[str], changes: t.Sequence[t.Tuple[Path, t.Any]]) -> str:
+    """The text of daemon.json after a list of edits."""
+    result = text or ""
+    for path, value in changes:
+        result = set_value(result, path, value)
+    return result
+
+
+def action_for(path: Path, removal: bool) -> str:
+    """``reload`` or ``restart``: what the running daemon needs to take a changed key over."""
+    key = path[0]
+    if key not in RELOADABLE:
+        return "restart"
+    if key == "features" and (len(path) < 2 or path[1] in RESTART_FEATURES):
+        return "restart"
+    if removal and len(path) == 1 and key not in RELOADABLE_REMOVAL:
+        return "restart"
+    return "reload"
+
+
+def expand(changes: t.Sequence[t.Tuple[Path, t.Any]]) -> t.List[t.Tuple[Path, t.Any]]:
+    """Edits of a whole ``features`` object as one edit per feature, because they need different actions."""
+    result: t.List[t.Tuple[Path, t.Any]] = []
+    for path, value in changes:
+        if path == ("features",) and isinstance(value, dict):
+            result += [(("features", name), inner) for name, inner in value.items()]
+        else:
+            result.append((path, value))
+    return result
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path)
+
+
+# -- the command line of the daemon ---------------------------------------------------------------
+
+
+def flag_values(argv: t.Sequence[str]) -> t.Dict[str, t.List[str]]:
+    """Keys of daemon.json that are set by flags of a dockerd command line, with their values."""
+    found: t.Dict[str, t.List[str]] = {}
+    words = list(argv[1:])
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-") or word == "-":
+            continue
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") and len(flag) > 2:
+            flag, value, equals = flag[:2], flag[2:], "="
+        key = _FLAG_KEYS.get(flag, flag.lstrip("-"))
+        if not equals:
+            if key in _BOOLEAN_FLAGS:
+                value = "true"
+            elif words:
+                value = words.pop(0)
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def _flag_says(values: t.Sequence[str], wanted: t.Any) -> bool:
+    """Whether a flag already gives a scalar the wanted value."""
+    if isinstance(wanted, bool):
+        return values[-1].lower() in (("true", "1", "t") if wanted else ("false", "0", "f"))
+    if isinstance(wanted, (str, int)):
+        return values[-1] == str(wanted)
+    return False
+
+
+def parse_exec_start(text: str) -> t.Tuple[str, ...]:
+    """argv of systemd's ``ExecStart`` property: ``{ path=… ; argv[]=/usr/bin/dockerd -H fd:// ; ignore_errors=no ; … }``."""
+    found = re.search(r"argv\[\]=(.*?) ; ", text)
+    return tuple(found.group(1).split()) if found else ()
+
+
+# -- the running daemon ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunningContainer:
+    """A running container, as far as a restart of the daemon concerns it."""
+
+    id: str
+    name: str
+    started_at: str = ""
+    auto_remove: bool = False
+
+
+@dataclass(frozen=True)
+class DaemonState:
+    """The daemon's configuration, wanted and live.
+
+    Attributes:
+        path: The file that dockerd reads.
+        text: Its content; None when absent.
+        installed: Whether there is a dockerd.
+        answers: Whether the daemon runs and answers.
+        main_pid: Process of the running daemon.
+        argv: Its command line.
+        unit_files: Where the command line comes from: the unit and its drop-ins.
+        info: ``GET /info`` of the live daemon.
+        running: Running containers.
+        dependents: Active units that systemd stops and starts with docker.service.
+        programs: Runtime path as written -> absolute path of the executable, None when there is none.
+        pending: Keys and action that an interrupted run has written to the file but not told this daemon.
+    """
+
+    path: str = DEFAULT_CONFIG
+    text: t.Optional[str] = None
+    installed: bool = False
+    answers: bool = False
+    main_pid: int = 0
+    argv: t.Tuple[str, ...] = ()
+    unit_files: t.Tuple[str, ...] = ()
+    info: Json = field(default_factory=dict)
+    running: t.Tuple[RunningContainer, ...] = ()
+    dependents: t.Tuple[str, ...] = ()
+    programs: t.Mapping[str, t.Optional[str]] = field(default_factory=dict)
+    pending: t.Tuple[str, ...] = ()
+    pending_action: str = ""
+
+    @property
+    def version(self) -> str:
+        return str(self.info.get("ServerVersion", ""))
+
+
+def version_tuple(version: str) -> t.Tuple[int, ...]:
+    """Leading numbers of an engine version: ``26.1.5+dfsg1`` -> (26, 1, 5)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def live_value(info: t.Mapping[str, t.Any], path: Path) -> t.Any:
+    """What the live daemon has for a key, in the form of daemon.json; ``ABSENT`` when it has none.
+
+    Raises:
+        LookupError: When ``GET /info`` does not tell.
+    """
+    key = path[0]
+    plain = {
+        "debug": "Debug",
+        "default-runtime": "DefaultRuntime",
+        "live-restore": "LiveRestoreEnabled",
+        "log-driver": "LoggingDriver",
+        "data-root": "DockerRootDir",
+        "labels": "Labels",
+    }
+    if len(path) == 1 and key in plain and plain[key] in info:
+        return info[plain[key]]
+    if len(path) == 2 and key == "runtimes":
+        runtime = (info.get("Runtimes") or {}).get(path[1])
+        return ABSENT if runtime is None else runtime
+    if path == ("features", "cdi") and version_tuple(str(info.get("ServerVersion", ""))) >= (25,):
+        return bool(info.get("CDISpecDirs"))
+    if path == ("features", "containerd-snapshotter") and "DriverStatus" in info:
+        return any(list(entry)[:1] == ["driver-type"] for entry in info["DriverStatus"] or [])
+    if path == ("exec-opts",) and "CgroupDriver" in info:
+        return ["native.cgroupdriver=%s" % info["CgroupDriver"]]
+    if path == ("registry-mirrors",):
+        mirrors = (info.get("RegistryConfig") or {}).get("Mirrors")
+        if mirrors is not None:
+            return [str(mirror).rstrip("/") for mirror in mirrors]
+    raise LookupError(dotted(path))
+
+
+def _live_agrees(live: t.Any, wanted: t.Any, path: Path, programs: t.Mapping[str, t.Optional[str]]) -> bool:
+    if path[0] == "runtimes":
+        if live is ABSENT:
+            return False
+        if "path" in wanted:
+            return same_program(str(live.get("path", "")), str(wanted["path"]), programs)
+        return bool(live.get("runtimeType", wanted.get("runtimeType")) == wanted.get("runtimeType"))
+    if path == ("labels",):
+        return sorted(live or []) == sorted(wanted)
+    if path == ("exec-opts",):
+        drivers = [option for option in wanted if option.startswith("native.cgroupdriver=")]
+        return not drivers or drivers == live
+    if path == ("registry-mirrors",):
+        return bool(live == [str(mirror).rstrip("/") for mirror in wanted])
+    if path == ("data-root",):
+        return str(live).rstrip("/") == str(wanted).rstrip("/")
+    return _same(live, wanted)
+
+
+def same_program(left: str, right: str, programs: t.Mapping[str, t.Optional[str]]) -> bool:
+    """Whether two runtime paths are the same executable, written bare or absolute."""
+    if left == right:
+        return True
+    found_left, found_right = programs.get(left), programs.get(right)
+    return found_left is not None and found_left == found_right
+
+
+@dataclass(frozen=True)
+class LiveDifference:
+    """A key that the file has right and the live daemon does not."""
+
+    path: Path
+    live: t.Any
+    wanted: t.Any
+    action: str
+
+
+def live_differences(
+    document: t.Mapping[str, t.Any],
+    owned: t.Sequence[Path],
+    absent: t.Sequence[Path],
+    info: t.Mapping[str, t.Any],
+    programs: t.Mapping[str, t.Optional[str]],
+) -> t.List[LiveDifference]:
+    """Where the live daemon differs from a document, over the keys that we own and that it tells about."""
+    result = []
+    for path in owned:
+        wanted = get_value(document, path)
+        if wanted is ABSENT:
+            continue
+        try:
+            live = live_value(info, path)
+        except LookupError:
+            continue
+        if not _live_agrees(live, wanted, path, programs):
+            result.append(LiveDifference(path, live, wanted, action_for(path, False)))
+    for path in absent:
+        if path[0] == "runtimes" and len(path) == 2 and path[1] in (info.get("Runtimes") or {}):
+            result.append(LiveDifference(path, info["Runtimes"][path[1]], ABSENT, "reload"))
+        elif path == ("default-runtime",) and info.get("DefaultRuntime", "runc") != "runc":
+            result.append(LiveDifference(path, info["DefaultRuntime"], "runc", "reload"))
+    return result
+
+
+def _owned_paths(wanted: t.Mapping[str, t.Any]) -> t.List[Path]:
+    """Paths of the wanted values at the depth at which the daemon can be asked."""
+    result: t.List[Path] = []
+    for key, value in wanted.items():
+        if key in ("runtimes", "features", "log-opts") and isinstance(value, dict):
+            result += [(key, name) for name in value]
+        else:
+            result.append((key,))
+    return result
+
+
+# -- the resource ---------------------------------------------------------------------------------
+
+
+class DockerDaemon(Resource[DaemonState]):
+    """Own keys of daemon.json and the live daemon that obeys them.
+
+    Args:
+        options: Wanted keys of daemon.json; objects are merged into what is there, other values replace it.
+        absent: Keys that must not be there, ``key`` or ``key.inner`` (``runtimes.nvidia``).
+        live_restore: Value of ``live-restore``; None leaves it alone.
+        config_file: Path of the file; None for the one dockerd was started with.
+        provided: Runtime programs that another change of the same plan installs; only ``plan`` takes them for granted.
+        api: The live daemon.
+    """
+
+    name = "docker_daemon"
+
+    def __init__(
+        self,
+        options: t.Mapping[str, t.Any],
+        absent: t.Sequence[str] = (),
+        live_restore: t.Optional[bool] = None,
+        config_file: t.Optional[str] = None,
+        provided: t.Collection[str] = (),
+        api: t.Optional[DockerApi] = None,
+    ) -> None:
+        self.wanted: Json = dict(options)
+        if live_restore is not None:
+            if self.wanted.get("live-restore", live_restore) is not live_restore:
+                raise FleetError(
+                    "invalid_option",
+                    "options.live-restore = %s: contradicts live_restore = %s; give it in one place only."
+                    % (self.wanted["live-restore"], live_restore),
+                    option="options",
+                )
+            self.wanted["live-restore"] = live_restore
+        self.absent: t.List[Path] = [tuple(key.split(".", 1)) for key in absent]
+        self.config_file = config_file
+        self.provided = frozenset(provided)
+        self.api = api or DockerApi()
+        self._check_options()
+
+    def _check_options(self) -> None:
+        def refuse(option: str, value: t.Any, wrong: str, remedy: str) -> t.NoReturn:
+            raise FleetError("invalid_option", "%s = %s: %s; %s." % (option, value, wrong, remedy), option=option)
+
+        if self.config_file is not None and not self.config_file.startswith("/"):
+            refuse("config_file", self.config_file, "not an absolute path", "write it from the root")
+        try:
+            json.dumps(self.wanted)
+        except (TypeError, ValueError) as error:
+            refuse("options", "…", str(error), "use only what JSON has")
+        for key, value in self.wanted.items():
+            if not _KEY_NAME.match(key):
+                refuse("options", key, "not a key of daemon.json", "keys are lower case with hyphens")
+            if key in ("runtimes", "features", "log-opts", "default-ulimits") and not isinstance(value, dict):
+                refuse("options.%s" % key, value, "not a mapping", "dockerd takes a mapping here")
+            if key in ("live-restore", "debug") and not isinstance(value, bool):
+                refuse("options.%s" % key, value, "not a boolean", "write true or false")
+        for name, runtime in self.wanted.get("runtimes", {}).items():
+            option = "options.runtimes.%s" % name
+            if not _RUNTIME_NAME.match(name):
+                refuse(option, runtime, "not a name of a runtime", "use letters, digits, '.', '_' and '-'")
+            if name == "runc":
+                refuse(option, runtime, "the name is reserved by dockerd", "give your runtime another name")
+            if not isinstance(runtime, dict) or bool(runtime.get("path")) == bool(runtime.get("runtimeType")):
+                refuse(option, runtime, "needs either path or runtimeType", "give exactly one of them")
+        for feature, value in self.wanted.get("features", {}).items():
+            if not isinstance(value, bool):
+                refuse("options.features.%s" % feature, value, "not a boolean", "write true or false")
+        for path in self.absent:
+            if not _KEY_NAME.match(path[0]):
+                refuse("absent", dotted(path), "not a key of daemon.json", "write key or key.inner")
+            if get_value(self.wanted, path) is not ABSENT:
+                refuse("absent", dotted(path), "is wanted in options as well", "name it in one place only")
+
+    # -- observe ----------------------------------------------------------------------------------
+
+    def observe(self, host: Host) -> DaemonState:
+        installed = host.which("dockerd") is not None
+        shown = unit_properties(
+            host, UNIT, "MainPID", "ActiveState", "ExecStart", "FragmentPath", "DropInPaths", "RequiredBy", "BoundBy"
+        )
+        active = shown.get("ActiveState") in ("active", "reloading")
+        main_pid = int(shown.get("MainPID") or 0)
+        argv: t.Tuple[str, ...] = ()
+        if main_pid:
+            raw = host.read_text("/proc/%d/cmdline" % main_pid) or ""
+            argv = tuple(raw.rstrip("\0").split("\0")) if raw else ()
+        argv = argv or parse_exec_start(shown.get("ExecStart", ""))
+        path = self.config_file or (flag_values(argv).get("config-file") or [DEFAULT_CONFIG])[-1]
+        text = host.read_text(path)
+
+        # Asking a stopped daemon would start it through docker.socket: a look must not.
+        info: Json = self.api.info() if active else {}
+        running = observe_running(self.api, version_tuple(str(info.get("ServerVersion", "")))) if active else ()
+        dependents: t.Tuple[str, ...] = ()
+        names = (shown.get("RequiredBy", "") + " " + shown.get("BoundBy", "")).split()
+        if active and names:
+            result = host.run(["systemctl", "is-active", *names])
+            dependents = tuple(
+                name
+                for name, state in zip(names, result.stdout.split())
+                if state in ("active", "activating", "reloading")
+            )
+        pending, pending_action = _read_pending(host, main_pid)
+        return DaemonState(
+            path=path,
+            text=text,
+            installed=installed,
+            answers=active,
+            main_pid=main_pid,
+            argv=argv,
+            unit_files=tuple(
+                item for item in [shown.get("FragmentPath", ""), *shown.get("DropInPaths", "").split()] if item
+            ),
+            info=info,
+            running=running,
+            dependents=dependents,
+            programs=self._programs(host, text, info),
+            pending=pending,
+            pending_action=pending_action,
+        )
+
+    def _programs(self, host: Host, text: t.Optional[str], info: Json) -> t.Dict[str, t.Optional[str]]:
+        names = {runtime["path"] for runtime in self.wanted.get("runtimes", {}).values() if runtime.get("path")}
+        try:
+            present = parse(text).get("runtimes")
+        except FleetError:
+            present = None  # plan says it
+        for runtimes in (present, info.get("Runtimes")):
+            if isinstance(runtimes, dict):
+                names |= {
+                    r["path"] for r in runtimes.values() if isinstance(r, dict) and isinstance(r.get("path"), str)
+                }
+        return {name: _find_program(host, name) for name in names}
+
+    # -- plan -------------------------------------------------------------------------------------
+
+    def plan(self, state: DaemonState) -> t.List[Change]:
+        document = parse(state.text, state.path)
+        wanted = self._without_flags(state)
+        changes = expand(edits(document, self._same_runtimes(document, wanted, state.programs)))
+        changes += self._removals(document, wanted, state)
+        final = parse(merge(state.text, changes), state.path)
+        self._check_document(final, state)
+
+        owned = _owned_paths(self.wanted)
+        told = [path for path, _ in changes]
+        differences = (
+            [
+                difference
+                for difference in live_differences(final, owned, self.absent, state.info, state.programs)
+                if not any(
+                    path[: len(difference.path)] == difference.path or difference.path[: len(path)] == path
+                    for path in told
+                )
+            ]
+            if state.answers
+            else []
+        )
+        restart_edits = [edit for edit in changes if action_for(edit[0], edit[1] is ABSENT) == "restart"]
+        reload_edits = [edit for edit in changes if edit not in restart_edits]
+        restart_keys = [dotted(path) for path, _ in restart_edits]
+        untold_restart = [difference for difference in differences if difference.action == "restart"]
+        untold_reload = [difference for difference in differences if difference.action == "reload"]
+
+        blocked = None
+        if state.answers and (restart_keys or untold_restart or state.pending_action == "restart"):
+            keys = restart_keys + [dotted(difference.path) for difference in untold_restart]
+            blocked = self._blocked(state, final, keys or list(state.pending))
+
+        result: t.List[Change] = []
+        result += self._file_changes(state, reload_edits, [] if blocked else restart_edits)
+        has_reload = any(change.disruption is Disruption.RELOAD for change in result)
+        if untold_reload and not has_reload:
+            result.append(
+                Change(
+                    self.name,
+                    "running daemon",
+                    {dotted(one.path): None if one.live is ABSENT else one.live for one in untold_reload},
+                    {dotted(one.path): None if one.wanted is ABSENT else one.wanted for one in untold_reload},
+                    "%s has it, but the daemon was not told" % state.path,
+                    Disruption.RELOAD,
+                    "daemon_reload",
+                )
+            )
+        elif state.pending_action == "reload" and not has_reload and state.answers:
+            result.append(
+                Change(
+                    self.name,
+                    "running daemon",
+                    None,
+                    list(state.pending),
+                    "an earlier run wrote these keys to %s and was interrupted before the daemon was told" % state.path,
+                    Disruption.RELOAD,
+                    "daemon_reload",
+                )
+            )
+        if state.answers and (restart_keys or untold_restart or state.pending_action == "restart"):
+            result.append(self._restart_change(state, restart_edits, untold_restart, document, blocked))
+        return result
+
+    def _without_flags(self, state: DaemonState) -> Json:
+        """The wanted keys less those that the command line already sets to the wanted value."""
+        flags = flag_values(state.argv)
+        wanted: Json = {}
+        for key, value in self.wanted.items():
+            if key in flags and key not in _MERGED_BY_DOCKERD:
+                if _flag_says(flags[key], value):
+                    continue
+                raise FleetError(
+                    "daemon_flag_conflict",
+                    "Setting %s in %s failed: dockerd is started with a flag for it (%s), and does not start when both say "
+                    "it; take the flag out of %s, or the key out of the wanted options."
+                    % (
+                        key,
+                        state.path,
+                        redact(", ".join(flags[key])),
+                        " or ".join(state.unit_files) or UNIT,
+                    ),
+                    key=key,
+                    unit_files=list(state.unit_files),
+                )
+            wanted[key] = value
+        return wanted
+
+    def _same_runtimes(self, document: Json, wanted: Json, programs: t.Mapping[str, t.Optional[str]]) -> Json:
+        """Wanted runtimes in the spelling of the file where it names the same program (``/usr/bin/x`` for ``x``)."""
+        if "runtimes" not in wanted:
+            return wanted
+        runtimes: Json = {}
+        for name, runtime in wanted["runtimes"].items():
+            present = get_value(document, ("runtimes", name, "path"))
+            path = runtime.get("path")
+            if path and isinstance(present, str) and same_program(present, path, programs):
+                runtime = dict(runtime, path=present)  # noqa: PLW2901 (a copy in another spelling)
+            runtimes[name] = runtime
+        return dict(wanted, runtimes=runtimes)
+
+    def _removals(self, document: Json, wanted: Json, state: DaemonState) -> t.List[t.Tuple[Path, t.Any]]:
+        """Edits for ``absent`` in the form that a SIGHUP takes over on every engine version."""
+        result: t.List[t.Tuple[Path, t.Any]] = []
+        default = document.get("default-runtime", ABSENT)
+        for path in self.absent:
+            present = get_value(document, path)
+            if path == ("default-runtime",):
+                live = state.info.get("DefaultRuntime", "runc")
+                if default not in (ABSENT, "runc") or (default is ABSENT and live != "runc"):
+                    # A key that is gone keeps its last value in the live daemon: the default is said out loud.
+                    result.append((path, "runc"))
+            elif path[0] == "runtimes" and len(path) == 2:
+                if default == path[1] and "default-runtime" not in wanted and ("default-runtime",) not in self.absent:
+                    result.append((("default-runtime",), "runc"))
+                if present is not ABSENT:
+                    result.append((path, ABSENT))
+                elif "runtimes" not in document and path[1] in (state.info.get("Runtimes") or {}):
+                    # Only an object that is there, if empty, makes the live daemon forget.
+                    result.append((("runtimes",), {}))
+            elif present is not ABSENT:
+                result.append((path, ABSENT))
+        return result
+
+    def _check_document(self, document: Json, state: DaemonState) -> None:
+        """What ``dockerd --validate`` does not see."""
+        runtimes = document.get("runtimes") or {}
+        if not isinstance(runtimes, dict):
+            raise FleetError(
+                "daemon_json_invalid",
+                "Reading %s failed: runtimes is no object. It was left as it is; mend it by hand and run again."
+                % state.path,
+                path=state.path,
+            )
+        default = document.get("default-runtime", "runc")
+        flags = " ".join(flag_values(state.argv).get("runtimes", []))
+        known = default in runtimes or default in ("runc", "io.containerd.runc.v2") or "%s=" % default in flags
+        if not known and "." not in str(default):
+            raise FleetError(
+                "undefined_runtime",
+                "default-runtime = %s: no runtime of that name is defined in %s, and every container would fail to start; "
+                "define it under runtimes or choose another." % (default, state.path),
+                runtime=default,
+            )
+        for name, runtime in self.wanted.get("runtimes", {}).items():
+            path = runtime.get("path")
+            if path and path not in self.provided and not state.programs.get(path):
+                raise FleetError(
+                    "missing_runtime",
+                    "options.runtimes.%s.path = %s: there is no such program on this host, and containers with that "
+                    "runtime would fail to start; install it first or correct the path." % (name, path),
+                    runtime=name,
+                    path=path,
+                )
+        if self.wanted.get("features", {}).get("cdi") and state.answers and version_tuple(state.version) < (25,):
+            raise FleetError(
+                "invalid_option",
+                "features.cdi = true: Docker Engine %s has no CDI; use Engine 25.0 or newer, or leave CDI off."
+                % state.version,
+                option="options.features.cdi",
+            )
+
+    def _blocked(self, state: DaemonState, final: Json, keys: t.Sequence[str]) -> t.Optional[str]:
+        """Why the daemon must not be restarted now; None when it may."""
+        return restart_blocked(state, live_restore=final.get("live-restore") is True, keys=keys)
+
+    def _file_changes(
+        self,
+        state: DaemonState,
+        reload_edits: t.Sequence[t.Tuple[Path, t.Any]],
+        restart_edits: t.Sequence[t.Tuple[Path, t.Any]],
+    ) -> t.List[Change]:
+        """One change of the file; two when a runtime goes that is still the live default (dockerd 20.10 would panic)."""
+        stages = [[*reload_edits, *restart_edits]]
+        live_default = state.info.get("DefaultRuntime")
+        dropped: t.List[Path] = [
+            path for path, value in reload_edits if value is ABSENT and path == ("runtimes", live_default)
+        ]
+        if (("runtimes",), {}) in list(reload_edits) and live_default != "runc":
+            dropped.append(("runtimes",))
+        if dropped:
+            late = [edit for edit in stages[0] if edit[0] in dropped]
+            stages = [[edit for edit in stages[0] if edit not in late], late]
+        result: t.List[Change] = []
+        text = state.text
+        for stage in stages:
+            if not stage:
+                continue
+            after = merge(text, stage)
+            document, new = parse(text, state.path), parse(after, state.path)
+            reload = any(edit in reload_edits for edit in stage) and state.answers
+            result.append(
+                Change(
+                    self.name,
+                    state.path,
+                    _printable(document, stage) or None,
+                    _printable(new, stage),
+                    "these keys are ours; all others stay as they are",
+                    Disruption.RELOAD if reload else Disruption.NONE,
+                    "daemon_file",
+                    {
+                        "before": text,
+                        "after": after,
+                        "keys": [dotted(path) for path, _ in stage],
+                        "reload": reload,
+                        "restart": state.answers and any(edit in restart_edits for edit in stage),
+                    },
+                    FileDiff(state.path, redact(text or ""), redact(after)),
+                )
+            )
+            text = after
+        return result
+
+    def _restart_change(
+        self,
+        state: DaemonState,
+        restart_edits: t.Sequence[t.Tuple[Path, t.Any]],
+        untold: t.Sequence[LiveDifference],
+        document: Json,
+        blocked: t.Optional[str],
+    ) -> Change:
+        before: Json = {}
+        after: Json = {}
+        for path, value in restart_edits:
+            present = get_value(document, path)
+            before[dotted(path)] = None if present is ABSENT else present
+            after[dotted(path)] = None if value is ABSENT else value
+        for one in untold:
+            before[dotted(one.path)] = None if one.live is ABSENT else one.live
+            after[dotted(one.path)] = None if one.wanted is ABSENT else one.wanted
+        why = "dockerd reads %s only when it starts" % ", ".join(after or state.pending)
+        if not restart_edits:
+            why = "%s has it, but %s" % (state.path, why)
+        if state.running and not blocked:
+            why += "; live-restore keeps the %d running containers going" % len(state.running)
+        return Change(
+            self.name,
+            "running daemon",
+            json.loads(redact(json.dumps(before))) or None,
+            json.loads(redact(json.dumps(after))) or list(state.pending),
+            why,
+            Disruption.RESTART_DOCKER,
+            "daemon_restart",
+            blocked=blocked,
+        )
+
+    # -- apply ------------------------------------------------------------------------------------
+
+    def apply(self, host: Host, change: Change) -> None:
+        state = self.observe(host)
+        if change.action == "daemon_file":
+            self._write(host, state, change)
+        elif change.action == "daemon_reload":
+            self._reload(host, state, list(state.pending))
+        elif change.action == "daemon_restart":
+            self._restart(host, state)
+
+    def _write(self, host: Host, state: DaemonState, change: Change) -> None:
+        before, after = change.data["before"], change.data["after"]
+        if state.text == after:
+            return
+        if state.text != before:
+            raise FleetError(
+                "changed_meanwhile",
+                "Writing %s failed: somebody else changed it between the look and the change; run again." % state.path,
+                path=state.path,
+            )
+        for path in {runtime.get("path") for runtime in self.wanted.get("runtimes", {}).values()} - {None}:
+            if not state.programs.get(path):
+                raise FleetError(
+                    "missing_runtime",
+                    "Registering the runtime %s in %s failed: there is no such program on this host; install it first."
+                    % (path, state.path),
+                    path=path,
+                )
+        self._validate(host, state, after)
+        host.make_dir(os.path.dirname(BACKUP), mode=0o755)
+        if before is not None:
+            # daemon.json may hold a proxy's password: the copy is for root only.
+            host.write_file(BACKUP, before, mode=0o600)
+        if state.answers:
+            _write_pending(host, state, change.data["keys"], "restart" if change.data["restart"] else "reload")
+        if not host.exists(os.path.dirname(state.path)):
+            host.make_dir(os.path.dirname(state.path), mode=0o755)
+        _replace(host, state.path, after)
+        if change.data["reload"]:
+            try:
+                self._reload(host, state, change.data["keys"], finished=not change.data["restart"])
+            except FleetError as error:
+                self._put_back(host, state, before)
+                error.message += " The file is back as it was."
+                raise FleetError(error.reason, error.message, **error.facts) from error
+
+    def _put_back(self, host: Host, state: DaemonState, before: t.Optional[str]) -> None:
+        if before is None:
+            host.remove(state.path)
+        else:
+            _replace(host, state.path, before)
+        host.remove(PENDING)
+
+    def _validate(self, host: Host, state: DaemonState, text: str) -> None:
+        """``dockerd --validate`` (Engine 23.0 and newer) over a copy, with the flags the daemon really has."""
+        if not state.installed:
+            return
+        copy = os.path.dirname(PENDING) + "/daemon.json.new"
+        host.make_dir(os.path.dirname(copy), mode=0o755)
+        host.write_file(copy, text, mode=0o600)
+        flags = _without_config_file(state.argv[1:])
+        try:
+            result = host.run(["dockerd", "--validate", "--config-file", copy, *flags], timeout=30)
+        finally:
+            host.remove(copy)
+        if result.ok or "unknown flag: --validate" in result.stderr + result.stdout or result.rc == 127:
+            return
+        cause = result.last_line().replace(copy, state.path)
+        raise FleetError(
+            "daemon_config_rejected",
+            "Changing %s failed: dockerd would refuse it: %s. The file was left as it is; correct the wanted options."
+            % (state.path, redact(cause).rstrip(".")),
+            path=state.path,
+        )
+
+    def _reload(self, host: Host, state: DaemonState, keys: t.Sequence[str], *, finished: bool = True) -> None:
+        """SIGHUP, and proof that the daemon took it: its reload event, and the keys that it tells about."""
+        since = host.time()
+        host.check(
+            ["systemctl", "reload", UNIT],
+            reason="daemon_reload_failed",
+            doing="Reloading Docker",
+            remedy="See 'systemctl status docker'.",
+            timeout=60,
+        )
+        deadline = host.monotonic() + RELOAD_TIMEOUT
+        while True:
+            if self.api.reloaded_since(since, host.time()):
+                break
+            if host.monotonic() >= deadline:
+                raise FleetError(
+                    "daemon_reload_rejected",
+                    "Reloading Docker had no effect: the daemon did not take %s over (%s)."
+                    % (", ".join(keys) or state.path, _daemon_log(host)),
+                    path=state.path,
+                )
+            host.sleep(0.1)
+        if finished:
+            host.remove(PENDING)
+
+    def _restart(self, host: Host, state: DaemonState) -> None:
+        document = parse(state.text, state.path)
+        if state.running and not state.info.get("LiveRestoreEnabled") and document.get("live-restore") is True:
+            self._reload(host, state, ["live-restore"], finished=False)
+            state = self.observe(host)
+        blocked = restart_blocked(state, live_restore=bool(state.info.get("LiveRestoreEnabled")), keys=())
+        if blocked:
+            raise FleetError("restart_refused", "Restarting Docker was refused: %s." % blocked)
+        try:
+            restart_docker(host, self.api, state)
+        except FleetError as error:
+            previous = host.read_text(BACKUP)
+            if error.reason == "daemon_restart_failed" and state.pending_action == "restart" and previous is not None:
+                _replace(host, state.path, previous)
+                host.run(["systemctl", "reset-failed", UNIT, "docker.socket"])
+                back = host.run(["systemctl", "start", UNIT], timeout=RESTART_TIMEOUT)
+                host.remove(PENDING)
+                error.message += " %s is back as it was%s." % (
+                    state.path,
+                    ", and Docker runs with it" if back.ok else ", but Docker does not start with it either",
+                )
+                raise FleetError(error.reason, error.message, **error.facts) from error
+            raise
+        host.remove(PENDING)
+
+
+# -- restarting docker without losing containers --------------------------------------------------
+
+
+def observe_running(api: DockerApi, version: t.Tuple[int, ...]) -> t.Tuple[RunningContainer, ...]:
+    """Running containers; ``--rm`` is looked up only for engines that remove such containers when they restart."""
+    found = []
+    for entry in api.containers(all=False):
+        names = entry.get("Names") or [entry["Id"][:12]]
+        auto_remove = False
+        if version < (24, 0, 8):
+            details = api.container(entry["Id"]) or {}
+            auto_remove = bool((details.get("HostConfig") or {}).get("AutoRemove"))
+        found.append(RunningContainer(entry["Id"], names[0].lstrip("/"), auto_remove=auto_remove))
+    return tuple(found)
+
+
+def restart_blocked(state: DaemonState, *, live_restore: bool, keys: t.Sequence[str]) -> t.Optional[str]:
+    """Why a restart of the daemon would hurt running containers; None when it would not.
+
+    Args:
+        live_restore: Whether live-restore is on, or will be by a reload, before the restart.
+        keys: Keys of daemon.json that the restart brings into effect.
+    """
+    if not state.running:
+        return None
+    names = ", ".join(sorted(container.name for container in state.running))
+    swarm = str((state.info.get("Swarm") or {}).get("LocalNodeState", "inactive"))
+    if not live_restore and not state.info.get("LiveRestoreEnabled"):
+        return (
+            "it would stop the running containers (%s) because live-restore is off; allow live_restore, or stop them first"
+            % names
+        )
+    if swarm not in ("inactive", ""):
+        return (
+            "it would stop the running containers (%s): this host is a swarm node, where live-restore does not work; "
+            "drain it first" % names
+        )
+    lost = sorted(LOSES_CONTAINERS.intersection(keys))
+    if lost:
+        return "live-restore does not carry running containers (%s) over a change of %s; stop them first" % (
+            names,
+            " and ".join(lost),
+        )
+    removed = sorted(container.name for container in state.running if container.auto_remove)
+    if removed and version_tuple(state.version) < (24, 0, 8):
+        return (
+            "Docker Engine %s removes containers that were started with --rm (%s) when it restarts; stop them first, "
+            "or upgrade to 24.0.8 or newer" % (state.version, ", ".join(removed))
+        )
+    if state.dependents:
+        return (
+            "systemd would restart %s with it (Requires= or BindsTo= docker.service); stop them first, or weaken that to "
+            "Wants=" % ", ".join(state.dependents)
+        )
+    return None
+
+
+def restart_docker(host: Host, api: DockerApi, state: DaemonState) -> None:
+    """Restart the daemon once and prove that every container that ran still runs, never having been stopped.
+
+    Raises:
+        FleetError: ``daemon_restart_failed`` when it does not come back, ``containers_restarted`` when one was hit.
+    """
+    before = {one.id: _started_at(api, one.id) for one in state.running}
+    result = host.run(["systemctl", "restart", UNIT], timeout=RESTART_TIMEOUT + 60)
+    deadline = host.monotonic() + RESTART_TIMEOUT
+    while result.ok and not api.available():
+        if host.monotonic() >= deadline:
+            break
+        host.sleep(0.2)
+    if not result.ok or not api.available():
+        raise FleetError(
+            "daemon_restart_failed",
+            "Restarting Docker failed: %s." % _daemon_log(host),
+            rc=result.rc,
+            stderr=result.stderr[-2000:],
+        )
+    hit = sorted(one.name for one in state.running if _started_at(api, one.id) != before[one.id])
+    if hit:
+        raise FleetError(
+            "containers_restarted",
+            "Restarting Docker hit running containers although live-restore was on: %s; see 'docker ps -a' and "
+            "'journalctl -u docker'." % ", ".join(hit),
+            containers=hit,
+        )
+
+
+def _started_at(api: DockerApi, container: str) -> t.Optional[t.Tuple[str, int]]:
+    """Start time and process of a running container; None when it is gone or stopped."""
+    details = (api.container(container) or {}).get("State") or {}
+    return (str(details.get("StartedAt")), int(details.get("Pid") or 0)) if details.get("Running") else None
+
+
+def unit_properties(host: Host, unit: str, *names: str) -> t.Dict[str, str]:
+    """Properties of a systemd unit; empty where there is no systemd."""
+    arguments = [word for name in names for word in ("-p", name)]
+    result = host.run(["systemctl", "show", "--no-pager", *arguments, unit])
+    found: t.Dict[str, str] = {}
+    for line in result.stdout.splitlines():
+        name, equals, value = line.partition("=")
+        if equals:
+            found[name] = value
+    return found
+
+
+def _daemon_log(host: Host) -> str:
+    """The last error the daemon logged."""
+    result = host.run(["journalctl", "-u", UNIT, "-n", "40", "-o", "cat", "--no-pager"])
+    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "level=error" in line or "level=fatal" in line or line.startswith(("failed to", "unable to")):
+            found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
+            return redact(found.group(1).replace('\\"', '"') if found else line).rstrip(".")
+    return "its log says nothing; see 'journalctl -u docker'"
+
+
+def _find_program(host: Host, name: str) -> t.Optional[str]:
+    if not name.startswith("/"):
+        return host.which(name)
+    found = host.stat(name)
+    return name if found is not None and not found.is_dir else None
+
+
+def _without_config_file(flags: t.Sequence[str]) -> t.List[str]:
+    result: t.List[str] = []
+    skip = False
+    for word in flags:
+        if skip:
+            skip = False
+        elif word == "--config-file":
+            skip = True
+        elif not word.startswith("--config-file="):
+            result.append(word)
+    return result
+
+
+def _replace(host: Host, path: str, text: str) -> None:
+    """Write a file with the owner and mode it has, or 0644 root."""
+    found = host.stat(path)
+    if found is None:
+        host.write_file(path, text, mode=0o644)
+    else:
+        host.write_file(path, text, mode=found.mode, uid=found.uid, gid=found.gid)
+
+
+def _read_pending(host: Host, main_pid: int) -> t.Tuple[t.Tuple[str, ...], str]:
+    """Keys and action of an interrupted run; a daemon that was started since has read the file by itself."""
+    try:
+        found = json.loads(host.read_text(PENDING) or "null")
+    except ValueError:
+        return (), ""
+    if not isinstance(found, dict) or found.get("main_pid") != main_pid or not main_pid:
+        return (), ""
+    return tuple(str(key) for key in found.get("keys", [])), str(found.get("action", ""))
+
+
+def _write_pending(host: Host, state: DaemonState, keys: t.Sequence[str], action: str) -> None:
+    if state.pending_action == "restart":
+        action = "restart"
+    host.make_dir(os.path.dirname(PENDING), mode=0o755)
+    content = {"main_pid": state.main_pid, "keys": sorted({*state.pending, *keys}), "action": action}
+    host.write_file(PENDING, json.dumps(content) + "\n", mode=0o644)
+
+
+def _printable(document: Json, stage: t.Sequence[t.Tuple[Path, t.Any]]) -> Json:
+    found = {dotted(path): get_value(document, path) for path, _ in stage}
+    text = redact(json.dumps({key: value for key, value in found.items() if value is not ABSENT}))
+    return t.cast(Json, json.loads(text))
