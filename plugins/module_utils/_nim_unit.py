@@ -1,0 +1,555 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+# Written to hosts as /usr/local/libexec/nim/nim-unit by gpu_fleet.nim.nim_service; changes made there are overwritten.
+"""Run one NIM container for systemd: ``nim-unit run NAME`` is the main process of ``nim-NAME.service``.
+
+This file is a program of its own: it is copied to the host as it is, so it uses the standard library only.
+
+A container that already runs what is wanted is adopted, so that neither a restart of Docker nor the death of this
+program makes a model load again. The container's end ends this program, and systemd starts it again.
+
+Exit codes: 0 the container ended by itself after it had been ready, or was stopped; 75 the Docker daemon stayed away
+(systemd tries again); 78 the configuration cannot work (systemd does not try again); anything else: the container's own
+code, or 1 where that was 0 although the service had never been ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import ssl
+import subprocess
+import sys
+import time
+import typing as t
+import urllib.parse
+
+EX_TEMPFAIL = 75
+EX_CONFIG = 78
+
+#: Label that says what a container runs; a container with another value is replaced.
+SPEC_LABEL = "io.gpu-fleet.nim.spec"
+
+# systemd sets these where a unit has RuntimeDirectory=, StateDirectory= or ConfigurationDirectory=.
+CONFIGURATION = os.environ.get("CONFIGURATION_DIRECTORY", "/etc/nim")
+STATE = os.environ.get("STATE_DIRECTORY", "/var/lib/nim")
+RUNTIME = os.environ.get("RUNTIME_DIRECTORY", "/run/nim")
+
+#: Seconds between two questions to a daemon that is away, and to a service that is not ready.
+POLL_SECONDS = 1.0
+READY_SECONDS = 2.0
+#: Seconds after which a docker command counts as hanging; a stop has its own limit.
+COMMAND_SECONDS = 120.0
+#: Pause before the start that follows n failures in a row: 5, 10, 20, 40, then 60 seconds.
+BACKOFF_FIRST = 5.0
+BACKOFF_MOST = 60.0
+
+_AWAY_TEXTS = (
+    "cannot connect to the docker daemon",
+    "is the docker daemon running",
+    "error during connect",
+    "connection refused",
+    "connection reset",
+    "unexpected eof",
+    "shutting down",
+    "broken pipe",
+)
+
+Json = t.Dict[str, t.Any]
+
+
+class DockerAwayError(Exception):
+    """The daemon does not answer; what is to be done later is unknown until it does."""
+
+
+class BadConfigurationError(Exception):
+    """No repetition can help."""
+
+
+class StartFailedError(Exception):
+    """This attempt failed; the next one may succeed."""
+
+
+def source() -> str:
+    """The text of this file, also where it is imported from an archive."""
+    spec = importlib.util.find_spec(__name__)
+    loader: t.Any = spec.loader if spec else None
+    text = loader.get_source(__name__) if loader else None
+    if not text:
+        raise RuntimeError("The source of %s is not available." % __name__)
+    return str(text)
+
+
+def say(text: str) -> None:
+    """One line for the journal."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def docker(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run a docker command to its end.
+
+    Raises:
+        DockerAwayError: When it hangs or there is no such program (as in the middle of an upgrade).
+    """
+    try:
+        return subprocess.run(
+            ["docker", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DockerAwayError("docker %s: no answer after %d seconds" % (arguments[0], seconds)) from None
+    except OSError as error:
+        raise DockerAwayError("docker cannot be run: %s" % error.strerror) from error
+
+
+def daemon_answers() -> bool:
+    with contextlib.suppress(DockerAwayError):
+        return docker("version", "--format", "{{.Server.Version}}", seconds=20).returncode == 0
+    return False
+
+
+def is_away(text: str) -> bool:
+    lowered = text.lower()
+    return any(known in lowered for known in _AWAY_TEXTS)
+
+
+def inspect(container: str) -> Json | None:
+    """``docker inspect`` of a container, None when there is none.
+
+    Raises:
+        DockerAwayError: When there is no answer.
+    """
+    done = docker("inspect", "--type", "container", container)
+    if done.returncode == 0:
+        try:
+            return t.cast(Json, json.loads(done.stdout)[0])
+        except (ValueError, LookupError) as error:
+            raise DockerAwayError("docker inspect answered nonsense: %s" % error) from error
+    if "no such" in done.stderr.lower():
+        return None
+    raise DockerAwayError(last_line(done.stderr))
+
+
+def label_of(container: Json) -> str:
+    return str(((container.get("Config") or {}).get("Labels") or {}).get(SPEC_LABEL, ""))
+
+
+def is_running(container: Json) -> bool:
+    return bool((container.get("State") or {}).get("Running"))
+
+
+def write_atomically(path: str, content: str) -> None:
+    temporary = "%s.%d" % (path, os.getpid())
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(content)
+    os.replace(temporary, path)
+
+
+def read_json(path: str) -> Json:
+    """A JSON object, empty when it is absent or broken."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            found = json.load(stream)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Unit:
+    """One NIM service."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.configuration = os.path.join(CONFIGURATION, name + ".json")
+        self.key_file = os.path.join(CONFIGURATION, "ngc.env")
+        self.runtime_file = os.path.join(RUNTIME, name + ".json")
+        self.stop_file = os.path.join(RUNTIME, name + ".stop")
+        self.marker_file = os.path.join(STATE, "state", name + ".download.json")
+        self.maintenance_file = os.path.join(STATE, "maintenance")
+        self.container = "nim-" + name
+        self.downloader = self.container + "-download"
+        self.config: Json = {}
+        self.ready = False
+        self.watching = False
+
+    # -- what is wanted and what was ----------------------------------------------------------------
+
+    def load(self) -> None:
+        try:
+            with open(self.configuration, encoding="utf-8") as stream:
+                self.config = json.load(stream)
+            self.spec = str(self.config["spec"])
+            self.create_arguments = [str(argument) for argument in self.config["create"]]
+            self.stop_timeout = int(self.config.get("stop_timeout", 60))
+            self.docker_timeout = float(self.config.get("docker_timeout", 1800))
+        except OSError as error:
+            raise BadConfigurationError("%s cannot be read: %s" % (self.configuration, error.strerror)) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadConfigurationError("%s is broken: %r" % (self.configuration, error)) from error
+
+    def failures(self) -> int:
+        """Starts of this very specification that failed since it was ready last."""
+        known = read_json(self.runtime_file)
+        count = known.get("failures", 0)
+        return count if known.get("spec") == self.spec and isinstance(count, int) else 0
+
+    def note(self, phase: str, failures: int | None = None, detail: str = "") -> None:
+        """Leave word for whoever watches the start."""
+        content = {
+            "phase": phase,
+            "since": int(time.time()),
+            "spec": self.spec,
+            "failures": self.failures() if failures is None else failures,
+            "detail": detail,
+        }
+        try:
+            write_atomically(self.runtime_file, json.dumps(content) + "\n")
+        except OSError as error:
+            # A full /run must not take a model down.
+            say("%s cannot be written: %s" % (self.runtime_file, error.strerror))
+
+    def stopping(self) -> bool:
+        """Whether ``nim-unit stop`` was called for this very run of the unit."""
+        try:
+            with open(self.stop_file, encoding="utf-8") as stream:
+                return stream.read() == os.environ.get("INVOCATION_ID", "")
+        except OSError:
+            return False
+
+    # -- run ------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        if os.path.exists(self.maintenance_file):
+            say("%s exists: not started" % self.maintenance_file)
+            return 0
+        with contextlib.suppress(OSError):
+            os.unlink(self.stop_file)
+        try:
+            self.load()
+            while True:
+                try:
+                    return self.serve()
+                except DockerAwayError as error:
+                    say("Docker is away (%s)" % error)
+                    if not self.wait_for_docker():
+                        say("Docker stayed away for %d seconds" % self.docker_timeout)
+                        return EX_TEMPFAIL
+                    say("Docker is back")
+        except BadConfigurationError as error:
+            say("Cannot start %s: %s" % (self.container, error))
+            return EX_CONFIG
+        except StartFailedError as error:
+            say("Starting %s failed: %s" % (self.container, error))
+            if self.stopping():
+                return 0
+            self.note("failed", self.failures() + 1, str(error))
+            return 1
+
+    def wait_for_docker(self) -> bool:
+        self.note("waiting_for_docker")
+        end = time.monotonic() + self.docker_timeout
+        while not daemon_answers():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def serve(self) -> int:
+        """Have the container run and wait for its end."""
+        container = inspect(self.container)
+        if container is not None and is_running(container) and label_of(container) == self.spec:
+            say("%s %s" % (self.container, "goes on" if self.watching else "runs already and is adopted"))
+            return self.watch()
+        if self.watching:
+            return self.ended(container)
+        self.back_off()
+        self.remove(self.container, container)
+        self.download()
+        self.start()
+        return self.watch()
+
+    def back_off(self) -> None:
+        failures = self.failures()
+        if failures:
+            seconds = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (failures - 1))
+            say("%d starts failed in a row: next one in %d seconds" % (failures, seconds))
+            self.note("back_off", failures)
+            time.sleep(seconds)
+
+    def remove(self, name: str, container: Json | None) -> None:
+        if container is None:
+            return
+        if is_running(container):
+            say("%s runs something else and is replaced" % name)
+            docker("stop", "-t", str(self.stop_timeout), name, seconds=self.stop_timeout + 60)
+        done = docker("rm", "-f", name)
+        if done.returncode != 0 and "no such" not in done.stderr.lower():
+            if is_away(done.stderr) or not daemon_answers():
+                raise DockerAwayError(last_line(done.stderr))
+            raise StartFailedError("the old container %s cannot be removed: %s" % (name, last_line(done.stderr)))
+
+    def create(self, name: str, arguments: t.Sequence[str]) -> None:
+        command = ["create", "--name", name, "--pull=never", "--restart=no"]
+        command += ["--label", "%s=%s" % (SPEC_LABEL, self.spec), *arguments]
+        for last_try in (False, True):
+            done = docker(*command)
+            if done.returncode == 0:
+                return
+            if is_away(done.stderr) or not daemon_answers():
+                raise DockerAwayError(last_line(done.stderr))
+            if last_try:
+                raise BadConfigurationError("docker create: %s" % last_line(done.stderr))
+            if "already in use" in done.stderr.lower():
+                docker("rm", "-f", name)
+            else:
+                # The daemon may have been restarted between the two questions: only a repeated no is a no.
+                time.sleep(POLL_SECONDS)
+
+    def launch(self, name: str) -> None:
+        done = docker("start", name)
+        if done.returncode == 0:
+            return
+        if is_away(done.stderr) or not daemon_answers():
+            raise DockerAwayError(last_line(done.stderr))
+        raise StartFailedError("docker start: %s" % last_line(done.stderr))
+
+    def start(self) -> None:
+        if self.stopping():
+            raise StartFailedError("stopped")
+        arguments = self.create_arguments
+        if self.config.get("key_in_service") and os.path.exists(self.key_file):
+            arguments = ["--env-file", self.key_file, *arguments]
+        self.note("starting")
+        self.create(self.container, arguments)
+        self.launch(self.container)
+        say("%s started" % self.container)
+        if self.stopping():
+            # The stop came before there was a container to stop.
+            docker("stop", "-t", str(self.stop_timeout), self.container, seconds=self.stop_timeout + 60)
+
+    # -- the container while it runs --------------------------------------------------------------------
+
+    def watch(self) -> int:
+        self.watching = True
+        if not self.ready:
+            self.note("starting")
+        while True:
+            code = self.wait(self.container, probe=True)
+            if code is None:
+                # Raises DockerAwayError when that is why; serve() then looks again.
+                container = inspect(self.container)
+                if container is not None and is_running(container):
+                    time.sleep(POLL_SECONDS)
+                    continue
+                return self.ended(container)
+            return self.ended(None, code)
+
+    def wait(self, name: str, *, probe: bool) -> int | None:
+        """Exit code of a container when it ends; None when ``docker wait`` was cut off."""
+        try:
+            waiter = subprocess.Popen(
+                ["docker", "wait", name],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            raise DockerAwayError("docker cannot be run: %s" % error.strerror) from error
+        with waiter:
+            while waiter.poll() is None:
+                if probe and not self.ready and self.answers():
+                    self.became_ready()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    waiter.wait(timeout=READY_SECONDS if probe and not self.ready else None)
+            text = (waiter.stdout.read() if waiter.stdout else "").strip()
+        return int(text) if waiter.returncode == 0 and text.isdigit() else None
+
+    def answers(self) -> bool:
+        """Whether the service says that it is ready."""
+        url = urllib.parse.urlsplit(str(self.config.get("ready_url") or ""))
+        if not url.hostname:
+            return False
+        connection: http.client.HTTPConnection
+        if url.scheme == "https":
+            context = ssl.create_default_context()
+            # The certificate is made out for the name that clients use, not for this address.
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=2, context=context)
+        else:
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=2)
+        try:
+            connection.request("GET", url.path or "/")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def became_ready(self) -> None:
+        self.ready = True
+        say("%s is ready" % self.container)
+        self.note("ready", 0)
+        marker = read_json(self.marker_file)
+        if marker.get("status") == "complete":
+            self.mark("proven")
+        if os.environ.get("INVOCATION_ID"):
+            # The start limit is meant for starts that fail in a row; a service that got ready starts counting anew.
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    ["systemctl", "reset-failed", "nim-%s.service" % self.name],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    timeout=20,
+                    check=False,
+                )
+
+    def ended(self, container: Json | None, code: int | None = None) -> int:
+        """Translate the end of the container for systemd."""
+        if code is None:
+            code = int((container.get("State") or {}).get("ExitCode", 1)) if container is not None else 1
+        if container is None:
+            with contextlib.suppress(DockerAwayError):
+                container = inspect(self.container)
+        state = (container or {}).get("State") or {}
+        reason = "was removed" if container is None else "ended with code %d" % code
+        if state.get("OOMKilled"):
+            reason += " (out of memory)"
+        if self.stopping():
+            say("%s %s after a stop" % (self.container, reason))
+            self.note("stopped", 0)
+            return 0
+        if self.ready:
+            say("%s %s" % (self.container, reason))
+            self.note("ended", 0, reason)
+            # 78 would tell systemd never to start again, and that is for this program to say.
+            return code if code != EX_CONFIG else 1
+        say("%s %s before it was ready" % (self.container, reason))
+        self.note("failed", self.failures() + 1, reason)
+        if read_json(self.marker_file).get("status") == "complete":
+            # Files that never served may be incomplete: let the download look again.
+            self.mark("incomplete")
+        return code if code not in (0, EX_CONFIG) else 1
+
+    # -- the download -----------------------------------------------------------------------------------
+
+    def mark(self, status: str) -> None:
+        content = {"status": status, "key": (self.config.get("download") or {}).get("key", "")}
+        try:
+            write_atomically(self.marker_file, json.dumps(content) + "\n")
+        except OSError as error:
+            say("%s cannot be written: %s" % (self.marker_file, error.strerror))
+
+    def cache_has_files(self) -> bool:
+        # os.walk is lazy: this ends at the first file.
+        return any(files for _path, _directories, files in os.walk(str(self.config.get("cache_directory", ""))))
+
+    def download(self) -> None:
+        """Fetch the model with the NGC key in a container of its own, so that the service itself never has the key."""
+        plan = self.config.get("download")
+        running = inspect(self.downloader)
+        if not isinstance(plan, dict) or not os.path.exists(self.key_file):
+            self.remove(self.downloader, running)
+            return
+        marker = read_json(self.marker_file)
+        filled = self.cache_has_files()
+        if filled and marker.get("key") == plan["key"] and marker.get("status") in ("complete", "proven"):
+            self.remove(self.downloader, running)
+            return
+        # A cache that was brought here by other means may be complete although NGC cannot be reached.
+        brought = filled and not marker
+        if running is None or not is_running(running) or label_of(running) != self.spec:
+            self.remove(self.downloader, running)
+            if self.stopping():
+                raise StartFailedError("stopped")
+            if not brought:
+                self.mark("incomplete")
+            self.note("download")
+            self.create(self.downloader, ["--env-file", self.key_file, *(str(word) for word in plan["create"])])
+            self.launch(self.downloader)
+            say("%s fetches the model" % self.downloader)
+        else:
+            self.note("download")
+            say("%s fetches the model already" % self.downloader)
+        code = self.wait(self.downloader, probe=False)
+        while code is None:
+            running = inspect(self.downloader)
+            if running is None:
+                raise StartFailedError("%s was removed" % self.downloader)
+            code = self.wait(self.downloader, probe=False) if is_running(running) else running["State"]["ExitCode"]
+        # Its environment holds the key: it must not lie around.
+        self.remove(self.downloader, inspect(self.downloader))
+        if code == 0 and self.cache_has_files():
+            say("%s has fetched the model" % self.downloader)
+            self.mark("complete")
+        elif brought:
+            say("%s ended with code %d; the files that are there are tried" % (self.downloader, code))
+        else:
+            raise StartFailedError(
+                "%s ended with code %d%s; see journalctl CONTAINER_NAME=%s"
+                % (self.downloader, code, "" if code else " but left no file in the cache", self.downloader)
+            )
+
+    # -- stop -------------------------------------------------------------------------------------------
+
+    def stop(self) -> int:
+        """Stop the container, but only when systemd still has a main process.
+
+        systemd calls this also after the main process died by itself; the container then goes on and is adopted by
+        the next start (systemd.service(5), ExecStop= and $MAINPID).
+        """
+        if not os.environ.get("MAINPID"):
+            return 0
+        stop_timeout = 60
+        with contextlib.suppress(BadConfigurationError):
+            self.load()
+            stop_timeout = self.stop_timeout
+        with contextlib.suppress(OSError):
+            write_atomically(self.stop_file, os.environ.get("INVOCATION_ID", ""))
+        try:
+            docker("rm", "-f", self.downloader)
+            done = docker("stop", "-t", str(stop_timeout), self.container, seconds=stop_timeout + 20)
+        except DockerAwayError as error:
+            say("%s may still run: %s" % (self.container, error))
+            return 1
+        if done.returncode != 0 and "no such" not in done.stderr.lower():
+            say("%s may still run: %s" % (self.container, last_line(done.stderr)))
+            return 1
+        return 0
+
+
+def main(arguments: t.Sequence[str]) -> int:
+    if len(arguments) != 2 or arguments[0] not in ("run", "stop"):
+        sys.stderr.write("usage: nim-unit run|stop NAME\n")
+        return EX_CONFIG
+    unit = Unit(arguments[1])
+    return unit.run() if arguments[0] == "run" else unit.stop()
+
+
+def spec_hash(content: t.Any) -> str:
+    """Name of what a container runs: the same content gives the same text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
