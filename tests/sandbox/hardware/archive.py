@@ -33,10 +33,9 @@ def packages() -> list[Package]:
         {"Depends": "kmod, python3"},
         files={
             "/usr/lib/sandbox-hardware/hardware.py": (source("hardware.py"), 0o755),
-            "/usr/lib/systemd/system/sandbox-hardware.service": (source("sandbox-hardware.service"), 0o644),
+            "/usr/lib/sandbox/boot.d/10-hardware": (source("boot-hook"), 0o755),
         },
         links={
-            "/usr/lib/systemd/system/sysinit.target.wants/sandbox-hardware.service": "../sandbox-hardware.service",
             "/usr/sbin/modprobe": "../lib/sandbox-hardware/hardware.py",
             "/usr/sbin/rmmod": "../lib/sandbox-hardware/hardware.py",
         },

@@ -119,7 +119,7 @@ class Key:
     def ensure(self) -> None:
         if not (self.home / "pubring.kbx").exists():
             self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._gpg("--quick-generate-key", self.user, "ed25519", "sign", "never")
+            self._gpg("--faked-system-time", _BORN, "--quick-generate-key", self.user, "ed25519", "sign", "never")
 
     def public(self, armor: bool) -> bytes:
         return self._gpg(*(["--armor"] if armor else []), "--export", self.user)
@@ -144,8 +144,9 @@ class Key:
         return done.stdout
 
 
-# Later than any creation time of the key: a signature from before its key is refused by apt.
-_FAKED = "20350101T000000!"
+# Fixed times, so that the signature of unchanged data is unchanged; the key must be older than what it signs.
+_BORN = "20260101T000000!"
+_FAKED = "20260102T000000!"
 
 
 def write_if_changed(path: Path, content: bytes) -> None:

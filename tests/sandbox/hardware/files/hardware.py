@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stand-in GPU hardware of a sandbox host, and the kernel's side of it. Runs on the host under several names:
 
-boot (by sandbox-hardware.service), modprobe, rmmod, mokutil. What the machine has is described in
+boot (before systemd, from the host's boot script), modprobe, rmmod, mokutil. What the machine has is described in
 /etc/sandbox/hardware.json; its state lives on tmpfs and is gone after a reboot.
 """
 
