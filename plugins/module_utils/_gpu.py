@@ -300,7 +300,7 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
         root = ET.fromstring(xml)  # noqa: S314 - output of the host's own nvidia-smi
     except ET.ParseError as error:
         raise ValueError(str(error)) from error
-    gpus = []
+    gpus: list[Gpu] = []
     for index, element in enumerate(root.findall("gpu")):
         processes = [
             {
@@ -350,7 +350,7 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
 def _gpus_from_proc(host: Host, pci: t.Sequence[PciGpu]) -> tuple[Gpu, ...]:
     """Name, UUID and minor number of every GPU from procfs: works while the user-space driver does not match."""
     architectures = {gpu.bdf: gpu.architecture for gpu in pci}
-    gpus = []
+    gpus: list[Gpu] = []
     base = "/proc/driver/nvidia/gpus"
     for bdf in host.list_dir(base):
         text = host.read_text("%s/%s/information" % (base, bdf)) or ""

@@ -1,0 +1,946 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""The NVIDIA driver as packages: installed, at one version, held, buildable, with nouveau out of the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing as t
+from dataclasses import dataclass
+
+from ._driver_branches import (
+    branch_of_version,
+    check_branch,
+    check_flavour,
+    check_version,
+    choose_flavour,
+    cuda_of_branch,
+    upstream_version,
+)
+from ._errors import FleetError
+from ._gpu import GpuInventory, Holder, driver_holders, loaded_modules, observe_gpus
+from ._host import Host
+from ._nvidia_driver_packages import (
+    DEFAULT_REPOSITORY_URL,
+    QUERY_PATTERNS,
+    Choice,
+    PackagePlan,
+    Wish,
+    foreign_packages,
+    is_driver_package,
+    package_plan,
+    to_hold,
+    user_space_version,
+)
+from ._nvidia_driver_reload import (
+    foreign_holders,
+    in_use_error,
+    in_use_message,
+    on_disk_version,
+    start_clients,
+    stop_clients,
+    unload_modules,
+)
+from ._os_release import OsRelease, read_os_release
+from ._packages import Package, PackageManager, RepositoryState, check_url, matches_version, package_manager
+from ._resource import Change, Disruption, FileDiff, Resource
+
+PREFERENCES = "/etc/apt/preferences.d/gpu-fleet-nvidia-driver"
+BLACKLIST = "/etc/modprobe.d/gpu-fleet-nouveau.conf"
+UNATTENDED = "/etc/apt/apt.conf.d/52gpu-fleet-nvidia"
+NON_FREE = "/etc/apt/sources.list.d/gpu-fleet-debian-non-free.sources"
+_MODULE_STREAM = "/etc/dnf/modules.d/nvidia-driver.module"
+_SECURE_BOOT_VARIABLE = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+#: Public keys that sign modules built on the host: Debian's and upstream's dkms, Ubuntu's shim-signed.
+_MODULE_KEYS = ("/var/lib/dkms/mok.pub", "/var/lib/shim-signed/mok/MOK.der")
+
+BLACKLIST_CONTENT = (
+    "# Managed by gpu_fleet.nim. The NVIDIA driver cannot take a GPU that nouveau drives.\n"
+    "blacklist nouveau\n"
+    "options nouveau modeset=0\n"
+)
+UNATTENDED_CONTENT = """\
+// Managed by gpu_fleet.nim. A driver that is upgraded behind running containers takes the GPUs away from the next
+// one that starts; all other unattended upgrades go on.
+Unattended-Upgrade::Package-Blacklist {
+  "^nvidia-";
+  "^libnvidia-";
+  "^cuda-drivers";
+  "^libcuda1$";
+  "^libnvsdm";
+  "^xserver-xorg-video-nvidia";
+  "^firmware-nvidia-gsp";
+};
+"""
+_BUILD_TIMEOUT = 1800.0  # seconds for dkms on a slow machine
+_APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """One look at everything the driver consists of.
+
+    Attributes:
+        installed: Packages by name: driver, dkms, headers.
+        interrupted: Packages that an interrupted transaction left half installed.
+        files: Path -> content of the files that are managed here; None when absent.
+        repositories: Repository name -> what is configured of it; filled for the wanted repository only.
+        components: Components of the distribution's own apt repository that are enabled.
+        stream: Enabled module stream on EL, empty when none.
+        on_disk: Module version for the running kernel, empty when there is none.
+        secure_boot: Whether the firmware enforces signatures.
+        key_enrolled: Whether the key that dkms signs with is enrolled.
+        headers: Whether modules can be compiled for the running kernel.
+        runfile: Whether NVIDIA's .run installer put a driver there.
+        tools: Programs found: update-initramfs, dracut, dkms.
+    """
+
+    os: OsRelease
+    machine: str
+    kernel: str
+    inventory: GpuInventory
+    installed: t.Mapping[str, Package]
+    interrupted: tuple[str, ...]
+    files: t.Mapping[str, str | None]
+    repositories: t.Mapping[str, RepositoryState]
+    components: frozenset[str]
+    stream: str
+    on_disk: str
+    secure_boot: bool
+    key_enrolled: bool
+    headers: bool
+    nouveau_loaded: bool
+    runfile: bool
+    holders: tuple[Holder, ...]
+    dkms: str = ""
+
+    @property
+    def loaded_version(self) -> str:
+        return self.inventory.driver.version if self.inventory.driver else ""
+
+    @property
+    def user_space(self) -> str:
+        return user_space_version(self.installed)
+
+
+# -- looks ----------------------------------------------------------------------------------------
+
+
+def secure_boot_enabled(host: Host) -> bool:
+    """Whether the firmware enforces signatures: the EFI variable's last byte, else what mokutil says."""
+    variable = host.read_bytes(_SECURE_BOOT_VARIABLE)
+    if variable:
+        return variable[-1] == 1
+    if not host.exists("/sys/firmware/efi"):
+        return False
+    return "SecureBoot enabled" in host.run(["mokutil", "--sb-state"], timeout=30).stdout
+
+
+def module_key_enrolled(host: Host) -> bool:
+    """Whether a key that this host signs its own modules with is enrolled in the firmware."""
+    for path in _MODULE_KEYS:
+        if host.exists(path):
+            result = host.run(["mokutil", "--test-key", path], timeout=30)
+            if "is already enrolled" in result.stdout + result.stderr:
+                return True
+    return False
+
+
+def apt_components(host: Host, os_release: OsRelease) -> frozenset[str]:
+    """Components that some enabled apt source has for this release."""
+    found: set[str] = set()
+    for path, text in _apt_sources(host):
+        if path.endswith(".sources"):
+            for fields in _stanzas(text):
+                if os_release.codename in fields.get("suites", "").split():
+                    found.update(fields.get("components", "").split())
+        else:
+            for line in text.splitlines():
+                match = re.match(r"\s*deb\s+(?:\[[^\]]*\]\s*)?\S+\s+(\S+)\s+(.*)", line)
+                if match and match.group(1) == os_release.codename:
+                    found.update(match.group(2).split("#")[0].split())
+    return frozenset(found)
+
+
+def _apt_sources(host: Host) -> list[tuple[str, str]]:
+    paths = ["/etc/apt/sources.list"]
+    paths += ["/etc/apt/sources.list.d/" + name for name in host.list_dir("/etc/apt/sources.list.d")]
+    return [(path, host.read_text(path) or "") for path in paths if path.endswith((".list", ".sources"))]
+
+
+def _stanzas(text: str) -> list[dict[str, str]]:
+    """Enabled stanzas of a deb822 source file with lower-case field names."""
+    stanzas = []
+    for block in re.split(r"\n[ \t]*\n", text):
+        fields: dict[str, str] = {}
+        name = ""
+        for line in block.splitlines():
+            if line.startswith("#"):
+                continue
+            if line[:1] in (" ", "\t") and name:
+                fields[name] += " " + line.strip()
+            elif ":" in line:
+                name, _, value = line.partition(":")
+                name = name.strip().lower()
+                fields[name] = value.strip()
+        if fields.get("types") and fields.get("enabled", "yes").lower() != "no" and "deb" in fields["types"].split():
+            stanzas.append(fields)
+    return stanzas
+
+
+def debian_source(host: Host, os_release: OsRelease, components: t.Sequence[str]) -> str:
+    """A source for more components of the archive the host already uses: same URL, same key.
+
+    apt refuses two definitions of one archive with different keys, so the existing one is copied.
+    """
+    url, signed_by = "http://deb.debian.org/debian", "/usr/share/keyrings/debian-archive-keyring.gpg"
+    for path, text in _apt_sources(host):
+        if path.endswith(".sources"):
+            for fields in _stanzas(text):
+                if os_release.codename in fields.get("suites", "").split() and fields.get("uris"):
+                    url, signed_by = fields["uris"].split()[0], fields.get("signed-by", "")
+                    break
+        else:
+            match = re.search(
+                r"^\s*deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+%s\s" % re.escape(os_release.codename), text, re.MULTILINE
+            )
+            if match:
+                option = re.search(r"signed-by=(\S+)", match.group(1) or "")
+                url, signed_by = match.group(2), option.group(1) if option else ""
+    lines = [
+        "# Managed by gpu_fleet.nim.",
+        "Types: deb",
+        "URIs: %s" % url,
+        "Suites: %s" % os_release.codename,
+        "Components: %s" % " ".join(components),
+    ]
+    if signed_by:
+        lines.append("Signed-By: %s" % signed_by)
+    return "\n".join(lines) + "\n"
+
+
+def build_failure(host: Host, kernel: str, output: str = "") -> str:
+    """Why dkms could not build the module, from its own output, status and build log."""
+    status = host.run(["dkms", "status"], timeout=60)
+    text = output + "\n" + status.stdout + "\n" + status.stderr
+    if status.rc == 127:
+        return "dkms is not installed"
+    if "kernel headers for kernel" in text or "kernel headers for this kernel" in text:
+        return "the headers of kernel %s are missing" % kernel
+    logs = re.findall(r"(/var/lib/dkms/\S+?make\.log)", output)
+    for base in ("nvidia", "nvidia-current", "nvidia-current-open", "nvidia-open"):
+        for version in host.list_dir("/var/lib/dkms/" + base):
+            logs.append("/var/lib/dkms/%s/%s/build/make.log" % (base, version))
+            logs.append("/var/lib/dkms/%s/%s/%s/%s/log/make.log" % (base, version, kernel, host.machine()))
+    for path in logs:
+        log = host.read_text(path)
+        if log:
+            errors = [
+                line.strip() for line in log.splitlines() if re.search(r"\berror\b[: ]|fatal error|\*\*\* ", line, re.I)
+            ]
+            if errors:
+                return "%s (%s)" % (errors[0], path)
+    lines = [line.strip() for line in status.stdout.splitlines() if line.startswith("nvidia")]
+    return "dkms says %s" % "; ".join(lines) if lines else "dkms knows no NVIDIA module"
+
+
+# -- the resource ---------------------------------------------------------------------------------
+
+
+class NvidiaDriver(Resource[DriverState]):
+    """The driver that is wanted on a host. Options are those of the module of the same name.
+
+    Raises:
+        FleetError: ``invalid_option`` for options that are wrong on every host.
+    """
+
+    name = "nvidia_driver"
+
+    def __init__(
+        self,
+        *,
+        source: str = "nvidia",
+        repository_url: str = DEFAULT_REPOSITORY_URL,
+        repository_architecture: str = "",
+        branch: str = "580",
+        version: str = "",
+        flavour: str = "auto",
+        hold: bool = True,
+        fabric_manager: str = "auto",
+        imex: str = "auto",
+        persistenced: bool = True,
+        kernel_headers: bool = True,
+        kernel_module: bool = True,
+        secure_boot: str = "check",
+        unload: bool = True,
+    ) -> None:
+        for option, value, allowed in (
+            ("nvidia_driver_source", source, ("nvidia", "distribution")),
+            ("nvidia_driver_flavour", flavour, ("auto", "open", "proprietary")),
+            ("nvidia_driver_fabric_manager", fabric_manager, ("auto", "present", "absent")),
+            ("nvidia_driver_imex", imex, ("auto", "present", "absent")),
+            ("nvidia_driver_secure_boot", secure_boot, ("check", "enrolled")),
+        ):
+            if value not in allowed:
+                raise FleetError(
+                    "invalid_option",
+                    "%s = %r: not one of %s; choose one of them." % (option, value, ", ".join(allowed)),
+                )
+        self.source = source
+        self.repository_url = check_url("nvidia_driver_repository_url", repository_url)
+        self.repository_architecture = repository_architecture
+        self.branch = check_branch(str(branch)).name
+        self.version = version
+        if version:
+            check_version(version, self.branch)
+        if flavour != "auto":
+            check_flavour(flavour, self.branch)
+        self.flavour = flavour
+        self.hold = hold
+        self.fabric_manager = fabric_manager
+        self.imex = imex
+        self.persistenced = persistenced
+        self.kernel_headers = kernel_headers and kernel_module
+        self.kernel_module = kernel_module
+        self.secure_boot = secure_boot
+        self.unload = unload
+
+    # -- what is wanted on this host
+
+    def wish(self, os_release: OsRelease, inventory: GpuInventory, secure_boot: bool) -> Wish:
+        """The options with every ``auto`` resolved against the hardware."""
+        fabric = self.fabric_manager == "present" or (self.fabric_manager == "auto" and inventory.needs_fabric_manager)
+        return Wish(
+            source=self.source,
+            repository_url=self.repository_url,
+            repository_architecture=self.repository_architecture,
+            branch=self.branch,
+            version=self.version,
+            flavour=choose_flavour(self.flavour, self.branch, inventory.architectures),
+            fabric_manager=fabric,
+            nvlink5=fabric and inventory.nvlink5,
+            imex=self.imex == "present" or (self.imex == "auto" and inventory.imex),
+            persistenced=self.persistenced,
+            hold=self.hold,
+            signed_modules=secure_boot and self.source == "distribution" and os_release.id == "ubuntu",
+            kernel_headers=self.kernel_headers,
+            kernel_module=self.kernel_module,
+        )
+
+    def package_plan(self, state: DriverState) -> PackagePlan:
+        wish = self.wish(state.os, state.inventory, state.secure_boot)
+        return package_plan(state.os, state.machine, state.kernel, wish)
+
+    # -- observe
+
+    def observe(self, host: Host) -> DriverState:
+        inventory = observe_gpus(host, with_smi=False)
+        os_release = read_os_release(host)
+        kernel = host.kernel_release()
+        secure_boot = secure_boot_enabled(host)
+        if not inventory.pci:
+            # Nothing else matters, and an unknown distribution is no reason to fail on a host without a GPU.
+            return DriverState(
+                os_release, host.machine(), kernel, inventory, {}, (), {}, {}, frozenset(), "", "", secure_boot,
+                False, False, False, False, (),
+            )  # fmt: skip
+        manager = package_manager(host, os_release)
+        wish = self.wish(os_release, inventory, secure_boot)
+        plan = package_plan(os_release, host.machine(), kernel, wish)
+        installed = manager.installed(*QUERY_PATTERNS)
+        files = {path: host.read_text(path) for path in (PREFERENCES, BLACKLIST, UNATTENDED, NON_FREE)}
+        repositories = {}
+        if plan.repository is not None:
+            repositories[plan.repository.name] = manager.repository_state(plan.repository)
+        stream = ""
+        if plan.stream:
+            text = host.read_text(_MODULE_STREAM) or ""
+            if re.search(r"(?m)^state\s*=\s*enabled", text):
+                match = re.search(r"(?m)^stream\s*=\s*(\S+)", text)
+                stream = match.group(1) if match else ""
+        on_disk = on_disk_version(host, kernel)
+        dkms = ""
+        if not on_disk and host.which("dkms"):
+            dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
+        return DriverState(
+            os=os_release,
+            machine=host.machine(),
+            kernel=kernel,
+            inventory=inventory,
+            installed=installed,
+            interrupted=tuple(manager.interrupted()),
+            files=files,
+            repositories=repositories,
+            components=apt_components(host, os_release) if plan.components else frozenset(),
+            stream=stream,
+            on_disk=on_disk,
+            secure_boot=secure_boot,
+            key_enrolled=module_key_enrolled(host) if secure_boot else False,
+            headers=host.exists("/lib/modules/%s/build" % kernel),
+            nouveau_loaded="nouveau" in loaded_modules(host),
+            runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
+            holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
+            dkms=dkms,
+        )
+
+    # -- plan
+
+    def _main(self, plan: PackagePlan, installed: t.Mapping[str, Package]) -> str:
+        """Version of the installed driver as the plan's first versioned package tells it, if it is in the branch."""
+        for choice in plan.choices:
+            if choice.versioned and not choice.optional:
+                found = choice.installed_as(installed)
+                version = upstream_version(found.version) if found else ""
+                return version if branch_of_version(version) == self.branch else ""
+        return ""
+
+    def differing(self, plan: PackagePlan, installed: t.Mapping[str, Package]) -> list[tuple[Choice, str | None]]:
+        """Choices that are not fulfilled, with the version that is there in their place."""
+        target = self.version or self._main(plan, installed)
+        different: list[tuple[Choice, str | None]] = []
+        for choice in plan.choices:
+            found = choice.installed_as(installed)
+            if found is None:
+                if not choice.optional:
+                    different.append((choice, None))
+            elif choice.versioned and (
+                upstream_version(found.version) != target if target else branch_of_version(found.version) != self.branch
+            ):
+                different.append((choice, found.version))
+        return different
+
+    def plan(self, state: DriverState) -> list[Change]:
+        if not state.inventory.pci:
+            return []
+        plan = self.package_plan(state)
+        if state.runfile:
+            raise FleetError(
+                "runfile_driver",
+                "The driver on this host was put there by NVIDIA's .run installer, which packages cannot replace; "
+                "run /usr/bin/nvidia-uninstall on it first.",
+            )
+        changes: list[Change] = []
+        if state.interrupted:
+            changes.append(
+                Change(
+                    self.name,
+                    "interrupted package installation",
+                    ", ".join(state.interrupted[:6]),
+                    "configured",
+                    "an earlier transaction was cut off",
+                    action="repair",
+                )
+            )
+        changes += self._plan_sources(plan, state)
+        packages = self._plan_packages(plan, state)
+        if packages is not None:
+            self._guard_secure_boot(state)
+        if plan.headers and not state.headers and plan.headers not in state.installed:
+            changes.append(
+                Change(
+                    self.name,
+                    "package %s" % plan.headers,
+                    None,
+                    "installed",
+                    "the kernel module is built for the running kernel",
+                    action="headers",
+                    data={"package": plan.headers},
+                )
+            )
+        changes += self._plan_file(
+            state, BLACKLIST, BLACKLIST_CONTENT, "nouveau and the NVIDIA driver exclude each other", "blacklist"
+        )
+        if packages is not None:
+            changes.append(packages)
+        elif self.kernel_module and not state.on_disk:
+            self._guard_secure_boot(state)
+            changes.append(
+                Change(
+                    self.name,
+                    "kernel module nvidia",
+                    None,
+                    state.user_space,
+                    "there is none for the running kernel %s" % state.kernel,
+                    action="build",
+                )
+            )
+        changes += self._plan_holds(plan, state, packages is not None)
+        if packages is not None and state.holders:
+            # Nobody's GPU is pulled away, and nothing is half done either: the whole plan waits.
+            blocked = in_use_message(state.holders, "Changing the driver packages")
+            return [dataclasses.replace(change, blocked=blocked) for change in changes]
+        return changes
+
+    def _guard_secure_boot(self, state: DriverState) -> None:
+        wish = self.wish(state.os, state.inventory, state.secure_boot)
+        if (
+            not state.secure_boot
+            or not self.kernel_module
+            or self.secure_boot == "enrolled"
+            or state.key_enrolled
+            or wish.signed_modules
+        ):
+            return
+        remedy = (
+            "enrol the host's module key (mokutil --import %s, then confirm at the console during the next boot)"
+            % (_MODULE_KEYS[1] if state.os.id == "ubuntu" else _MODULE_KEYS[0])
+        )
+        if state.os.id == "ubuntu":
+            remedy += ", or set nvidia_driver_source to distribution, whose modules are signed"
+        raise FleetError(
+            "secure_boot_key_not_enrolled",
+            "Secure Boot is on and no key is enrolled that modules built on this host are signed with, so the kernel would "
+            "refuse the driver; nothing was installed. Turn Secure Boot off, or %s; when the key is enrolled in another "
+            "way, set nvidia_driver_secure_boot to enrolled." % remedy,
+        )
+
+    def _plan_file(self, state: DriverState, path: str, content: str | None, why: str, action: str) -> list[Change]:
+        before = state.files.get(path)
+        if before == content:
+            return []
+        return [
+            Change(
+                self.name,
+                path,
+                None if before is None else "present",
+                None if content is None else "present",
+                why,
+                action=action,
+                data={"path": path, "content": content},
+                diff=FileDiff(path, before or "", content or ""),
+            )
+        ]
+
+    def _plan_sources(self, plan: PackagePlan, state: DriverState) -> list[Change]:
+        changes: list[Change] = []
+        if plan.repository is not None:
+            # Pure although it is a method of the tool: it only compares.
+            tool = package_manager(Host(), state.os)
+            changes += tool.plan_repository(self.name, plan.repository, state.repositories[plan.repository.name])
+        missing = [name for name in plan.components if name not in state.components]
+        if missing:
+            changes.append(
+                Change(
+                    self.name,
+                    "components of Debian",
+                    " ".join(sorted(state.components)),
+                    " ".join(plan.components),
+                    "the driver is in them",
+                    action="components",
+                    data={"components": missing},
+                )
+            )
+        if plan.manager == "apt":
+            changes += self._plan_file(
+                state,
+                PREFERENCES,
+                plan.preferences or None,
+                "all parts of the driver stay at one version"
+                if plan.preferences
+                else "the packages of this branch need no preferences",
+                "file",
+            )
+        if plan.stream and plan.stream != state.stream:
+            changes.append(
+                Change(
+                    self.name,
+                    "module stream nvidia-driver",
+                    state.stream or None,
+                    plan.stream,
+                    "it carries the wanted branch and flavour",
+                    action="stream",
+                    data={"stream": plan.stream},
+                )
+            )
+        return changes
+
+    def _plan_packages(self, plan: PackagePlan, state: DriverState) -> Change | None:
+        different = self.differing(plan, state.installed)
+        foreign = foreign_packages(plan, state.installed, self.branch)
+        pinned = not plan.pinning or plan.pinning in state.installed
+        if not different and not foreign and pinned:
+            return None
+        present = state.user_space
+        wish = self.wish(state.os, state.inventory, state.secure_boot)
+        if not present:
+            why = "no driver is installed"
+        elif branch_of_version(present) != self.branch:
+            why = "another branch is installed"
+        elif different and different[0][1] is not None:
+            why = "another version is installed"
+        elif foreign:
+            why = "%s cannot stay beside the wanted packages" % ", ".join(foreign[:4])
+        elif different:
+            why = "%s is missing" % ", ".join(choice.names[0] for choice, _version in different[:4])
+        else:
+            why = "%s keeps the branch" % plan.pinning
+        return Change(
+            self.name,
+            "driver packages",
+            present or None,
+            "%s (%s, %s)" % (self.version or "branch " + self.branch, wish.flavour, self.source),
+            why,
+            disruption=Disruption.UNLOAD_DRIVER if state.inventory.driver else Disruption.NONE,
+            action="packages",
+        )
+
+    def _plan_holds(self, plan: PackagePlan, state: DriverState, packages_change: bool) -> list[Change]:
+        changes: list[Change] = []
+        loose = [name for name in to_hold(state.installed) if not state.installed[name].held]
+        if self.hold and (loose or packages_change):
+            changes.append(
+                Change(
+                    self.name,
+                    "package holds",
+                    "not held: %s" % ", ".join(loose[:6]) if loose and not packages_change else None,
+                    "held",
+                    "an upgrade behind running containers takes their GPUs away at the next start",
+                    action="hold",
+                )
+            )
+        if plan.manager == "apt":
+            if not self.hold and state.files.get(UNATTENDED) is not None:
+                # The file is the sign that the holds are ours.
+                changes.append(
+                    Change(
+                        self.name, "package holds", "held", "not held", "nvidia_driver_hold is false", action="unhold"
+                    )
+                )
+            changes += self._plan_file(
+                state,
+                UNATTENDED,
+                UNATTENDED_CONTENT if self.hold else None,
+                "unattended upgrades leave the driver alone" if self.hold else "nvidia_driver_hold is false",
+                "file",
+            )
+        return changes
+
+    # -- apply
+
+    def apply(self, host: Host, change: Change) -> None:
+        os_release = read_os_release(host)
+        manager = package_manager(host, os_release)
+        if change.action == "repair":
+            manager.repair()
+        elif change.action == "repository":
+            manager.apply_repository(change.data["repository"])
+        elif change.action == "components":
+            content = debian_source(host, os_release, change.data["components"])
+            host.write_file(NON_FREE, content, mode=0o644)
+            manager.refresh()
+        elif change.action == "file":
+            self._write(host, change)
+        elif change.action == "blacklist":
+            self._blacklist(host, change)
+        elif change.action == "headers":
+            self._install_headers(host, manager, change.data["package"])
+        elif change.action == "stream":
+            self._switch_stream(host, change.data["stream"])
+        elif change.action == "packages":
+            self._swap_packages(host, manager)
+        elif change.action == "build":
+            self._build(host)
+        elif change.action == "hold":
+            installed = manager.installed(*QUERY_PATTERNS)
+            manager.hold(*[name for name in to_hold(installed) if not installed[name].held])
+        elif change.action == "unhold":
+            installed = manager.installed(*QUERY_PATTERNS)
+            manager.unhold(*[name for name in to_hold(installed) if installed[name].held])
+
+    @staticmethod
+    def _write(host: Host, change: Change) -> None:
+        path, content = change.data["path"], change.data["content"]
+        if content is None:
+            host.remove(path)
+        else:
+            host.write_file(path, content, mode=0o644)
+
+    def _blacklist(self, host: Host, change: Change) -> None:
+        """Write the blacklist and rebuild the initramfs, which carries a copy: both, or neither."""
+        before = host.read_text(BLACKLIST)
+        if host.stat("/etc/modprobe.d") is None:
+            host.make_dir("/etc/modprobe.d", mode=0o755)
+        self._write(host, change)
+        if host.which("update-initramfs"):
+            command = ["update-initramfs", "-u", "-k", "all"]
+        elif host.which("dracut"):
+            command = ["dracut", "--force", "--regenerate-all"]
+        else:
+            # No initramfs is made on this host (a virtual machine that boots its kernel directly).
+            return
+        result = host.run(command, timeout=_BUILD_TIMEOUT)
+        if not result.ok:
+            if before is None:
+                host.remove(BLACKLIST)
+            else:
+                host.write_file(BLACKLIST, before, mode=0o644)
+            raise FleetError(
+                "initramfs_failed",
+                "Rebuilding the initramfs so that nouveau stays out (%s) failed: %s. Mend that (often /boot is full) and "
+                "run again." % (command[0], result.last_line().rstrip(".")),
+                stderr=result.stderr[-4000:],
+            )
+
+    def _install_headers(self, host: Host, manager: PackageManager, package: str) -> None:
+        try:
+            manager.install({package: None})
+        except FleetError as error:
+            raise FleetError(
+                "kernel_headers_unavailable",
+                "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
+                "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
+                "or set nvidia_driver_kernel_headers to false when they come from elsewhere."
+                % (host.kernel_release(), error.message.rstrip(".")),
+                **error.facts,
+            ) from error
+
+    def _switch_stream(self, host: Host, stream: str) -> None:
+        """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
+        for arguments in (["module", "reset", "nvidia-driver"], ["module", "enable", "nvidia-driver:" + stream]):
+            host.check(
+                ["dnf", "-q", "-y", *arguments],
+                reason="stream_failed",
+                doing="dnf %s" % " ".join(arguments),
+                remedy="Check that NVIDIA's repository has this stream (dnf module list nvidia-driver).",
+                timeout=600,
+            )
+
+    def _prerequisites(self, host: Host, manager: PackageManager, state: DriverState, plan: PackagePlan) -> None:
+        if not plan.prerequisites or all(name in state.installed for name in plan.prerequisites):
+            return
+        if plan.extras and not manager.available(*plan.prerequisites):
+            if state.os.id in ("rocky", "almalinux", "centos"):
+                manager.install({"epel-release": None})
+                host.run(["crb", "enable"], timeout=120)
+                manager.refresh()
+            else:
+                raise FleetError(
+                    "dkms_unavailable",
+                    "No enabled repository has dkms, which builds the kernel module; enable EPEL and CodeReady Builder "
+                    "(subscription-manager repos --enable codeready-builder-for-rhel-%d-%s-rpms) and run again."
+                    % (state.os.major, state.machine),
+                )
+        manager.install(dict.fromkeys(plan.prerequisites))
+
+    def resolve(self, manager: PackageManager, plan: PackagePlan, installed: t.Mapping[str, Package]) -> dict[str, str]:
+        """Exact package versions for every choice, all of one driver version.
+
+        Raises:
+            FleetError: ``version_not_available`` with what is on offer.
+        """
+        names = [name for choice in plan.choices for name in choice.names]
+        if plan.pinning:
+            names.append(plan.pinning)
+        offers = manager.available(*names)
+        if not any(choice.names[0] in offers for choice in plan.choices):
+            # Package lists are missing or older than the repository.
+            manager.refresh()
+            offers = manager.available(*names)
+        target = self.version or self._main(plan, installed)
+        resolved: dict[str, str] = {}
+        if plan.pinning:
+            if plan.pinning not in offers and plan.pinning not in installed:
+                raise self._not_available(plan.pinning, self.version or self.branch, offers.get(plan.pinning, []))
+            if plan.pinning in offers:
+                resolved[plan.pinning] = offers[plan.pinning][0].version
+        for choice in plan.choices:
+            wanted = target or self.branch
+            fitting = ""
+            for name in choice.names:
+                for offer in offers.get(name, []):
+                    if not choice.versioned or matches_version(offer.version, wanted):
+                        fitting = offer.version
+                        resolved[name] = fitting
+                        break
+                if fitting:
+                    break
+            present = choice.installed_as(installed)
+            if (
+                not fitting
+                and present is not None
+                and (not choice.versioned or matches_version(present.version, wanted))
+            ):
+                # No longer on offer, but there already.
+                fitting = present.version
+            if not fitting and not choice.optional:
+                found = [offer for name in choice.names for offer in offers.get(name, [])]
+                raise self._not_available(" or ".join(choice.names), wanted, found)
+            if fitting and choice.versioned and not target:
+                # The first package decides; all others must have its version exactly.
+                target = upstream_version(fitting)
+        return resolved
+
+    def _not_available(self, name: str, wanted: str, offers: t.Sequence[t.Any]) -> FleetError:
+        versions = [offer.version for offer in offers]
+        return FleetError(
+            "version_not_available",
+            "The package %s is not on offer %s in the %s; on offer: %s. Choose another nvidia_driver_branch or "
+            "nvidia_driver_version, or check nvidia_driver_repository_url."
+            % (
+                name,
+                "at version %s" % wanted if "." in wanted else "in branch %s" % wanted,
+                "repository %s" % self.repository_url
+                if self.source == "nvidia"
+                else "repositories of the distribution",
+                ", ".join(versions[:12]) or "nothing",
+            ),
+            available=versions,
+        )
+
+    def _swap_packages(self, host: Host, manager: PackageManager) -> None:
+        """Download, stop, unload, remove what cannot stay, install: the order that never leaves a running client with
+        half a driver."""
+        state = self.observe(host)
+        plan = self.package_plan(state)
+        if self._plan_packages(plan, state) is None:
+            return
+        self._prerequisites(host, manager, state, plan)
+        resolved = self.resolve(manager, plan, state.installed)
+        foreign = foreign_packages(plan, state.installed, self.branch)
+        held = [name for name, package in state.installed.items() if package.held and is_driver_package(name)]
+        manager.unhold(*held)
+        if foreign:
+            self._guard_removal(host, plan, foreign)
+        pinning = {name: version for name, version in resolved.items() if name == plan.pinning}
+        others = {name: version for name, version in resolved.items() if name != plan.pinning}
+        self._download(host, plan, {**pinning, **others})
+        stopped = False
+        if state.inventory.driver is not None:
+            late = foreign_holders(driver_holders(host))
+            if late:
+                manager.hold(*held)
+                raise in_use_error(late, "Changing the driver packages")
+            if self.unload:
+                stop_clients(host)
+                stopped = True
+                late = foreign_holders(driver_holders(host))
+                if late:
+                    start_clients(host)
+                    manager.hold(*held)
+                    raise in_use_error(late, "Changing the driver packages")
+                if unload_modules(host):
+                    # It stays until the next boot; the reload says so. The clients go on with the old module.
+                    start_clients(host)
+                    stopped = False
+        try:
+            if foreign:
+                manager.remove(*foreign, purge=True)
+            # First: it changes what the resolver takes for the rest.
+            manager.install(pinning, allow_removal=True)
+            manager.install(others, allow_removal=True)
+        except FleetError as error:
+            if "dkms" in str(error.facts.get("stderr", "")) + str(error.facts.get("stdout", "")):
+                output = str(error.facts.get("stdout", "")) + str(error.facts.get("stderr", ""))
+                raise self._build_error(host, output) from error
+            error.message += (
+                " The old driver is unloaded and its services are stopped; running the role again continues here."
+                if stopped
+                else ""
+            )
+            raise
+        if self.kernel_module and not on_disk_version(host, state.kernel):
+            self._build(host)
+
+    def _guard_removal(self, host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
+        """Refuse when packages that are not the driver's would go with it."""
+        if plan.manager != "apt":
+            return
+        result = host.run(["apt-get", "-s", "-q", "purge", "--allow-change-held-packages", *names], timeout=300)
+        going = re.findall(r"^(?:Purg|Remv) (\S+)", result.stdout, re.MULTILINE)
+        strangers = [
+            name
+            for name in going
+            if not is_driver_package(name)
+            and not re.match(r"(linux-(modules|objects|signatures)-nvidia|.*nvidia|libnvidia|libcuda)", name)
+        ]
+        if strangers:
+            raise FleetError(
+                "would_remove",
+                "Replacing %s would remove %s as well, which the driver does not own; remove it yourself if it is not "
+                "needed, and run again." % (", ".join(names[:4]), ", ".join(strangers[:8])),
+                packages=strangers,
+            )
+
+    @staticmethod
+    def _download(host: Host, plan: PackagePlan, wanted: t.Mapping[str, str]) -> None:
+        """Have the packages on the host before anything stops."""
+        if not wanted:
+            return
+        if plan.manager == "apt":
+            command = ["apt-get", "-q", "-y", "install", "--download-only", "--no-install-recommends"]
+            command += ["--allow-downgrades", "--allow-change-held-packages", "-o", "DPkg::Lock::Timeout=600"]
+            command += ["%s=%s" % item for item in wanted.items()]
+        else:
+            command = ["dnf", "-q", "-y", "install", "--downloadonly", "--allowerasing", "--disableplugin=versionlock"]
+            command += ["%s-%s" % item for item in wanted.items()]
+        # The result is not judged: with the pinning package not yet there the resolver may say no to what works later,
+        # and the installation itself names every cause better.
+        host.run(command, env=_APT_ENVIRONMENT, timeout=3600)
+
+    def _build(self, host: Host) -> None:
+        """Build the module for the running kernel; what is missing after a kernel upgrade or an interrupted run."""
+        kernel = host.kernel_release()
+        result = host.run(["dkms", "autoinstall", "-k", kernel], timeout=_BUILD_TIMEOUT)
+        if on_disk_version(host, kernel):
+            return
+        raise self._build_error(host, result.stdout + result.stderr)
+
+    @staticmethod
+    def _build_error(host: Host, output: str) -> FleetError:
+        kernel = host.kernel_release()
+        reason = build_failure(host, kernel, output)
+        return FleetError(
+            "dkms_build_failed",
+            "The NVIDIA kernel module could not be built for the running kernel %s: %s. Install the kernel's headers and a "
+            "compiler, choose a driver branch that supports this kernel, or boot an older kernel; then run again."
+            % (kernel, reason.rstrip(".")),
+            kernel=kernel,
+            output=output[-4000:],
+        )
+
+    # -- answer
+
+    def result(self, state: DriverState, *, check_mode: bool = False) -> dict[str, t.Any]:
+        """Return values of the module.
+
+        Raises:
+            FleetError: ``gpu_in_use`` outside check mode when the packages must change and somebody uses a GPU.
+        """
+        answer: dict[str, t.Any] = {
+            "gpus": [gpu.bdf for gpu in state.inventory.pci],
+            "branch": self.branch,
+            "cuda_version": cuda_of_branch(self.branch) or "",
+            "flavour": "",
+            "loaded": state.loaded_version,
+            "on_disk": state.on_disk,
+            "user_space": state.user_space,
+            "secure_boot": state.secure_boot,
+            "reload_required": False,
+            "packages": {name: state.installed[name].version for name in to_hold(state.installed)},
+        }
+        if not state.inventory.pci:
+            answer["message"] = "This host has no NVIDIA GPU on its PCI bus; it was left alone."
+            return answer
+        plan = self.package_plan(state)
+        answer["flavour"] = self.wish(state.os, state.inventory, state.secure_boot).flavour
+        pending = self._plan_packages(plan, state) is not None
+        if pending and state.holders:
+            if not check_mode:
+                raise in_use_error(state.holders, "Changing the driver packages")
+            answer["message"] = in_use_message(state.holders, "Changing the driver packages")
+            return answer
+        if pending:
+            answer["message"] = "The driver of branch %s is not installed yet." % self.branch
+            return answer
+        answer["reload_required"] = self.kernel_module and state.loaded_version != state.on_disk
+        if answer["reload_required"]:
+            answer["message"] = "Driver %s is installed; %s." % (
+                state.user_space,
+                "%s is still loaded" % state.loaded_version if state.loaded_version else "its module is not loaded yet",
+            )
+        else:
+            answer["message"] = "Driver %s: loaded = on disk = user space." % state.user_space
+        return answer
