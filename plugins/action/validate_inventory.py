@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Checks the variables of all hosts of the play on the controller; connects to none of them."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+from collections.abc import Mapping
+
+import yaml
+from ansible.errors import AnsibleError
+from ansible.plugins.action import ActionBase
+from ansible.release import __version__ as core_version
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import (
+    PREFIXES,
+    Problem,
+    Unresolved,
+    report,
+    validate,
+)
+
+#: ansible-core before 2.19 hands out the template itself where it cannot be resolved; later ones raise an error.
+_HANDS_OUT_TEMPLATES = tuple(int(part) for part in core_version.split(".")[:2]) < (2, 19)
+
+_ROLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "roles")
+
+
+def load_specs(roles: str = _ROLES) -> dict[str, dict[str, t.Any]]:
+    """Options of every role that the collection has, out of its argument specification."""
+    specs: dict[str, dict[str, t.Any]] = {}
+    for role in sorted(os.listdir(roles)):
+        path = os.path.join(roles, role, "meta", "argument_specs.yml")
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as stream:
+            document = yaml.safe_load(stream) or {}
+        options: dict[str, t.Any] = {}
+        for entry_point in (document.get("argument_specs") or {}).values():
+            options.update(entry_point.get("options") or {})
+        specs[role] = options
+    return specs
+
+
+def plain(value: t.Any) -> t.Any:
+    """A copy in plain Python types; reading it resolves what Ansible resolves late."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, str):
+        text = str(value)
+        if _HANDS_OUT_TEMPLATES and "{{" in text and "}}" in text:
+            raise AnsibleError("something in it is undefined")
+        return text
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    return str(value)
+
+
+def resolve(hostvars: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """All variables of a host that could be meant for this collection."""
+    found: dict[str, t.Any] = {}
+    for name in hostvars:
+        if not str(name).startswith(PREFIXES):
+            continue
+        try:
+            found[str(name)] = plain(hostvars[name])
+        except AnsibleError as error:
+            found[str(name)] = Unresolved(" ".join(str(error).split())[:200])
+    return found
+
+
+def read_file(path: str) -> str | None:
+    """A file of the controller."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8", errors="replace") as stream:
+            return stream.read(10_000)
+    except OSError:
+        return None
+
+
+class ActionModule(ActionBase):
+    TRANSFERS_FILES = False
+    #: One call for all hosts, so that one message has all mistakes.
+    BYPASS_HOST_LOOP = True
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        _result, args = self.validate_argument_spec(argument_spec={"hosts": {"type": "list", "elements": "str"}})
+        hosts = args["hosts"] if args["hosts"] is not None else task_vars.get("ansible_play_hosts_all") or []
+        specs = load_specs()
+        problems: dict[str, list[Problem]] = {}
+        for host in hosts:
+            if host not in task_vars["hostvars"]:
+                problems[host] = [Problem(host, "this host is not in the inventory; correct hosts.")]
+                continue
+            variables = resolve(task_vars["hostvars"][host])
+            problems[host] = validate(variables, specs, environment=os.environ, read_file=read_file)
+        lines = report(problems)
+        result: dict[str, t.Any] = {"changed": False, "problems": lines, "hosts": [str(host) for host in hosts]}
+        if lines:
+            result["failed"] = True
+            count = "one mistake" if len(lines) == 1 else "%d mistakes" % len(lines)
+            result["msg"] = "The inventory has %s; no host was touched.\n%s" % (
+                count,
+                "\n".join("  " + line for line in lines),
+            )
+        else:
+            result["msg"] = "The variables of %d hosts are sound." % len(hosts)
+        return result
