@@ -95,7 +95,8 @@ class DriverState:
         key_enrolled: Whether the key that dkms signs with is enrolled.
         headers: Whether modules can be compiled for the running kernel.
         runfile: Whether NVIDIA's .run installer put a driver there.
-        tools: Programs found: update-initramfs, dracut, dkms.
+        dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
+        disabled_units: Services of the driver that this hardware needs and that would not start at boot.
     """
 
     os: OsRelease
@@ -116,6 +117,7 @@ class DriverState:
     runfile: bool
     holders: tuple[Holder, ...]
     dkms: str = ""
+    disabled_units: tuple[str, ...] = ()
 
     @property
     def loaded_version(self) -> str:
@@ -245,6 +247,18 @@ def build_failure(host: Host, kernel: str, output: str = "") -> str:
                 return "%s (%s)" % (errors[0], path)
     lines = [line.strip() for line in status.stdout.splitlines() if line.startswith("nvidia")]
     return "dkms says %s" % "; ".join(lines) if lines else "dkms knows no NVIDIA module"
+
+
+def disabled_units(host: Host, wish: Wish) -> list[str]:
+    """Installed services that the wish needs at boot and that are disabled."""
+    units = []
+    if wish.fabric_manager:
+        units.append("nvidia-fabricmanager.service")
+    if wish.persistenced:
+        units.append("nvidia-persistenced.service")
+    return [
+        unit for unit in units if host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() == "disabled"
+    ]
 
 
 # -- the resource ---------------------------------------------------------------------------------
@@ -384,6 +398,7 @@ class NvidiaDriver(Resource[DriverState]):
             runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
             holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
             dkms=dkms,
+            disabled_units=tuple(disabled_units(host, wish)),
         )
 
     # -- plan
@@ -465,6 +480,17 @@ class NvidiaDriver(Resource[DriverState]):
                     state.user_space,
                     "there is none for the running kernel %s" % state.kernel,
                     action="build",
+                )
+            )
+        if state.disabled_units and packages is None:
+            changes.append(
+                Change(
+                    self.name,
+                    "services of the driver",
+                    "disabled: %s" % ", ".join(state.disabled_units),
+                    "enabled",
+                    "this hardware needs them after every boot",
+                    action="enable",
                 )
             )
         changes += self._plan_holds(plan, state, packages is not None)
@@ -643,6 +669,8 @@ class NvidiaDriver(Resource[DriverState]):
             self._swap_packages(host, manager)
         elif change.action == "build":
             self._build(host)
+        elif change.action == "enable":
+            self._enable(host)
         elif change.action == "hold":
             installed = manager.installed(*QUERY_PATTERNS)
             manager.hold(*[name for name in to_hold(installed) if not installed[name].held])
@@ -841,8 +869,15 @@ class NvidiaDriver(Resource[DriverState]):
                 else ""
             )
             raise
+        self._enable(host)
         if self.kernel_module and not on_disk_version(host, state.kernel):
             self._build(host)
+
+    def _enable(self, host: Host) -> None:
+        """Only enabled, not started: they need the module, and the reload that loads it starts them."""
+        wish = self.wish(read_os_release(host), observe_gpus(host, with_smi=False), False)
+        for unit in disabled_units(host, wish):
+            host.check(["systemctl", "enable", unit], reason="enable_failed", doing="systemctl enable %s" % unit)
 
     def _guard_removal(self, host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
         """Refuse when packages that are not the driver's would go with it."""

@@ -45,6 +45,8 @@ CLIENT_UNITS = (
     "nvidia-topologyd.service",
     "nvidia-persistenced.service",
 )
+#: Those that run all the time once the module is loaded; the others run when their owner wants.
+DAEMONS = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
 #: Kernel modules in the order in which they can be unloaded.
 UNLOAD_ORDER = (
     "nvidia_drm",
@@ -77,6 +79,7 @@ class ReloadState:
         on_disk: Version of the module for the running kernel, empty when there is none.
         user_space: Version of the libraries by the package database, empty when not installed by packages.
         stopped_units: Units that an earlier step stopped and nobody has started again.
+        idle_units: Daemons of the driver that are enabled but do not run although the module is loaded.
         gpu_processes: Processes that hold the driver, the driver's own clients left out.
         marker: Content of the reboot marker, None without one.
         boot_id: Changes with every boot.
@@ -90,6 +93,7 @@ class ReloadState:
     nouveau_loaded: bool
     modules: frozenset[str]
     stopped_units: tuple[str, ...]
+    idle_units: tuple[str, ...]
     gpu_processes: tuple[Holder, ...]
     marker: dict[str, t.Any] | None
     boot_id: str
@@ -194,6 +198,7 @@ def observe_reload(host: Host) -> ReloadState:
         nouveau_loaded="nouveau" in modules,
         modules=frozenset(modules & set(UNLOAD_ORDER)),
         stopped_units=read_record(host),
+        idle_units=tuple(idle_daemons(host)) if loaded else (),
         gpu_processes=foreign_holders(driver_holders(host)) if loaded else (),
         marker=read_marker(host),
         boot_id=(host.read_text("/proc/sys/kernel/random/boot_id") or "").strip(),
@@ -210,6 +215,17 @@ def active_units(host: Host, units: t.Sequence[str] = CLIENT_UNITS) -> list[str]
     if len(states) != len(units):
         return []
     return [unit for unit, state in zip(units, states) if state in ("active", "activating", "reloading")]
+
+
+def idle_daemons(host: Host) -> list[str]:
+    """Daemons that are enabled and do not run, in the order in which they start."""
+    idle = []
+    for unit in DAEMONS:
+        result = host.run(["systemctl", "show", "-p", "ActiveState,UnitFileState", unit], timeout=_STOP_TIMEOUT)
+        values = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+        if values.get("UnitFileState") == "enabled" and values.get("ActiveState") not in ("active", "activating"):
+            idle.append(unit)
+    return idle
 
 
 def stop_clients(host: Host) -> list[str]:
@@ -243,9 +259,9 @@ def start_clients(host: Host) -> list[str]:
         FleetError: ``client_not_started`` with the unit's own words.
     """
     units = read_record(host)
-    for unit in reversed(units):
-        if unit == "nvidia-cdi-refresh.service":
-            # One start is a run of it; an earlier failure (while no module was loaded) would block the next.
+    for unit in [*(unit for unit in idle_daemons(host) if unit not in units), *reversed(units)]:
+        if unit == "nvidia-cdi-refresh.service" or unit in DAEMONS:
+            # Earlier failures, while no module was loaded, would block the next start.
             host.run(["systemctl", "reset-failed", unit], timeout=_STOP_TIMEOUT)
         result = host.run(["systemctl", "start", unit], timeout=_STOP_TIMEOUT)
         if not result.ok:
@@ -412,14 +428,20 @@ class DriverReload(Resource[ReloadState]):
                     blocked=blocked,
                 )
             )
-        elif state.stopped_units:
+        elif state.stopped_units or state.idle_units:
+            units = [
+                *state.idle_units,
+                *reversed([unit for unit in state.stopped_units if unit not in state.idle_units]),
+            ]
             changes.append(
                 Change(
                     self.name,
                     "services of the driver",
                     "stopped",
-                    ", ".join(reversed(state.stopped_units)),
-                    "they were stopped for a reload and not started again",
+                    ", ".join(units),
+                    "they were stopped for a reload and not started again"
+                    if state.stopped_units
+                    else "they are enabled but do not run",
                     action="start_clients",
                 )
             )
