@@ -567,7 +567,7 @@ static void print_table(void) {
         char memory[64];
         snprintf(memory, sizeof memory, "%ldMiB / %ldMiB", atol(text_of(&gpus[i], "fb_memory_usage/used")),
                  atol(text_of(&gpus[i], "fb_memory_usage/total")));
-        printf("| %3d  %-26s %7s | %20s %3s | %20s |\n", i, get(&gpus[i], "name", ""),
+        printf("| %3d  %-28.28s %4s  | %18s %3s | %20s |\n", i, get(&gpus[i], "name", ""),
                strcmp(text_of(&gpus[i], "persistence_mode"), "Enabled") ? "Off" : "On", text_of(&gpus[i], "pci_bus_id"), "Off", "0");
         printf("| N/A   47C    P0            129W /  700W | %22s | %7s %12s |\n", memory, "0%", text_of(&gpus[i], "compute_mode"));
         printf("|                                         |                        | %20s |\n"
