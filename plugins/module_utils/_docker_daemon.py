@@ -445,6 +445,19 @@ class DaemonState:
     def version(self) -> str:
         return str(self.info.get("ServerVersion", ""))
 
+    def live(self) -> t.Dict[str, t.Any]:
+        """The parts of the live daemon that GPU containers depend on; empty when it does not run."""
+        if not self.answers:
+            return {}
+        return {
+            "version": self.version,
+            "runtimes": sorted(self.info.get("Runtimes") or {}),
+            "default_runtime": str(self.info.get("DefaultRuntime", "")),
+            "live_restore": bool(self.info.get("LiveRestoreEnabled")),
+            "cgroup_driver": str(self.info.get("CgroupDriver", "")),
+            "cdi": bool(self.info.get("CDISpecDirs")),
+        }
+
 
 def version_tuple(version: str) -> t.Tuple[int, ...]:
     """Leading numbers of an engine version: ``26.1.5+dfsg1`` -> (26, 1, 5)."""

@@ -1,0 +1,836 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""NVIDIA Container Toolkit: packages in lockstep, runtime registered in Docker, mode explicit, CDI, and a container as proof.
+
+``nvidia-ctk`` is used for config.toml and CDI specifications only; daemon.json is ours (up to 1.20.0 ``nvidia-ctk runtime
+configure --cdi.enabled`` drops all other features from it, and it replaces the file non-atomically).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os.path
+import re
+import tarfile
+import typing as t
+from dataclasses import dataclass, field
+
+from ._docker_api import DockerApi
+from ._docker_daemon import (
+    DaemonState,
+    DockerDaemon,
+    restart_blocked,
+    restart_docker,
+    unit_properties,
+    version_tuple,
+)
+from ._errors import FleetError
+from ._host import Host
+from ._os_release import OsRelease, read_os_release
+from ._packages import (
+    Available,
+    Package,
+    Repository,
+    RepositoryState,
+    check_url,
+    compare_debian,
+    matches_version,
+    package_manager,
+    upstream_version,
+)
+from ._resource import Change, Disruption, Resource
+
+DEFAULT_REPOSITORY = "https://nvidia.github.io/libnvidia-container"
+#: One version for all four, always: they depend on each other's exact behaviour (nvidia-container-toolkit #1091, #59).
+PACKAGES = (
+    "nvidia-container-toolkit",
+    "nvidia-container-toolkit-base",
+    "libnvidia-container-tools",
+    "libnvidia-container1",
+)
+#: The major version that this collection knows.
+MAJOR = "1"
+MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
+INJECTIONS = ("runtime", "cdi", "gpus")
+RUNTIME = "nvidia"
+RUNTIME_PROGRAM = "nvidia-container-runtime"
+HOOK = "/usr/bin/nvidia-container-runtime-hook"
+CONFIG = "/etc/nvidia-container-runtime/config.toml"
+CDI_SPEC = "/var/run/cdi/nvidia.yaml"
+STATIC_CDI_SPEC = "/etc/cdi/nvidia.yaml"
+REFRESH = "nvidia-cdi-refresh"
+#: Record of the last smoke test that passed; gone after a reboot, when it has to be proved again.
+VALIDATION = "/run/gpu_fleet/validations/nvidia_container_toolkit.json"
+
+_SMOKE_NAME = "gpu-fleet-smoke-test"
+_SMOKE_DIRECTORY = "/run/gpu_fleet/smoke_test"
+#: Seconds for the container: on a large host without persistence mode the first NVML call alone takes most of a minute.
+_SMOKE_TIMEOUT = 180
+
+
+@dataclass(frozen=True)
+class RefreshUnits:
+    """The units that keep the CDI specification fresh (toolkit 1.18 and newer)."""
+
+    present: bool = False
+    path_enabled: bool = False
+    path_active: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class ToolkitState:
+    """What a look found of the toolkit.
+
+    Attributes:
+        machine: Machine hardware name of the host.
+        packages: Those of the four that are installed.
+        offers: Versions on offer, as far as package lists are on the host.
+        mode: ``mode`` in config.toml; None when it is not set there.
+        config_present: Whether there is a config.toml.
+        refresh: The CDI refresh units.
+        cdi_spec: Text of the generated specification.
+        static_cdi_spec: Text of a specification that was put into /etc/cdi by hand.
+        driver_version: Version of the loaded kernel module; empty when none is loaded.
+        nvidia_smi: Path of nvidia-smi on the host.
+        daemon: Docker's configuration, wanted and live.
+        hook_newer_than_daemon: Whether dockerd was started before the toolkit's hook was there in its present form.
+        validation: The record of the last smoke test that passed.
+    """
+
+    release: OsRelease
+    machine: str = "x86_64"
+    packages: t.Mapping[str, Package] = field(default_factory=dict)
+    offers: t.Mapping[str, t.Sequence[Available]] = field(default_factory=dict)
+    repository: RepositoryState = field(default_factory=RepositoryState)
+    mode: t.Optional[str] = None
+    config_present: bool = False
+    refresh: RefreshUnits = field(default_factory=RefreshUnits)
+    cdi_spec: t.Optional[str] = None
+    static_cdi_spec: t.Optional[str] = None
+    driver_version: str = ""
+    nvidia_smi: t.Optional[str] = None
+    daemon: DaemonState = field(default_factory=DaemonState)
+    hook_newer_than_daemon: bool = False
+    validation: t.Mapping[str, t.Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """Package version of the toolkit; empty when it is not installed."""
+        package = self.packages.get(PACKAGES[0])
+        return package.version if package else ""
+
+    @property
+    def registered(self) -> bool:
+        """Whether the live daemon knows the runtime."""
+        return RUNTIME in (self.daemon.info.get("Runtimes") or {})
+
+
+def configured_mode(text: t.Optional[str]) -> t.Optional[str]:
+    """``mode`` of the table ``[nvidia-container-runtime]`` in config.toml; None where it is commented out or missing."""
+    table = ""
+    for raw in (text or "").splitlines():
+        line = raw.strip()
+        header = re.match(r"\[([^\[\]]+)\]", line)
+        if header:
+            table = header.group(1).strip()
+        elif table == "nvidia-container-runtime":
+            found = re.match(r"mode\s*=\s*[\"']([^\"']*)[\"']", line)
+            if found:
+                return found.group(1)
+    return None
+
+
+def spec_is_for(spec: str, driver_version: str) -> bool:
+    """Whether a CDI specification mounts the libraries of a driver version (their names carry it)."""
+    return re.search(r"lib[\w-]+\.so\.%s\b" % re.escape(driver_version), spec) is not None
+
+
+def parse_gpu_list(text: str) -> t.Tuple[str, ...]:
+    """UUIDs of GPUs and MIG devices in the output of ``nvidia-smi -L``, sorted."""
+    return tuple(sorted(re.findall(r"\(UUID: ((?:GPU|MIG)-[0-9A-Za-z/-]+)\)", text)))
+
+
+#: What a failed GPU container says -> what it means and what to do. First match counts.
+_SIGNATURES: t.Tuple[t.Tuple[str, str, str], ...] = (
+    (
+        r"could not select device driver",
+        "daemon_without_gpu_driver",
+        "dockerd found no NVIDIA hook when it was started; it must be restarted once after the toolkit is installed "
+        "(injection = gpus does it), or use injection = runtime",
+    ),
+    (
+        r"unknown or invalid runtime name",
+        "runtime_not_registered",
+        "the running daemon does not know the runtime 'nvidia'; run again to tell it",
+    ),
+    (
+        r"[Dd]river/library version mismatch",
+        "driver_mismatch",
+        "the loaded kernel module and the driver's libraries have different versions; reload the driver or reboot",
+    ),
+    (
+        r"(unresolvable CDI devices|could not find CDI device|CDI device injection failed)",
+        "cdi_spec_missing",
+        "the CDI specification is missing or stale; see 'systemctl status nvidia-cdi-refresh' and 'nvidia-ctk cdi list'",
+    ),
+    (
+        r"(libnvidia-ml\.so\.1: cannot open|load library failed: libnvidia-ml)",
+        "driver_libraries_missing",
+        "the driver's libraries are not installed on this host; install the driver's user-space packages",
+    ),
+    (
+        r"(driver not loaded|couldn't communicate with the NVIDIA driver|nvml error: driver not loaded)",
+        "driver_not_loaded",
+        "the driver's kernel module is not loaded; load it, then run again",
+    ),
+    (
+        r"Failed to initialize NVML: Unknown Error",
+        "devices_denied",
+        "the container may not open the GPU devices; see the toolkit's troubleshooting page on cgroups, and use a mode "
+        "other than legacy",
+    ),
+    (
+        r"nvidia-smi\"?: (stat |executable file |)?(not found|no such file)|executable file not found",
+        "nothing_injected",
+        "the runtime injected nothing into the container; check 'mode' in /etc/nvidia-container-runtime/config.toml",
+    ),
+    (
+        r"nvidia-container-runtime\"?: (executable file )?(not found|no such file)",
+        "runtime_program_missing",
+        "the registered runtime program is not there; reinstall nvidia-container-toolkit-base",
+    ),
+    (
+        r"[Cc]annot connect to the Docker daemon",
+        "docker_unavailable",
+        "Docker does not run; see 'systemctl status docker'",
+    ),
+)
+
+
+def explain_failure(output: str) -> t.Tuple[str, str]:
+    """Reason and remedy for what a failed GPU container printed."""
+    for pattern, reason, remedy in _SIGNATURES:
+        if re.search(pattern, output):
+            return reason, remedy
+    return "gpu_container_failed", "see 'journalctl -u docker' and /var/log/nvidia-container-runtime.log"
+
+
+class NvidiaContainerToolkit(Resource[ToolkitState]):
+    """GPUs in containers: everything between a loaded driver and a NIM that sees its GPU.
+
+    Args:
+        version: Exact version or leading components of one; empty takes the newest 1.x when installing and keeps what is
+            installed afterwards.
+        mode: The runtime's mode, written into config.toml whatever its default is.
+        default_runtime: Whether ``nvidia`` is Docker's default runtime.
+        cdi: Whether Docker's CDI feature is on.
+        hold: Whether package upgrades leave the four packages alone.
+        smoke_test: Whether a GPU container must prove that all this works.
+        injection: How the containers of this host ask for GPUs; the smoke test asks in the same way.
+    """
+
+    name = "nvidia_container_toolkit"
+
+    def __init__(
+        self,
+        repository_url: str = DEFAULT_REPOSITORY,
+        version: str = "",
+        mode: str = "auto",
+        default_runtime: bool = False,
+        cdi: bool = False,
+        hold: bool = True,
+        smoke_test: bool = True,
+        injection: str = "runtime",
+        api: t.Optional[DockerApi] = None,
+    ) -> None:
+        for option, value, allowed in (("mode", mode, MODES), ("injection", injection, INJECTIONS)):
+            if value not in allowed:
+                raise FleetError(
+                    "invalid_option",
+                    "%s = %s: unknown; use %s." % (option, value, ", ".join(allowed)),
+                    option=option,
+                )
+        self.repository_url = check_url("repository_url", repository_url)
+        self.version = version.strip()
+        if self.version and not re.match(r"%s(\.\d+){0,2}([~-][A-Za-z0-9.~]+)*\Z" % MAJOR, self.version):
+            raise FleetError(
+                "invalid_option",
+                "version = %s: not a version of the toolkit's %s.x line; write for example 1.20.0 or 1.20.0-1."
+                % (self.version, MAJOR),
+                option="version",
+            )
+        self.mode = mode
+        self.hold = hold
+        self.cdi = cdi or injection == "cdi"
+        self.smoke_test = smoke_test
+        self.injection = injection
+        options: t.Dict[str, t.Any] = {"runtimes": {RUNTIME: {"path": RUNTIME_PROGRAM}}}
+        if default_runtime:
+            options["default-runtime"] = RUNTIME
+        if self.cdi:
+            options["features"] = {"cdi": True}
+        self.daemon = DockerDaemon(options, provided=(RUNTIME_PROGRAM,), api=api)
+        self.api = self.daemon.api
+
+    def repository(self, release: OsRelease, machine: str) -> Repository:
+        """NVIDIA's repository: the same for every distribution, one per package format and architecture."""
+        if release.family == "debian":
+            architecture = {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+            url = "%s/stable/deb/%s" % (self.repository_url, architecture)
+        else:
+            url = "%s/stable/rpm/%s" % (self.repository_url, machine)
+        return Repository(
+            name="nvidia-container-toolkit",
+            description="NVIDIA Container Toolkit",
+            url=url,
+            key_url="%s/gpgkey" % self.repository_url,
+            suite="/",
+        )
+
+    # -- observe ----------------------------------------------------------------------------------
+
+    def observe(self, host: Host) -> ToolkitState:
+        release = read_os_release(host)
+        manager = package_manager(host, release)
+        packages = manager.installed(*PACKAGES)
+        config = host.read_text(CONFIG)
+        daemon = self.daemon.observe(host)
+        state = ToolkitState(
+            release=release,
+            machine=host.machine(),
+            packages=packages,
+            repository=manager.repository_state(self.repository(release, host.machine())),
+            mode=configured_mode(config),
+            config_present=config is not None,
+            refresh=_observe_refresh(host) if packages else RefreshUnits(),
+            cdi_spec=host.read_text(CDI_SPEC),
+            static_cdi_spec=host.read_text(STATIC_CDI_SPEC),
+            driver_version=(host.read_text("/sys/module/nvidia/version") or "").strip(),
+            nvidia_smi=host.which("nvidia-smi"),
+            daemon=daemon,
+            hook_newer_than_daemon=self.injection == "gpus" and _hook_newer(host, daemon.main_pid),
+            validation=_read_validation(host),
+        )
+        if not self._packages_good(state):
+            state = dataclasses.replace(state, offers=manager.available(*PACKAGES))
+        return state
+
+    def _packages_good(self, state: ToolkitState) -> bool:
+        versions = {package.version for package in state.packages.values()}
+        return (
+            len(state.packages) == len(PACKAGES)
+            and len(versions) == 1
+            and all(package.complete for package in state.packages.values())
+            and matches_version(next(iter(versions)), self.version)
+        )
+
+    # -- plan -------------------------------------------------------------------------------------
+
+    def plan(self, state: ToolkitState) -> t.List[Change]:
+        manager = package_manager(Host(), state.release)  # for the texts only; nothing is looked at
+        repository = self.repository(state.release, state.machine)
+        changes = manager.plan_repository(self.name, repository, state.repository)
+        changes += self._package_changes(state)
+        target = self._target(state)
+        if self.mode == "jit-cdi" and target and version_tuple(upstream_version(target)) < (1, 18):
+            raise FleetError(
+                "invalid_option",
+                "mode = jit-cdi: toolkit %s does not know it; use version 1.18 or newer, or another mode." % target,
+                option="mode",
+            )
+        if state.mode != self.mode:
+            changes.append(
+                Change(
+                    self.name,
+                    "%s: mode" % CONFIG,
+                    state.mode,
+                    self.mode,
+                    "the default has changed between releases, so it is said explicitly; running containers keep theirs",
+                    action="mode",
+                )
+            )
+        for change in self.daemon.plan(state.daemon):
+            changes.append(dataclasses.replace(change, resource=self.name, why=self._daemon_why(state, change)))
+        changes += self._cdi_changes(state, target)
+        changes += self._gpus_changes(state, changes)
+        changes += self._smoke_changes(state, changes)
+        return changes
+
+    def _target(self, state: ToolkitState) -> str:
+        """The one version that all four shall have, as far as it is known; empty for "the newest on offer"."""
+        if self._packages_good(state):
+            return state.version
+        installed = sorted(
+            {package.version for package in state.packages.values() if matches_version(package.version, self.version)},
+            key=functools.cmp_to_key(compare_debian),
+        )
+        everywhere = [
+            offer.version
+            for offer in state.offers.get(PACKAGES[0], ())
+            if all(any(one.version == offer.version for one in state.offers.get(name, ())) for name in PACKAGES)
+        ]
+        # Half an upgrade is finished, not undone.
+        for version in [*reversed(installed), *everywhere]:
+            if version in everywhere and matches_version(version, self.version or MAJOR):
+                return version
+        return ""
+
+    def _package_changes(self, state: ToolkitState) -> t.List[Change]:
+        changes: t.List[Change] = []
+        target = self._target(state) or self.version or "newest %s.x" % MAJOR
+        if not self._packages_good(state):
+            versions = sorted({package.version for package in state.packages.values()})
+            if not state.packages:
+                why = "containers get their GPUs through it"
+            elif len(versions) > 1:
+                why = "the four packages must have one version"
+            elif len(state.packages) < len(PACKAGES):
+                why = "one of the four packages is missing"
+            elif not all(package.complete for package in state.packages.values()):
+                why = "an interrupted installation left it half done"
+            else:
+                why = "version %s is wanted" % self.version
+            for name in PACKAGES:
+                package = state.packages.get(name)
+                if package is None or package.version != target or not package.complete:
+                    changes.append(
+                        Change(
+                            self.name,
+                            "package %s" % name,
+                            None if package is None else package.version,
+                            target,
+                            why,
+                            action="packages",
+                        )
+                    )
+        loose = [name for name in PACKAGES if name not in state.packages or not state.packages[name].held]
+        if self.hold and loose:
+            changes.append(
+                Change(
+                    self.name,
+                    "hold of %s" % ", ".join(loose),
+                    None,
+                    "held",
+                    "an unattended upgrade would change what new containers get",
+                    action="hold",
+                )
+            )
+        kept = [name for name in PACKAGES if name in state.packages and state.packages[name].held]
+        if not self.hold and kept:
+            changes.append(
+                Change(self.name, "hold of %s" % ", ".join(kept), "held", None, "holding is off", action="unhold")
+            )
+        return changes
+
+    def _daemon_why(self, state: ToolkitState, change: Change) -> str:
+        """The three ways to ``could not select device driver``, told apart."""
+        if state.registered or not state.daemon.answers:
+            return change.why
+        if not state.packages:
+            return "the toolkit was never installed, so Docker cannot give GPUs to a container"
+        if change.action == "daemon_file":
+            return "the toolkit is installed but was never registered in Docker"
+        return "the runtime is registered in %s, but the running daemon was not told" % state.daemon.path
+
+    def _cdi_changes(self, state: ToolkitState, target: str) -> t.List[Change]:
+        changes: t.List[Change] = []
+        static = state.static_cdi_spec
+        if static is not None and "nvidia.com/gpu" in static:
+            newer = bool(target) and version_tuple(upstream_version(target)) >= (1, 18)
+            stale = bool(state.driver_version) and not spec_is_for(static, state.driver_version)
+            if newer or stale:
+                why = "the refresh service writes %s; a file made by hand goes stale and comes first at boot" % CDI_SPEC
+                if stale:
+                    why = "it names the libraries of another driver than the loaded %s" % state.driver_version
+                changes.append(Change(self.name, STATIC_CDI_SPEC, "present", None, why, action="static_spec"))
+        if not state.driver_version or not state.packages:
+            return changes
+        if self.cdi and state.refresh.present and not (state.refresh.path_enabled and state.refresh.path_active):
+            changes.append(
+                Change(
+                    self.name,
+                    "%s.path" % REFRESH,
+                    "enabled" if state.refresh.path_enabled else None,
+                    "enabled and active",
+                    "the CDI specification must follow the driver",
+                    action="refresh_path",
+                )
+            )
+        outdated = state.cdi_spec is None or not spec_is_for(state.cdi_spec, state.driver_version)
+        wanted = self.cdi or (state.refresh.present and state.refresh.path_active)
+        if state.refresh.failed or (wanted and outdated and (self.cdi or state.cdi_spec is not None)):
+            why = "it was made for another driver than the loaded %s" % state.driver_version
+            if state.refresh.failed:
+                why = "%s.service failed, as it does when the driver is swapped under it" % REFRESH
+            elif state.cdi_spec is None:
+                why = "--device nvidia.com/gpu needs it"
+            changes.append(
+                Change(
+                    self.name,
+                    CDI_SPEC,
+                    None if state.cdi_spec is None else "outdated" if outdated else "present",
+                    "for driver %s" % state.driver_version,
+                    why,
+                    action="refresh",
+                )
+            )
+        return changes
+
+    def _gpus_changes(self, state: ToolkitState, planned: t.Sequence[Change]) -> t.List[Change]:
+        """``--gpus`` works only in a daemon that was started after the toolkit was installed."""
+        if self.injection != "gpus" or not state.daemon.answers:
+            return []
+        if any(change.disruption is Disruption.RESTART_DOCKER for change in planned):
+            return []
+        if not (state.hook_newer_than_daemon or not state.packages) or self.validated(state):
+            return []
+        return [
+            Change(
+                self.name,
+                "GPU driver of the running daemon",
+                None,
+                "registered",
+                "dockerd looks for the toolkit's hook only when it starts, and was started before it was there",
+                Disruption.RESTART_DOCKER,
+                "gpus_restart",
+                blocked=restart_blocked(
+                    state.daemon, live_restore=bool(state.daemon.info.get("LiveRestoreEnabled")), keys=()
+                ),
+            )
+        ]
+
+    def _key(self, state: ToolkitState) -> t.Dict[str, str]:
+        """What the outcome of the smoke test depends on."""
+        key = {
+            "driver": state.driver_version,
+            "toolkit": state.version,
+            "docker": state.daemon.version,
+            "mode": state.mode or "",
+            "injection": self.injection,
+        }
+        if self.injection != "runtime":
+            # CDI and --gpus are set up when the daemon starts.
+            key["daemon"] = str(state.daemon.main_pid)
+        return key
+
+    def validated(self, state: ToolkitState) -> bool:
+        """Whether the last smoke test that passed was made with the present versions."""
+        return dict(state.validation.get("key", {})) == self._key(state)
+
+    def _smoke_changes(self, state: ToolkitState, planned: t.Sequence[Change]) -> t.List[Change]:
+        if not self.smoke_test or not state.driver_version or not state.nvidia_smi or not state.daemon.answers:
+            return []
+        if any(change.blocked for change in planned):
+            return []
+        if self.validated(state) and not any(_outdates_proof(change) for change in planned):
+            return []
+        return [
+            Change(
+                self.name,
+                "GPU container",
+                None,
+                "sees the host's GPUs",
+                "proof of driver, toolkit and Docker together, in the way the NIM containers ask for GPUs (%s)"
+                % self.injection,
+                action="smoke_test",
+            )
+        ]
+
+    # -- apply ------------------------------------------------------------------------------------
+
+    def apply(self, host: Host, change: Change) -> None:
+        if _outdates_proof(change):
+            host.remove(VALIDATION)
+        if change.action.startswith("daemon_"):
+            self.daemon.apply(host, change)
+        elif change.action == "smoke_test":
+            self._smoke_test(host)
+        elif change.action == "gpus_restart":
+            state = self.daemon.observe(host)
+            blocked = restart_blocked(state, live_restore=bool(state.info.get("LiveRestoreEnabled")), keys=())
+            if blocked:
+                raise FleetError("restart_refused", "Restarting Docker was refused: %s." % blocked)
+            restart_docker(host, self.api, state)
+        elif change.action == "mode":
+            self._set_mode(host)
+        elif change.action == "static_spec":
+            text = host.read_text(STATIC_CDI_SPEC)
+            if text is not None:
+                host.make_dir("/var/lib/gpu_fleet", mode=0o755)
+                host.write_file("/var/lib/gpu_fleet/cdi-nvidia.yaml.before", text, mode=0o644)
+                host.remove(STATIC_CDI_SPEC)
+        elif change.action == "refresh_path":
+            host.check(
+                ["systemctl", "enable", "--now", "%s.path" % REFRESH],
+                reason="cdi_refresh_failed",
+                doing="Enabling %s.path" % REFRESH,
+            )
+        elif change.action == "refresh":
+            self._refresh(host)
+        else:
+            self._apply_packages(host, change)
+
+    def _apply_packages(self, host: Host, change: Change) -> None:
+        release = read_os_release(host)
+        manager = package_manager(host, release)
+        if change.action == "repository":
+            manager.apply_repository(change.data["repository"])
+            return
+        if change.action in ("hold", "unhold"):
+            present = manager.installed(*PACKAGES)
+            if change.action == "hold":
+                manager.hold(*(name for name, package in present.items() if not package.held))
+            else:
+                manager.unhold(*(name for name, package in present.items() if package.held))
+            return
+        manager.repair()
+        state = dataclasses.replace(self.observe(host), offers=manager.available(*PACKAGES))
+        if self._packages_good(state):
+            return  # the first of the four took the others along
+        target = self._target(state)
+        if not target:
+            manager.refresh(self.repository(release, host.machine()))
+            state = dataclasses.replace(state, offers=manager.available(*PACKAGES))
+            target = self._target(state)
+        if not target:
+            offered = [offer.version for offer in state.offers.get(PACKAGES[0], ())]
+            raise FleetError(
+                "no_suitable_version",
+                "Installing NVIDIA Container Toolkit %s failed: %s offers the four packages together only as %s; choose one "
+                "of these, or another repository_url."
+                % (self.version or MAJOR + ".x", self.repository_url, ", ".join(offered) or "nothing"),
+                offered=offered,
+            )
+        manager.install(dict.fromkeys(PACKAGES, target))
+        if self.hold:
+            # apt forgets the hold of a package that it was told to change all the same.
+            manager.hold(*manager.installed(*PACKAGES))
+
+    def _set_mode(self, host: Host) -> None:
+        if configured_mode(host.read_text(CONFIG)) == self.mode:
+            return
+        host.make_dir(os.path.dirname(CONFIG), mode=0o755)
+        host.check(
+            ["nvidia-ctk", "config", "--in-place", "--set", "nvidia-container-runtime.mode=%s" % self.mode],
+            reason="toolkit_config_failed",
+            doing="Setting the mode in %s" % CONFIG,
+            remedy="The file may be broken; mend it, or move it away and run again.",
+            timeout=60,
+        )
+
+    def _refresh(self, host: Host) -> None:
+        if _observe_refresh(host).present:
+            # A driver swap uses its start limit up: without the reset it would refuse to start.
+            host.run(["systemctl", "reset-failed", "%s.service" % REFRESH])
+            host.check(
+                ["systemctl", "restart", "%s.service" % REFRESH],
+                reason="cdi_refresh_failed",
+                doing="Writing the CDI specification with %s.service" % REFRESH,
+                remedy="See 'journalctl -u %s'." % REFRESH,
+                timeout=120,
+            )
+            return
+        host.make_dir(os.path.dirname(CDI_SPEC), mode=0o755)
+        host.check(
+            ["nvidia-ctk", "cdi", "generate", "--output=%s" % CDI_SPEC],
+            reason="cdi_refresh_failed",
+            doing="Writing the CDI specification %s" % CDI_SPEC,
+            timeout=120,
+        )
+
+    # -- smoke test -------------------------------------------------------------------------------
+
+    def _smoke_test(self, host: Host) -> None:
+        state = self.observe(host)
+        if self.validated(state):
+            return
+        smi = state.nvidia_smi or "nvidia-smi"
+        listed = host.run([smi, "-L"], timeout=_SMOKE_TIMEOUT)
+        expected = parse_gpu_list(listed.stdout)
+        if not listed.ok or not expected:
+            reason, remedy = explain_failure(listed.stdout + listed.stderr)
+            raise FleetError(
+                "host_gpu_failed" if reason == "gpu_container_failed" else reason,
+                "Listing the GPUs on the host with 'nvidia-smi -L' failed: %s; %s."
+                % (listed.last_line().rstrip("."), remedy),
+                rc=listed.rc,
+            )
+        image = self._build_image(host, smi)
+        arguments = {
+            "runtime": ["--runtime=%s" % RUNTIME, "--env=NVIDIA_VISIBLE_DEVICES=all"],
+            "cdi": ["--device=nvidia.com/gpu=all"],
+            "gpus": ["--gpus=all"],
+        }[self.injection]
+        # What an interrupted run left behind would hold the name.
+        host.run(["docker", "rm", "--force", _SMOKE_NAME], timeout=60)
+        try:
+            result = host.run(
+                [
+                    "docker",
+                    "run",
+                    "--rm",
+                    "--name=%s" % _SMOKE_NAME,
+                    "--pull=never",
+                    "--network=none",
+                    "--log-driver=none",
+                    "--env=NVIDIA_DRIVER_CAPABILITIES=utility",
+                    *arguments,
+                    image,
+                    "nvidia-smi",
+                    "-L",
+                ],
+                timeout=_SMOKE_TIMEOUT,
+            )
+        finally:
+            host.run(["docker", "rm", "--force", _SMOKE_NAME], timeout=60)
+            host.run(["docker", "rmi", "--force", image], timeout=60)
+        output = result.stdout + result.stderr
+        if not result.ok:
+            reason, remedy = explain_failure(output)
+            raise FleetError(
+                reason,
+                "Running 'nvidia-smi -L' in a container (%s) failed: %s; %s."
+                % (" ".join(arguments), _cause(output).rstrip("."), remedy),
+                rc=result.rc,
+                stderr=result.stderr[-2000:],
+            )
+        seen = parse_gpu_list(result.stdout)
+        if seen != expected:
+            raise FleetError(
+                "gpu_container_differs",
+                "A container (%s) sees the GPUs %s where the host has %s; check NVIDIA_VISIBLE_DEVICES defaults and the CDI "
+                "specification." % (" ".join(arguments), ", ".join(seen) or "none", ", ".join(expected)),
+                seen=list(seen),
+                expected=list(expected),
+            )
+        host.make_dir(os.path.dirname(VALIDATION), mode=0o755)
+        record = {"key": self._key(state), "gpus": list(seen), "time": int(host.time())}
+        host.write_file(VALIDATION, json.dumps(record, indent=2) + "\n", mode=0o644)
+
+    def _build_image(self, host: Host, smi: str) -> str:
+        """An image out of the host's own files: a shell and the C library, so that an injected nvidia-smi can run.
+
+        No registry is needed, and the container has the very libc that the driver's tools were installed for.
+        """
+        archive = build_archive(host, ["/bin/sh", smi])
+        image = "%s:%s" % (_SMOKE_NAME, hashlib.sha256(archive).hexdigest()[:12])
+        path = "%s/image.tar" % _SMOKE_DIRECTORY
+        host.make_dir(_SMOKE_DIRECTORY, mode=0o700)
+        host.write_file(path, archive, mode=0o600)
+        search = "PATH=%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" % os.path.dirname(smi)
+        try:
+            host.check(
+                ["docker", "import", "--change", "ENV %s" % search, path, image],
+                reason="gpu_container_failed",
+                doing="Importing the image of the GPU smoke test",
+                timeout=120,
+            )
+        finally:
+            host.remove(_SMOKE_DIRECTORY)
+        return image
+
+
+def build_archive(host: Host, programs: t.Sequence[str]) -> bytes:
+    """A tar of programs' interpreters and shared libraries (and the shell itself), the root of a tiny container.
+
+    The last program is what the NVIDIA runtime injects, so only its libraries go in.
+    """
+    paths: t.Dict[str, None] = {}
+    todo = list(programs)
+    injected = programs[-1]
+    while todo:
+        program = todo.pop(0)
+        content = host.read_bytes(program) or b""
+        if program != injected:
+            paths[program] = None
+        if content.startswith(b"#!"):
+            words = content[2:].split(b"\n", 1)[0].decode("utf-8", "replace").split()
+            todo += [word for word in words if word.startswith("/") and word not in paths]
+            continue
+        for line in host.run(["ldd", program]).stdout.splitlines():
+            # "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)" and "/lib64/ld-linux-x86-64.so.2 (0x…)"
+            found = re.search(r"(?:=>\s*)?(/\S+)\s+\(0x", line)
+            # The driver's own libraries are injected with it.
+            if found and "nvidia" not in found.group(1) and "libcuda" not in found.group(1):
+                paths[found.group(1)] = None
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        made: t.Set[str] = set()
+
+        def directory(path: str) -> None:
+            if path in ("", "/") or path in made:
+                return
+            directory(os.path.dirname(path))
+            made.add(path)
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.type = tarfile.DIRTYPE
+            entry.mode = 0o755
+            archive.addfile(entry)
+
+        # Places that runtimes and their hooks mount on or write to.
+        for path in ("/dev", "/etc/ld.so.conf.d", "/proc", "/run", "/sys", "/tmp", "/usr/bin", "/var"):  # noqa: S108 (in the image)
+            directory(path)
+        for path in sorted(paths):
+            data = host.read_bytes(path)
+            if data is None:
+                continue
+            directory(os.path.dirname(path))
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.size = len(data)
+            entry.mode = 0o755
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _outdates_proof(change: Change) -> bool:
+    """Whether a change may alter what a GPU container gets, so that the last smoke test proves nothing any more."""
+    return change.action in ("packages", "mode", "gpus_restart", "refresh") or change.action.startswith("daemon_")
+
+
+def _cause(output: str) -> str:
+    """The line of docker's or nvidia-smi's output that says what went wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for line in lines:
+        if re.search(r"(?i)error|fail|unknown|not found|could not", line) and not line.startswith("Run 'docker"):
+            return re.sub(r"\Adocker: (Error response from daemon: )?", "", line)
+    return lines[-1] if lines else "it printed nothing"
+
+
+def _observe_refresh(host: Host) -> RefreshUnits:
+    path = unit_properties(host, "%s.path" % REFRESH, "LoadState", "UnitFileState", "ActiveState")
+    service = unit_properties(host, "%s.service" % REFRESH, "LoadState", "ActiveState")
+    return RefreshUnits(
+        present=service.get("LoadState") == "loaded",
+        path_enabled=path.get("UnitFileState") == "enabled",
+        path_active=path.get("ActiveState") == "active",
+        failed=service.get("ActiveState") == "failed",
+    )
+
+
+def _hook_newer(host: Host, main_pid: int) -> bool:
+    """Whether the toolkit's hook was put in place after the daemon had started."""
+    if not main_pid:
+        return False
+    changed = host.run(["stat", "-c", "%Z", HOOK])
+    process = (host.read_text("/proc/%d/stat" % main_pid) or "").rpartition(")")[2].split()
+    boot = re.search(r"(?m)^btime (\d+)$", host.read_text("/proc/stat") or "")
+    if not changed.ok or len(process) < 20 or not boot:
+        return False
+    # Field 22 of /proc/<pid>/stat, in USER_HZ, which is 100 on every architecture that NVIDIA supports.
+    # Both are rounded to seconds, and the boot time moves with the clock.
+    return int(changed.stdout) > int(boot.group(1)) + int(process[19]) // 100 + 2
+
+
+def _read_validation(host: Host) -> t.Dict[str, t.Any]:
+    try:
+        found = json.loads(host.read_text(VALIDATION) or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("key"), dict) else {}
