@@ -80,7 +80,7 @@ def read_file(path: str) -> str | None:
         return None
 
 
-class ActionModule(ActionBase):
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
     TRANSFERS_FILES = False
     #: One call for all hosts, so that one message has all mistakes.
     BYPASS_HOST_LOOP = True
