@@ -1,0 +1,1228 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""All NIM services of a host as one resource: GPUs, ports, units and containers are planned together."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import sys
+import typing as t
+from dataclasses import dataclass, field
+
+from ._docker_api import DockerApi
+from ._errors import FleetError
+from ._gpu import Gpu, observe_gpus, parse_cgroup
+from ._gpu_placement import Wish, place
+from ._host import FileStat, Host
+from ._image_reference import ImageReference
+from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family, family_of_image
+from ._nim_models import NimModel, addresses_overlap, container_name, unit_name
+from ._nim_unit import SPEC_LABEL, source, spec_hash
+from ._resource import Change, Disruption, FileDiff, Resource
+
+UNIT_DIRECTORY = "/etc/systemd/system"
+CONFIGURATION_DIRECTORY = "/etc/nim"
+KEY_FILE = CONFIGURATION_DIRECTORY + "/ngc.env"
+WRAPPER = "/usr/local/libexec/nim/nim-unit"
+BASE_DIRECTORY = "/var/lib/nim"
+STATE_DIRECTORY = BASE_DIRECTORY + "/state"
+MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
+RUNTIME_DIRECTORY = "/run/nim"
+#: What gpu_fleet.nim.nim_image pinned: image reference -> {digest, image_id, pinned_at}.
+IMAGE_RECORD = "/var/lib/gpu_fleet/images.json"
+
+NAME_LABEL = "io.gpu-fleet.nim.name"
+IMAGE_LABEL = "io.gpu-fleet.nim.image"
+DIGEST_LABEL = "io.gpu-fleet.nim.digest"
+
+INJECTIONS = ("runtime", "cdi", "gpus")
+START_LIMIT_BURST = 4
+#: Seconds that one failed start takes beyond its start timeout: back-off and the stop of what is left.
+START_LIMIT_MARGIN = 120
+#: Seconds until the wrapper must have said that it runs.
+WRAPPER_TIMEOUT = 15.0
+
+_HEADER = "# Written by gpu_fleet.nim.nim_service; changes made here are overwritten.\n"
+
+TARGET_TEXT = (
+    _HEADER
+    + """\
+[Unit]
+Description=All NIM services of this host
+Documentation=https://docs.nvidia.com/nim/
+
+[Install]
+WantedBy=multi-user.target
+"""
+)
+
+SLICE_TEXT = (
+    _HEADER
+    + """\
+[Unit]
+Description=Containers of the NIM services
+Before=slices.target
+"""
+)
+
+Json = t.Dict[str, t.Any]
+
+
+def unit_text(model: NimModel, injection: str) -> str:
+    """The unit of one model. The image is not named in it: a new image must not need a daemon-reload."""
+    wants = ["docker.service", "network-online.target"]
+    after = [
+        *wants,
+        "nvidia-persistenced.service",
+        "nvidia-fabricmanager.service",
+        "nvidia-cdi-refresh.service",
+        "nvidia-gpu-reset.target",
+    ]
+    if injection == "cdi":
+        wants.append("nvidia-cdi-refresh.service")
+    interval = START_LIMIT_BURST * (model.start_timeout + START_LIMIT_MARGIN)
+    return (
+        _HEADER
+        + """\
+[Unit]
+Description=NIM {name}
+Documentation=https://docs.nvidia.com/nim/
+# Not Requires=: a restart of Docker must not restart the model.
+Wants={wants}
+After={after}
+PartOf=nim.target
+# Lies there while the host is being worked on; survives a reboot.
+ConditionPathExists=!{maintenance}
+StartLimitIntervalSec={interval}
+StartLimitBurst={burst}
+
+[Service]
+Type=exec
+Environment=HOME=/root
+ExecStart={wrapper} run {name}
+# Also called when the main process died by itself; it then leaves the container alone.
+ExecStop={wrapper} stop {name}
+TimeoutStopSec={timeout_stop}
+KillMode=mixed
+# Always: a NIM may end with code 0 although it failed.
+Restart=always
+# The wrapper waits longer after a failure; a stop during this pause would leave the container running.
+RestartSec=200ms
+RestartPreventExitStatus=78
+SuccessExitStatus=143
+RuntimeDirectory=nim
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+ReadWritePaths=-{state}
+
+[Install]
+WantedBy=nim.target multi-user.target
+""".format(
+            name=model.name,
+            wants=" ".join(wants),
+            after=" ".join(after),
+            maintenance=MAINTENANCE_FILE,
+            interval=interval,
+            burst=START_LIMIT_BURST,
+            wrapper=WRAPPER,
+            timeout_stop=model.stop_timeout + 30,
+            state=STATE_DIRECTORY,
+        )
+    )
+
+
+def wrapper_text() -> str:
+    """The program that the units run, with a Python that is there whatever Ansible was told to use."""
+    python = sys.executable if sys.executable.startswith(("/usr/bin/", "/usr/libexec/")) else "/usr/bin/python3"
+    return "#!%s\n%s" % (python, source())
+
+
+def fingerprint(secret: str) -> str:
+    return "sha256:" + hashlib.sha256(secret.encode("utf-8")).hexdigest()[:12]
+
+
+# -- what is there --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """A pulled image.
+
+    Attributes:
+        reference: How ``docker create`` is told: by digest where Docker knows it, otherwise by id.
+        command: The image's own default command.
+    """
+
+    identifier: str
+    reference: str
+    digest: str
+    family: Family
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """What the host has under one name.
+
+    Attributes:
+        active: systemd's ActiveState; empty when the unit is not known.
+        enabled: systemd's UnitFileState.
+        running: Whether the container runs.
+        spec: What the container runs, by its label; empty without a container.
+        started_spec: What the wrapper is starting or running, by its own word.
+        failures: Starts that failed in a row.
+    """
+
+    name: str
+    unit_text: str | None = None
+    configuration_text: str | None = None
+    configuration: Json = field(default_factory=dict)
+    masked: bool = False
+    active: str = ""
+    enabled: str = ""
+    need_reload: bool = False
+    container: bool = False
+    running: bool = False
+    downloading: bool = False
+    spec: str = ""
+    started_spec: str = ""
+    phase: str = ""
+    failures: int = 0
+
+    @property
+    def exists(self) -> bool:
+        return self.unit_text is not None or self.configuration_text is not None or self.container or self.masked
+
+    @property
+    def alive(self) -> bool:
+        """Whether systemd keeps it up or is about to."""
+        return self.active in ("active", "activating", "reloading", "deactivating")
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        found = self.configuration.get("gpus")
+        return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Somebody who holds a TCP port."""
+
+    address: str
+    port: int
+    pid: int | None
+    command: str
+    container: str
+
+    def describe(self) -> str:
+        process = "a process that cannot be seen" if self.pid is None else "%s (pid %d)" % (self.command, self.pid)
+        if self.container and self.pid is None:
+            return "container %s" % self.container
+        return "%s of container %s" % (process, self.container) if self.container else process
+
+
+@dataclass(frozen=True)
+class HostState:
+    """One look at everything that the services of a host consist of or depend on."""
+
+    docker: bool = False
+    docker_problem: str = ""
+    docker_version: str = ""
+    cgroup_driver: str = ""
+    runtimes: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    gpu_problem: str = ""
+    maintenance: bool = False
+    services: t.Mapping[str, ServiceState] = field(default_factory=dict)
+    images: t.Mapping[str, ImageState] = field(default_factory=dict)
+    paths: t.Mapping[str, FileStat | None] = field(default_factory=dict)
+    files: t.Mapping[str, str | None] = field(default_factory=dict)
+    target_enabled: bool = False
+    target_active: bool = False
+    target_need_reload: bool = False
+    key_fingerprint: str | None = None
+    key_safe: bool = True
+    listeners: tuple[Listener, ...] = ()
+    endangered: tuple[str, ...] = ()
+
+
+def listening_sockets(text: str, ipv6: bool) -> list[tuple[str, int, str]]:
+    """Address, port and inode of every listener in ``/proc/net/tcp`` or ``tcp6`` (proc(5))."""
+    found = []
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if len(words) < 10 or words[3] != "0A":
+            continue
+        address, _colon, port = words[1].partition(":")
+        try:
+            raw = bytes.fromhex(address)
+            # Each group of four bytes is in the byte order of the machine, and all supported ones are little-endian.
+            raw = b"".join(raw[start : start + 4][::-1] for start in range(0, len(raw), 4))
+            ip = ipaddress.IPv6Address(raw) if ipv6 else ipaddress.IPv4Address(raw)
+            mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+            found.append((str(mapped or ip), int(port, 16), words[9]))
+        except ValueError:
+            continue
+    return found
+
+
+class NimService(Resource[HostState]):
+    """Every NIM service of one host.
+
+    Args:
+        models: All models of the host; those that are on the host but not in the list are reported, not touched.
+        key: NGC key; None leaves the stored one alone.
+        key_state: ``absent`` removes the stored key.
+        injection: How containers get their GPUs: ``runtime``, ``cdi`` or ``gpus``.
+    """
+
+    name = "nim_service"
+
+    def __init__(
+        self,
+        models: t.Sequence[NimModel],
+        *,
+        key: str | None = None,
+        key_state: str = "present",
+        injection: str = "runtime",
+        api: DockerApi | None = None,
+    ) -> None:
+        self.models = list(models)
+        self.key = key or None
+        self.key_state = key_state
+        self.injection = injection
+        self.api = api or DockerApi()
+        self.warnings: list[str] = []
+        self._restarted: set[str] = set()
+        if self.key is not None and not re.match(r"[\x21-\x7e]+\Z", self.key):
+            raise FleetError(
+                "invalid_option",
+                "ngc_api_key = (hidden): holds white space, a newline or another character that no key has; "
+                "copy the key again, without quotes and line ends.",
+            )
+        if injection not in INJECTIONS:
+            raise FleetError(
+                "invalid_option",
+                "gpu_injection = %r: no such way; use one of %s." % (injection, ", ".join(INJECTIONS)),
+            )
+
+    # -- observe --------------------------------------------------------------------------------------
+
+    def observe(self, host: Host) -> HostState:
+        problem, info, version, containers, inspected = self._look_at_docker(host)
+        wanted = [model for model in self.models if model.state != "absent"]
+        inventory = observe_gpus(host) if wanted else None
+        names = self._names(host)
+        units = self._units(host, names)
+        by_name = {str(name).lstrip("/"): entry for entry in containers for name in entry.get("Names") or []}
+        key = _stored_key(host)
+        key_stat = host.stat(KEY_FILE)
+        paths = [BASE_DIRECTORY, STATE_DIRECTORY, CONFIGURATION_DIRECTORY, os.path.dirname(WRAPPER)]
+        for model in wanted:
+            paths += [model.cache_directory]
+            paths += [path for path in (model.weights_directory, model.lora_directory) if path]
+        target = units.get("nim.target", {})
+        return HostState(
+            docker=not problem,
+            docker_problem=problem,
+            docker_version=version,
+            cgroup_driver=str(info.get("CgroupDriver", "")),
+            runtimes=tuple(sorted(info.get("Runtimes") or {})),
+            gpus=inventory.gpus if inventory else (),
+            gpu_problem=_gpu_problem(inventory) if inventory else "",
+            maintenance=host.exists(MAINTENANCE_FILE),
+            services={
+                name: self._service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)
+            },
+            images=self._images(host, wanted) if not problem else {},
+            paths={path: host.stat(path) for path in paths},
+            files={
+                path: host.read_text(path)
+                for path in (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
+            },
+            target_enabled=target.get("UnitFileState") == "enabled",
+            target_active=target.get("ActiveState") == "active",
+            target_need_reload=target.get("NeedDaemonReload") == "yes",
+            key_fingerprint=fingerprint(key) if key else None,
+            key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
+            listeners=self._listeners(host, wanted, containers),
+            endangered=_endangered(host, version, info, inspected),
+        )
+
+    def _look_at_docker(self, host: Host) -> tuple[str, Json, str, list[Json], list[Json]]:
+        try:
+            version = str(self.api.version().get("Version", ""))
+            info = self.api.info()
+            containers = self.api.containers(all=True)
+            running = [str(entry.get("Id", "")) for entry in containers if entry.get("State") == "running"]
+            inspected = [found for found in map(self.api.container, running) if found is not None]
+        except FleetError as error:
+            return error.message, {}, "", [], []
+        return "", info, version, containers, inspected
+
+    def _names(self, host: Host) -> set[str]:
+        """Services that are wanted or that an earlier run has put here."""
+        names = {model.name for model in self.models}
+        for entry in host.list_dir(CONFIGURATION_DIRECTORY):
+            if entry.endswith(".json"):
+                names.add(entry[: -len(".json")])
+        return names
+
+    def _units(self, host: Host, names: t.Iterable[str]) -> dict[str, dict[str, str]]:
+        wanted = ["nim.target"] + [unit_name(name) for name in sorted(names)]
+        keys = "Id,ActiveState,UnitFileState,NeedDaemonReload"
+        shown = host.run(["systemctl", "show", "--property", keys, "--", *wanted])
+        found = {}
+        for block in shown.stdout.split("\n\n"):
+            values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            if values.get("Id"):
+                found[values["Id"]] = values
+        return found
+
+    def _service(
+        self, host: Host, name: str, unit: t.Mapping[str, str], containers: t.Mapping[str, Json]
+    ) -> ServiceState:
+        unit_path = "%s/%s" % (UNIT_DIRECTORY, unit_name(name))
+        masked = host.read_link(unit_path) == "/dev/null"
+        text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+        container = containers.get(container_name(name))
+        runtime = _json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
+        failures = runtime.get("failures")
+        download = containers.get(container_name(name) + "-download") or {}
+        return ServiceState(
+            name=name,
+            unit_text=None if masked else host.read_text(unit_path),
+            configuration_text=text,
+            configuration=_json_object(text),
+            masked=masked or unit.get("UnitFileState", "").startswith("masked"),
+            active=unit.get("ActiveState", ""),
+            enabled=unit.get("UnitFileState", ""),
+            need_reload=unit.get("NeedDaemonReload") == "yes",
+            container=container is not None,
+            running=(container or {}).get("State") == "running",
+            downloading=download.get("State") == "running",
+            spec=str(((container or {}).get("Labels") or {}).get(SPEC_LABEL, "")),
+            started_spec=str(runtime.get("spec", "")),
+            phase=str(runtime.get("phase", "")),
+            failures=failures if isinstance(failures, int) else 0,
+        )
+
+    def _images(self, host: Host, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
+        text = host.read_text(IMAGE_RECORD)
+        record = _json_object(text)
+        if text is not None and not record and text.strip() not in ("", "{}"):
+            raise FleetError(
+                "state_broken",
+                "%s is not a JSON object; it was left as it is. Repair it, or remove it and run nim_image again."
+                % IMAGE_RECORD,
+            )
+        found = {}
+        for model in models:
+            reference = ImageReference.parse(model.image)
+            pinned = record.get(model.image) or record.get(str(reference)) or {}
+            digest = str(pinned.get("digest") or reference.digest or "")
+            image = None
+            for candidate in (
+                pinned.get("image_id"),
+                str(reference.with_digest(digest)) if digest else None,
+                # Without a pin the tag is all there is; with one, what the tag means today does not matter.
+                None if digest else str(reference),
+            ):
+                image = image or (self.api.image(str(candidate)) if candidate else None)
+            if image is not None:
+                found[model.image] = _image_state(reference, digest, image)
+        return found
+
+    def _listeners(
+        self, host: Host, models: t.Sequence[NimModel], containers: t.Sequence[Json]
+    ) -> tuple[Listener, ...]:
+        ports = {model.port for model in models if model.state == "started"}
+        published = [
+            (str(port.get("IP") or "0.0.0.0"), int(port["PublicPort"]), str(entry["Names"][0]).lstrip("/"))  # noqa: S104 - compared, not bound
+            for entry in containers
+            if entry.get("State") == "running" and entry.get("Names")
+            for port in entry.get("Ports") or []
+            if port.get("PublicPort") in ports and port.get("Type") == "tcp"
+        ]
+        sockets = [
+            found
+            for path, ipv6 in (("/proc/net/tcp", False), ("/proc/net/tcp6", True))
+            for found in listening_sockets(host.read_text(path) or "", ipv6)
+            if found[1] in ports
+        ]
+        owners = _socket_owners(host, {inode for _address, _port, inode in sockets}) if sockets else {}
+        names = {str(entry.get("Id", "")): str((entry.get("Names") or [""])[0]).lstrip("/") for entry in containers}
+        found = []
+        for address, port, inode in sockets:
+            pid, command, container_id = owners.get(inode, (None, "", ""))
+            container = names.get(container_id, "")
+            if not container:
+                # docker-proxy listens outside of the container that it serves.
+                container = next(
+                    (name for ip, public, name in published if public == port and addresses_overlap(ip, address)), ""
+                )
+            found.append(Listener(address, port, pid, command, container))
+        for address, port, name in published:
+            # Without docker-proxy a published port is a rule of the packet filter only.
+            if not any(known.port == port and known.container == name for known in found):
+                found.append(Listener(address, port, None, "", name))
+        return tuple(found)
+
+    # -- plan -----------------------------------------------------------------------------------------
+
+    def plan(self, state: HostState) -> list[Change]:
+        """Everything that must change, stops first, starts last.
+
+        Raises:
+            FleetError: ``gpus_unavailable``, ``port_in_use``, ``unit_masked``: nothing may be touched before these
+                are settled.
+        """
+        prerequisites = self._missing_prerequisites(state)
+        if prerequisites:
+            return prerequisites
+        configurations = self.configurations(state)
+        self._check_masks(state)
+        restarts = self._restarts(state, configurations)
+        self._check_ports(state, configurations, {name for name, _kind, _why in restarts})
+        changes = self._plan_directories(state) + self._plan_files(state) + self._plan_key(state)
+        for model in self.models:
+            if model.state != "started":
+                changes += self._plan_stop(model, state)
+        for model in self.models:
+            if model.state != "absent":
+                changes += self._plan_service_files(model, configurations[model.name], state)
+        changes += self._plan_reload(changes, state)
+        changes += self._plan_enablement(state)
+        changes += self._plan_restarts(restarts, state)
+        return changes
+
+    def configurations(self, state: HostState) -> dict[str, Json]:
+        """What ``/etc/nim/<name>.json`` must hold for every model that is not absent."""
+        wanted = [model for model in self.models if model.state != "absent"]
+        listed = {model.name for model in self.models}
+        placed = place(
+            [Wish(model.name, model.gpus, _service_state(state, model.name).gpus) for model in wanted],
+            state.gpus,
+            {name: service.gpus for name, service in state.services.items() if name not in listed},
+        )
+        return {
+            model.name: build_configuration(
+                model,
+                state.images[model.image],
+                placed[model.name],
+                injection=self.injection,
+                cgroup_driver=state.cgroup_driver,
+            )
+            for model in wanted
+        }
+
+    def _missing_prerequisites(self, state: HostState) -> list[Change]:
+        """One change a model that cannot be planned yet: a host that was never set up is not an error in check mode."""
+        changes = []
+        for model in self.models:
+            if model.state == "absent":
+                continue
+            reason = message = ""
+            if not state.docker:
+                reason, message = "docker_unavailable", state.docker_problem
+            elif not state.gpus:
+                reason, message = "no_gpu", state.gpu_problem
+            elif self.injection == "runtime" and "nvidia" not in state.runtimes:
+                reason = "runtime_missing"
+                message = "Docker has no runtime 'nvidia'; set up the NVIDIA Container Toolkit first."
+            elif model.image not in state.images:
+                reason = "image_missing"
+                message = "Image %s is not on this host; pull it with gpu_fleet.nim.nim_image first." % model.image
+            else:
+                for option in ("weights_directory", "lora_directory"):
+                    message = message or _unreadable(option, getattr(model, option), model, state)
+                reason = "directory_missing" if message else ""
+            if reason:
+                changes.append(
+                    Change(
+                        self.name,
+                        model.unit,
+                        "present" if _service_state(state, model.name).exists else None,
+                        model.state,
+                        "wanted, but not possible yet: " + message.rstrip("."),
+                        Disruption.NONE,
+                        "prerequisite",
+                        {"reason": reason, "message": "Service %s cannot be set up: %s" % (model.name, message)},
+                    )
+                )
+        return changes
+
+    def _check_masks(self, state: HostState) -> None:
+        for model in self.models:
+            if model.state == "started" and _service_state(state, model.name).masked:
+                raise FleetError(
+                    "unit_masked",
+                    "%s is masked, which somebody did to keep it from starting; run 'systemctl unmask %s', or set the "
+                    "model to state absent." % (model.unit, model.unit),
+                )
+
+    def _restarts(self, state: HostState, configurations: t.Mapping[str, Json]) -> list[tuple[str, str, str]]:
+        """Name, ``start`` or ``restart``, and why, of every service that does not run what it should."""
+        found = []
+        new_key = self._new_key(state)
+        for model in self.models:
+            if model.state != "started":
+                continue
+            service = _service_state(state, model.name)
+            spec = str(configurations[model.name]["spec"])
+            if service.running:
+                if service.spec != spec:
+                    found.append((model.name, "restart", "the container runs something else"))
+                elif not service.alive:
+                    found.append((model.name, "start", "the unit is %s, the container goes on" % service.active))
+            elif not service.alive:
+                why = "the unit failed" if service.active == "failed" else "the service does not run"
+                found.append((model.name, "start", why))
+            elif service.started_spec != spec:
+                found.append((model.name, "restart", "the unit is starting something else"))
+            elif new_key and service.failures:
+                found.append((model.name, "restart", "its starts failed, and there is a new key"))
+        return found
+
+    def _check_ports(self, state: HostState, configurations: t.Mapping[str, Json], starting: set[str]) -> None:
+        wanted = {model.container: model for model in self.models}
+        for model in self.models:
+            if model.name not in starting:
+                continue
+            for listener in state.listeners:
+                if listener.port != model.port or not _collides(model, listener):
+                    continue
+                if listener.container == model.container:
+                    continue
+                other = wanted.get(listener.container)
+                if other is not None and (other.state != "started" or not _collides(other, listener)):
+                    # It gives the port up in this very run.
+                    continue
+                raise FleetError(
+                    "port_in_use",
+                    "Model %s cannot have port %d on %s: it is held by %s; stop that first, or give the model another "
+                    "port. Nothing was changed." % (model.name, model.port, model.bind_address, listener.describe()),
+                    port=model.port,
+                    address=model.bind_address,
+                    pid=listener.pid,
+                    command=listener.command,
+                    container=listener.container,
+                )
+
+    def _plan_directories(self, state: HostState) -> list[Change]:
+        wanted: dict[str, tuple[int, int, int, str]] = {}
+        for path in (BASE_DIRECTORY, STATE_DIRECTORY, CONFIGURATION_DIRECTORY, os.path.dirname(WRAPPER)):
+            wanted[path] = (0, 0, 0o755, "holds what all services share")
+        for model in self.models:
+            if model.state != "absent":
+                wanted[model.cache_directory] = (model.uid, model.gid, 0o750, "model cache of %s" % model.name)
+        changes = []
+        if not any(model.state != "absent" for model in self.models):
+            return []
+        for path, (uid, gid, fresh, why) in wanted.items():
+            found = state.paths.get(path)
+            if found is not None and found.uid == uid and found.mode & 0o700 == 0o700 and not found.mode & 0o002:
+                continue
+            if found is not None and not found.is_dir:
+                raise FleetError(
+                    "not_a_directory", "%s is needed as a directory and is a file; move it away." % path, path=path
+                )
+            # Keep what the operator lets the group and others read; nobody else may write.
+            mode = fresh if found is None or uid == 0 else (found.mode & 0o055) | 0o700
+            changes.append(
+                Change(
+                    self.name,
+                    "directory " + path,
+                    None if found is None else "%04o owner %d:%d" % (found.mode, found.uid, found.gid),
+                    "%04o owner %d:%d" % (mode, uid, gid),
+                    why,
+                    Disruption.NONE,
+                    "directory",
+                    {"path": path, "mode": mode, "uid": uid, "gid": gid},
+                )
+            )
+        return changes
+
+    def _plan_files(self, state: HostState) -> list[Change]:
+        if not any(model.state != "absent" for model in self.models):
+            return []
+        changes = []
+        for path, text, mode, why in (
+            (WRAPPER, wrapper_text(), 0o755, "runs the containers for systemd"),
+            (UNIT_DIRECTORY + "/nim.target", TARGET_TEXT, 0o644, "starts and stops all services together"),
+            (UNIT_DIRECTORY + "/nim.slice", SLICE_TEXT, 0o644, "holds the containers' processes"),
+        ):
+            changes += self._plan_file(path, state.files.get(path), text, mode, why)
+        return changes
+
+    def _plan_file(self, path: str, before: str | None, after: str, mode: int, why: str) -> list[Change]:
+        if before == after:
+            return []
+        return [
+            Change(
+                self.name,
+                path,
+                None if before is None else "other content",
+                "as wanted",
+                why,
+                Disruption.NONE,
+                "file",
+                {"path": path, "text": after, "mode": mode},
+                FileDiff(path, before or "", after),
+            )
+        ]
+
+    def _new_key(self, state: HostState) -> bool:
+        return self.key is not None and self.key_state == "present" and fingerprint(self.key) != state.key_fingerprint
+
+    def _plan_key(self, state: HostState) -> list[Change]:
+        before = state.key_fingerprint
+        if self.key_state == "absent":
+            if before is None:
+                return []
+            return [Change(self.name, KEY_FILE, before, None, "no key is wanted here", Disruption.NONE, "key_absent")]
+        if self.key is None or (not self._new_key(state) and state.key_safe):
+            return []
+        why = (
+            "the key changed; services that run keep running" if before else "the key is needed while files are fetched"
+        )
+        if not self._new_key(state):
+            why = "the file could be read by others than root"
+        return [Change(self.name, KEY_FILE, before, fingerprint(self.key), why, Disruption.NONE, "key")]
+
+    def _plan_stop(self, model: NimModel, state: HostState) -> list[Change]:
+        service = _service_state(state, model.name)
+        changes = []
+        if service.alive or service.running or service.downloading:
+            changes.append(
+                Change(
+                    self.name,
+                    model.unit,
+                    "started",
+                    "stopped",
+                    "state is %s" % model.state,
+                    Disruption.RESTART_NIM,
+                    "stop",
+                    {"name": model.name, "stop_timeout": model.stop_timeout},
+                )
+            )
+        if model.state == "absent" and service.exists:
+            changes.append(
+                Change(
+                    self.name,
+                    model.unit,
+                    "present",
+                    None,
+                    "state is absent; its cache %s is kept" % model.cache_directory,
+                    Disruption.NONE,
+                    "remove",
+                    {"name": model.name},
+                )
+            )
+        return changes
+
+    def _plan_service_files(self, model: NimModel, configuration: Json, state: HostState) -> list[Change]:
+        service = _service_state(state, model.name)
+        changes = self._plan_file(
+            "%s/%s.json" % (CONFIGURATION_DIRECTORY, model.name),
+            service.configuration_text,
+            json.dumps(configuration, indent=2, sort_keys=True) + "\n",
+            0o644,
+            "what the container of %s is given" % model.name,
+        )
+        if not service.masked:
+            changes += self._plan_file(
+                "%s/%s" % (UNIT_DIRECTORY, model.unit),
+                service.unit_text,
+                unit_text(model, self.injection),
+                0o644,
+                "unit of %s" % model.name,
+            )
+        return changes
+
+    def _plan_reload(self, changes: t.Sequence[Change], state: HostState) -> list[Change]:
+        written = any(
+            change.action == "remove"
+            or (change.action == "file" and str(change.data["path"]).startswith(UNIT_DIRECTORY + "/"))
+            for change in changes
+        )
+        stale = state.target_need_reload or any(
+            _service_state(state, model.name).need_reload for model in self.models if model.state != "absent"
+        )
+        if not written and not stale:
+            return []
+        why = "units changed"
+        if state.endangered:
+            why += "; containers that may lose their GPUs by it: " + ", ".join(state.endangered)
+        return [
+            Change(
+                self.name,
+                "systemd",
+                "old units loaded",
+                "daemon-reload",
+                why,
+                Disruption.RELOAD,
+                "daemon_reload",
+                {"endangered": state.endangered},
+            )
+        ]
+
+    def _plan_enablement(self, state: HostState) -> list[Change]:
+        enable, disable = [], []
+        for model in self.models:
+            service = _service_state(state, model.name)
+            if model.state == "started" and service.enabled != "enabled":
+                enable.append(model.unit)
+            if model.state == "stopped" and service.enabled == "enabled":
+                disable.append(model.unit)
+        if any(model.state != "absent" for model in self.models) and not state.target_enabled:
+            enable.insert(0, "nim.target")
+        changes = []
+        for verb, units in (("enable", enable), ("disable", disable)):
+            for unit in units:
+                before, after = ("disabled", "enabled") if verb == "enable" else ("enabled", "disabled")
+                changes.append(
+                    Change(
+                        self.name,
+                        unit,
+                        before,
+                        after,
+                        "started at boot" if verb == "enable" else "not started at boot",
+                        Disruption.NONE,
+                        verb,
+                        {"units": units},
+                    )
+                )
+        return changes
+
+    def _plan_restarts(self, restarts: t.Sequence[tuple[str, str, str]], state: HostState) -> list[Change]:
+        names = [name for name, _kind, _why in restarts]
+        blocked = None
+        if state.maintenance:
+            blocked = "%s exists: the host is under maintenance; remove the file to let services start" % (
+                MAINTENANCE_FILE
+            )
+        changes = []
+        if any(model.state == "started" for model in self.models) and not state.target_active and not blocked:
+            changes.append(
+                Change(self.name, "nim.target", "inactive", "active", "groups the services", action="start_target")
+            )
+        for name, kind, why in restarts:
+            service = _service_state(state, name)
+            changes.append(
+                Change(
+                    self.name,
+                    unit_name(name),
+                    "started" if service.running else (service.active or None),
+                    "started" if kind == "start" else "restarted",
+                    why,
+                    Disruption.RESTART_NIM if service.running and kind == "restart" else Disruption.NONE,
+                    "restart",
+                    {"names": names},
+                    blocked=blocked,
+                )
+            )
+        return changes
+
+    # -- apply ----------------------------------------------------------------------------------------
+
+    def apply(self, host: Host, change: Change) -> None:
+        data = change.data
+        if change.action == "prerequisite":
+            raise FleetError(str(data["reason"]), str(data["message"]), changes=[])
+        if change.action == "directory":
+            host.make_dir(data["path"], mode=data["mode"], uid=data["uid"], gid=data["gid"])
+        elif change.action == "file":
+            if host.read_text(data["path"]) != data["text"]:
+                host.write_file(data["path"], data["text"], mode=data["mode"])
+        elif change.action == "key":
+            if host.stat(CONFIGURATION_DIRECTORY) is None:
+                host.make_dir(CONFIGURATION_DIRECTORY, mode=0o755)
+            host.write_file(KEY_FILE, "NGC_API_KEY=%s\n" % self.key, mode=0o600)
+        elif change.action == "key_absent":
+            host.remove(KEY_FILE)
+        elif change.action == "stop":
+            self._stop(host, data["name"], data["stop_timeout"])
+        elif change.action == "remove":
+            self._remove(host, data["name"])
+        elif change.action == "daemon_reload":
+            self._daemon_reload(host, data["endangered"])
+        elif change.action in ("enable", "disable"):
+            self._set_enabled(host, change.action, data["units"])
+        elif change.action == "start_target":
+            self._systemctl(host, "start", ["nim.target"])
+        elif change.action == "restart":
+            self._restart(host, data["names"])
+
+    def _systemctl(self, host: Host, verb: str, units: t.Sequence[str], *options: str) -> None:
+        host.check(
+            ["systemctl", verb, *options, *units],
+            reason="systemctl_failed",
+            doing="systemctl %s %s" % (verb, " ".join(units)),
+            remedy="See 'systemctl status %s' and 'journalctl -u %s'." % (units[0], units[0]) if units else "",
+        )
+
+    def _stop(self, host: Host, name: str, stop_timeout: int) -> None:
+        self._systemctl(host, "stop", [unit_name(name)])
+        # A stop between an end of the wrapper and its restart leaves the container running.
+        for container in (container_name(name), container_name(name) + "-download"):
+            found = self.api.container(container)
+            if found is not None and (found.get("State") or {}).get("Running"):
+                host.check(
+                    ["docker", "stop", "-t", str(stop_timeout), container],
+                    reason="stop_failed",
+                    doing="Stopping container %s" % container,
+                )
+
+    def _remove(self, host: Host, name: str) -> None:
+        for container in (container_name(name), container_name(name) + "-download"):
+            if self.api.available() and self.api.container(container) is not None:
+                host.check(
+                    ["docker", "rm", "-f", container],
+                    reason="remove_failed",
+                    doing="Removing container %s" % container,
+                )
+        unit = unit_name(name)
+        if host.exists("%s/%s" % (UNIT_DIRECTORY, unit)):
+            self._systemctl(host, "disable", [unit], "--no-reload")
+        host.remove("%s/%s" % (UNIT_DIRECTORY, unit))
+        host.remove("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+        host.remove("%s/%s.download.json" % (STATE_DIRECTORY, name))
+        host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
+        host.remove("%s/%s.stop" % (RUNTIME_DIRECTORY, name))
+        # Fails when systemd does not remember the unit, and then there is nothing to forget.
+        host.run(["systemctl", "reset-failed", unit])
+
+    def _daemon_reload(self, host: Host, endangered: t.Sequence[str]) -> None:
+        self._systemctl(host, "daemon-reload", [])
+        for container in endangered:
+            seen = host.run(["docker", "exec", container, "nvidia-smi", "-L"], timeout=60)
+            if not seen.ok:
+                self.warnings.append(
+                    "Container %s has lost its GPUs by systemctl daemon-reload (%s): recreate it, and use the nvidia "
+                    "runtime in mode jit-cdi or CDI devices so that it does not happen again."
+                    % (container, seen.last_line())
+                )
+
+    def _set_enabled(self, host: Host, verb: str, units: t.Sequence[str]) -> None:
+        todo = []
+        for unit in units:
+            shown = host.run(["systemctl", "show", "--property", "UnitFileState", "--value", unit]).stdout.strip()
+            if (shown == "enabled") != (verb == "enable"):
+                todo.append(unit)
+        if todo:
+            # The one daemon-reload of this run has been done already.
+            self._systemctl(host, verb, todo, "--no-reload")
+
+    def _restart(self, host: Host, names: t.Sequence[str]) -> None:
+        """Start or restart all services in one go, so that their stops overlap; a later change then finds it done."""
+        wanted: dict[str, str] = {}
+        for name in names:
+            text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+            wanted[name] = str(_json_object(text).get("spec", ""))
+        todo = [name for name in names if name not in self._restarted]
+        if not todo:
+            return
+        self._restarted.update(todo)
+        for name in todo:
+            # Failures of the past must not delay this start, and its word is how the new wrapper is recognised.
+            host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
+        units = [unit_name(name) for name in todo]
+        # Fails for units that systemd has not loaded yet, and those have no start limit to reset.
+        host.run(["systemctl", "reset-failed", *units])
+        self._systemctl(host, "restart", units)
+        end = host.monotonic() + WRAPPER_TIMEOUT
+        for name in todo:
+            while not self._has_spoken(host, name, wanted[name]) and host.monotonic() < end:
+                host.sleep(0.1)
+
+    def _has_spoken(self, host: Host, name: str, spec: str) -> bool:
+        """Whether the new wrapper has said what it starts.
+
+        Raises:
+            FleetError: ``start_failed`` when systemd has given up already.
+        """
+        runtime = _json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
+        if runtime.get("spec") == spec:
+            return True
+        unit = unit_name(name)
+        shown = host.run(["systemctl", "show", "--property", "ActiveState", "--value", unit])
+        if shown.stdout.strip() == "failed":
+            journal = host.run(["journalctl", "--unit", unit, "--lines", "20", "--output", "cat", "--no-pager"])
+            said = [line for line in journal.stdout.splitlines() if line.startswith(("Cannot start", "Starting nim-"))]
+            raise FleetError(
+                "start_failed",
+                "Starting %s failed: %s. See 'journalctl -u %s'."
+                % (unit, (said or [journal.last_line()])[-1].rstrip("."), unit),
+                unit=unit,
+                log=journal.stdout[-4000:],
+            )
+        return False
+
+    # -- result ---------------------------------------------------------------------------------------
+
+    def result(self, state: HostState) -> Json:
+        """Return values of the module: every service, what is there beside the list, and warnings."""
+        known = not self._missing_prerequisites(state)
+        configurations: t.Mapping[str, Json] = self.configurations(state) if known else {}
+        listed = {model.name for model in self.models}
+        warnings = list(self.warnings)
+        orphans = [
+            {"name": name, "unit": unit_name(name), "gpus": list(service.gpus), "state": describe(service, state)}
+            for name, service in sorted(state.services.items())
+            if name not in listed and service.exists
+        ]
+        if orphans:
+            warnings.append(
+                "Services on this host that are not in the list and were left alone: %s. "
+                "To remove one, list it with state absent." % ", ".join(str(orphan["name"]) for orphan in orphans)
+            )
+        if state.maintenance:
+            warnings.append("%s exists, so no service is started." % MAINTENANCE_FILE)
+        services = []
+        for model in self.models:
+            configuration = configurations.get(model.name, {})
+            services.append(
+                {
+                    "name": model.name,
+                    "unit": model.unit,
+                    "container": model.container,
+                    "image": model.image,
+                    "digest": configuration.get("digest", ""),
+                    "gpus": list(configuration.get("gpus", [])),
+                    "port": model.port,
+                    "spec": configuration.get("spec", ""),
+                    "state": describe(_service_state(state, model.name), state),
+                    "url": model.url,
+                }
+            )
+        return {"services": services, "orphans": orphans, "warnings": warnings}
+
+
+# -- helpers --------------------------------------------------------------------------------------
+
+
+def build_configuration(
+    model: NimModel, image: ImageState, gpus: t.Sequence[str], *, injection: str, cgroup_driver: str
+) -> Json:
+    """Content of ``/etc/nim/<name>.json``: all that the wrapper needs, nothing secret.
+
+    ``spec`` names what the container runs; it leaves out what can change without a new container.
+    """
+    family = image.family
+    environment = family.environment(model)
+    if injection == "runtime":
+        environment["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpus)
+    # Docker's slices exist with the systemd driver only.
+    common = ["--cgroup-parent=nim.slice"] if cgroup_driver == "systemd" else []
+    common += ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=%d:%d" % (model.uid, model.gid)]
+    common += ["--pids-limit=-1", "--shm-size=%d" % model.shm_size]
+    common += ["--ulimit=%s=%s" % limit for limit in sorted(model.ulimits.items())]
+    common += _gpu_arguments(gpus, injection)
+    common += _mounts(model, family)
+    network = [] if model.network_mode == "bridge" else ["--network=" + model.network_mode]
+    address = "[%s]" % model.bind_address if ":" in model.bind_address else model.bind_address
+    publish = (
+        [] if model.network_mode == "host" else ["--publish=%s:%d:%d" % (address, model.port, model.container_port)]
+    )
+    create = [*common, *network, *publish, *_environment_arguments(environment), image.reference]
+    create += family.command(model, image.command)
+    spec = spec_hash({"image": image.identifier, "create": create})
+    labels = ["--label=%s=%s" % (NAME_LABEL, model.name), "--label=%s=%s" % (IMAGE_LABEL, model.image)]
+    labels.append("--label=%s=%s" % (DIGEST_LABEL, image.digest))
+
+    download: Json | None = None
+    step = family.download(model)
+    if step is not None:
+        words = [*_log_arguments(model.container + "-download"), *labels, *common, *network]
+        words += [*_environment_arguments({**environment, **step.environment}), image.reference, *step.command]
+        download = {
+            "create": words,
+            # What decides which files are fetched, and where to.
+            "key": spec_hash(
+                [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory, sorted(gpus)]
+            ),
+        }
+    tls = model.environment.get("NIM_SSL_MODE", "").lower() == "tls"
+    return {
+        "name": model.name,
+        "spec": spec,
+        "image": model.image,
+        "digest": image.digest,
+        "family": family.key,
+        "gpus": list(gpus),
+        "port": model.port,
+        "create": [*_log_arguments(model.container), *labels, *create],
+        "download": download,
+        # No known way to fetch the files beforehand: the service has to do it, and then it needs the key.
+        "key_in_service": step is None and family.key == "unknown",
+        "cache_directory": model.cache_directory,
+        "ready_url": (model.url.replace("http:", "https:", 1) if tls else model.url) + "/v1/health/ready",
+        "stop_timeout": model.stop_timeout,
+        "docker_timeout": model.start_timeout,
+    }
+
+
+def _log_arguments(tag: str) -> list[str]:
+    return ["--log-driver=journald", "--log-opt=tag=" + tag]
+
+
+def _environment_arguments(environment: t.Mapping[str, str]) -> list[str]:
+    return ["--env=%s=%s" % pair for pair in sorted(environment.items())]
+
+
+def _gpu_arguments(gpus: t.Sequence[str], injection: str) -> list[str]:
+    if injection == "runtime":
+        return ["--runtime=nvidia"]
+    if injection == "cdi":
+        return ["--device=nvidia.com/gpu=" + uuid for uuid in gpus]
+    # The option is read as CSV, so a list of devices needs quotes of its own.
+    return ['--gpus="device=%s"' % ",".join(gpus)]
+
+
+def _mounts(model: NimModel, family: Family) -> list[str]:
+    mounts = ["--mount=type=bind,source=%s,target=%s" % (model.cache_directory, family.cache_path)]
+    for source_path, target in ((model.weights_directory, WEIGHTS_PATH), (model.lora_directory, LORA_PATH)):
+        if source_path:
+            mounts.append("--mount=type=bind,source=%s,target=%s,readonly" % (source_path, target))
+    return mounts
+
+
+def describe(service: ServiceState, state: HostState) -> str:
+    """``started``, ``starting``, ``stopped``, ``failed``, ``maintenance`` or ``absent``."""
+    if service.running:
+        return "started"
+    if service.alive:
+        return "starting"
+    if service.active == "failed":
+        return "failed"
+    if not service.exists:
+        return "absent"
+    return "maintenance" if state.maintenance and service.enabled == "enabled" else "stopped"
+
+
+def _service_state(state: HostState, name: str) -> ServiceState:
+    return state.services.get(name) or ServiceState(name)
+
+
+def _collides(model: NimModel, listener: Listener) -> bool:
+    return model.port == listener.port and addresses_overlap(model.bind_address, listener.address)
+
+
+def _json_object(text: str | None) -> Json:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stored_key(host: Host) -> str | None:
+    for line in (host.read_text(KEY_FILE) or "").splitlines():
+        if line.startswith("NGC_API_KEY="):
+            return line[len("NGC_API_KEY=") :] or None
+    return None
+
+
+def _image_state(reference: ImageReference, digest: str, image: Json) -> ImageState:
+    identifier = str(image.get("Id", ""))
+    known = [str(entry) for entry in image.get("RepoDigests") or []]
+    if not digest and known:
+        digest = next((entry for entry in known if entry.startswith(reference.name + "@")), known[0]).split("@")[1]
+    pinned = str(reference.with_digest(digest)) if digest else ""
+    config = image.get("Config") or {}
+    return ImageState(
+        identifier=identifier,
+        reference=pinned if pinned in known else identifier,
+        digest=digest,
+        family=family_of_image(image, reference.tag),
+        command=tuple(str(word) for word in config.get("Cmd") or ()),
+    )
+
+
+def _gpu_problem(inventory: t.Any) -> str:
+    if inventory.gpus:
+        return ""
+    if not inventory.pci:
+        return "This host has no NVIDIA GPU."
+    if inventory.driver is None:
+        return "The NVIDIA driver is not loaded."
+    return "nvidia-smi shows no GPU: %s." % (inventory.smi_error or "no reason given").rstrip(".")
+
+
+def _unreadable(option: str, path: str | None, model: NimModel, state: HostState) -> str:
+    """Why the container's user could not read a directory that must be there already; empty when it can."""
+    if not path:
+        return ""
+    found = state.paths.get(path)
+    if found is None or not found.is_dir:
+        return "%s = %s does not exist as a directory on this host; put the files there first." % (option, path)
+    if model.uid == 0:
+        needed = 0o000
+    elif found.uid == model.uid:
+        needed = 0o500
+    elif found.gid == model.gid:
+        needed = 0o050
+    else:
+        needed = 0o005
+    if found.mode & needed != needed:
+        return "%s = %s (%04o owner %d:%d) cannot be read by the container's user %d:%d; use chmod or chown." % (
+            option,
+            path,
+            found.mode,
+            found.uid,
+            found.gid,
+            model.uid,
+            model.gid,
+        )
+    return ""
+
+
+def _socket_owners(host: Host, inodes: set[str]) -> dict[str, tuple[int, str, str]]:
+    """Process id, command and container id by socket inode."""
+    wanted = {"socket:[%s]" % inode: inode for inode in inodes}
+    found: dict[str, tuple[int, str, str]] = {}
+    for entry in host.list_dir("/proc"):
+        if not entry.isdigit():
+            continue
+        for descriptor in host.list_dir("/proc/%s/fd" % entry):
+            inode = wanted.get(host.read_link("/proc/%s/fd/%s" % (entry, descriptor)) or "")
+            if inode is not None and inode not in found:
+                command = (host.read_text("/proc/%s/comm" % entry) or "?").strip()
+                _unit, container_id = parse_cgroup(host.read_text("/proc/%s/cgroup" % entry) or "")
+                found[inode] = (int(entry), command, container_id)
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _endangered(host: Host, version: str, info: Json, containers: t.Sequence[Json]) -> tuple[str, ...]:
+    """Running containers that systemctl daemon-reload may take the GPUs from.
+
+    That happens where systemd manages the cgroups and the devices were given behind runc's back: by ``--gpus`` up to
+    Docker 28, or by the nvidia runtime in legacy mode (NVIDIA's troubleshooting page on "Unknown Error").
+    """
+    if info.get("CgroupDriver") != "systemd":
+        return ()
+    major = int((re.match(r"\d+", version) or ["0"])[0])
+    settings = host.read_text("/etc/nvidia-container-runtime/config.toml") or ""
+    legacy = re.search(r'^\s*mode\s*=\s*"legacy"', settings, re.MULTILINE) is not None
+    found = []
+    for container in containers:
+        configuration = container.get("HostConfig") or {}
+        requested = any(
+            request.get("Driver") != "cdi" and any("gpu" in names for names in request.get("Capabilities") or [])
+            for request in configuration.get("DeviceRequests") or []
+        )
+        if (requested and major < 29) or (legacy and configuration.get("Runtime") == "nvidia"):
+            found.append(str(container.get("Name", "")).lstrip("/"))
+    return tuple(sorted(found))
