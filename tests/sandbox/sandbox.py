@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 from fleet_sandbox import engine, hosts, images, inventory, world
@@ -77,8 +78,6 @@ def down(options: argparse.Namespace) -> None:
         say("nothing is there")
         return
     with locked():
-        if not options.keep_images:
-            world.stop()
         engine.stop(keep_images=options.keep_images)
         keep = {"docker", "docker-config", "lock"} | world.KEEP if options.keep_images else set()
         with step("removing %s" % ROOT):
@@ -99,12 +98,19 @@ def status(options: argparse.Namespace) -> None:
     if not engine.answers():
         return
     print(world.report())
-    states = hosts.running()
+    states = hosts.states()
     for name, host in sorted(inventory.load().items()):
         gpus = host["hardware"]["gpus"]
         print(
             "%-24s %-15s %-9s %-11s %d x %s"
-            % (name, host["address"], states.get(name, "missing"), host["image"], len(gpus), gpus[0]["name"] if gpus else "-")
+            % (
+                name,
+                host["address"],
+                states.get(name, "missing"),
+                host["image"],
+                len(gpus),
+                gpus[0]["name"] if gpus else "-",
+            )
         )
 
 
@@ -113,13 +119,15 @@ def execute(options: argparse.Namespace) -> None:
     terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
     os.environ.update(engine.environment())
     container = "world" if options.name == "world" else hosts.PREFIX + options.name
-    sys.stdout.flush()
-    os.execvp("docker", ["docker", "exec", "--interactive", *terminal, container, *(command or ["bash", "-l"])])
+    command = ["docker", "exec", "--interactive", *terminal, container, *(command or ["bash", "-l"])]
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 def show_inventory(options: argparse.Namespace) -> None:
     table = inventory.load()
-    selected = {name: table[name] for name in chosen(options)} if options.names else inventory.select(table, options.scenario)
+    selected = (
+        {name: table[name] for name in chosen(options)} if options.names else inventory.select(table, options.scenario)
+    )
     print(json.dumps(inventory.structure(selected), indent=2) if options.json else inventory.render(selected), end="")
 
 
@@ -143,9 +151,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-n", dest="number", type=int, default=2, help="number of hosts gpu01, gpu02, ... (default: 2)")
     sub.add_argument("--no-world", action="store_true", help="hosts only, without the outside world")
     sub = command("add", add, "make further hosts", "+")
-    sub.add_argument("--image", default="", choices=["", *images.HOST_IMAGES], help="default: debian13; gpu01: ubuntu2404")
+    sub.add_argument(
+        "--image", default="", choices=["", *images.HOST_IMAGES], help="default: debian13; gpu01: ubuntu2404"
+    )
     sub.add_argument("--gpus", default="", help="NAME:MEMORY_MIB:COUNT[,...] or none; default: one or two NVIDIA H200")
-    sub.add_argument("--hardware", action="append", default=[], metavar="KEY=VALUE", help="for example secure_boot=true")
+    sub.add_argument(
+        "--hardware", action="append", default=[], metavar="KEY=VALUE", help="for example secure_boot=true"
+    )
     sub.add_argument("--no-world", action="store_true", help=argparse.SUPPRESS)
     command("remove", remove, "remove hosts with their data", "*")
     sub = command("down", down, "remove everything, without trace")

@@ -18,7 +18,20 @@ import socket
 import subprocess
 import time
 
-from .common import BRIDGE, GATEWAY, NETWORK, ROOT, SUBNET, SandboxError, output_of, read_json, run, say, step, write_text
+from .common import (
+    BRIDGE,
+    GATEWAY,
+    NETWORK,
+    ROOT,
+    SUBNET,
+    SandboxError,
+    output_of,
+    read_json,
+    run,
+    say,
+    step,
+    write_text,
+)
 
 SOCKET = ROOT / "docker.sock"
 PIDFILE = ROOT / "dockerd.pid"
@@ -35,13 +48,19 @@ NEEDS = {
     "mmdebstrap": "mmdebstrap",
     "ssh-keygen": "openssh-client",
     "ip": "iproute2",
+    "openssl": "openssl",
+    "gpg": "gnupg",
+    "gcc": "gcc",
 }
+HEADERS = pathlib.Path("/usr/include/stdio.h")  # libc6-dev, for the stand-ins written in C
 
 
 def install_needs() -> None:
     """Install the Debian packages that the sandbox runs on, when they are missing."""
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     missing = sorted({package for program, package in NEEDS.items() if shutil.which(program, path=path) is None})
+    if not HEADERS.exists():
+        missing.append("libc6-dev")
     if not missing:
         return
     if os.geteuid() != 0:
@@ -114,7 +133,9 @@ def _cgroup2() -> pathlib.Path:
         fields = line.split()
         if fields[2] == "cgroup2":
             return pathlib.Path(fields[1])
-    raise SandboxError("this machine has no cgroup2 file system; mount one (kernel with CONFIG_CGROUPS, mount -t cgroup2)")
+    raise SandboxError(
+        "this machine has no cgroup2 file system; mount one (kernel with CONFIG_CGROUPS, mount -t cgroup2)"
+    )
 
 
 def cgroup() -> pathlib.Path:
@@ -254,7 +275,9 @@ def _check_subnet_free() -> None:
         except ValueError:
             continue
         if route.prefixlen > 8 and route.overlaps(wanted) and BRIDGE not in words:
-            raise SandboxError("network %s of the sandbox is in use on this machine (%s); free it first" % (SUBNET, line))
+            raise SandboxError(
+                "network %s of the sandbox is in use on this machine (%s); free it first" % (SUBNET, line)
+            )
 
 
 def stop(keep_images: bool) -> None:

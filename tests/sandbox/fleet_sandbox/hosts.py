@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pathlib
@@ -13,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import gpus, images, inventory
+from . import gpus, images, inventory, world
 from .common import NETWORK, ROOT, WORLD_ADDRESS, SandboxError, locked, run, say, step
 from .engine import docker
 
@@ -24,9 +25,22 @@ H200 = "NVIDIA H200:143771:%d"
 DEFAULTS = {"gpu01": ("ubuntu2404", H200 % 2)}
 FALLBACK = ("debian13", H200 % 1)
 CAPABILITIES = (
-    "SYS_ADMIN NET_ADMIN NET_RAW SYS_PTRACE SYS_CHROOT MKNOD SETFCAP DAC_READ_SEARCH SYS_NICE SYS_BOOT SYSLOG "
-    "AUDIT_WRITE AUDIT_CONTROL SYS_MODULE IPC_LOCK"
-).split()
+    "SYS_ADMIN",
+    "NET_ADMIN",
+    "NET_RAW",
+    "SYS_PTRACE",
+    "SYS_CHROOT",
+    "MKNOD",
+    "SETFCAP",
+    "DAC_READ_SEARCH",
+    "SYS_NICE",
+    "SYS_BOOT",
+    "SYSLOG",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SYS_MODULE",
+    "IPC_LOCK",
+)
 APT_PROXY_PORT = 3142
 
 
@@ -51,21 +65,9 @@ def _host_key(name: str) -> tuple[str, str]:
     return private_text, public_text
 
 
-def _world_answers(port: int) -> bool:
-    try:
-        with socket.create_connection((WORLD_ADDRESS, port), timeout=0.5):
-            return True
-    except OSError:
-        return False
-
-
 def _resolver() -> str:
     """resolv.conf of the hosts: the world's name server, or the machine's as long as there is no world."""
-    if _world_answers(53):
-        return "nameserver %s\n" % WORLD_ADDRESS
-    say("no world at %s: the hosts use this machine's name servers" % WORLD_ADDRESS)
-    lines = pathlib.Path("/etc/resolv.conf").read_text().splitlines()
-    return "".join(line + "\n" for line in lines if line.startswith("nameserver"))
+    return "nameserver %s\n" % WORLD_ADDRESS if world.answers(53) else world.resolver()
 
 
 def _files(name: str, address: str, hardware: dict[str, Any], private: str, public: str) -> bytes:
@@ -80,7 +82,7 @@ def _files(name: str, address: str, hardware: dict[str, Any], private: str, publ
         ("etc/ssh/ssh_host_ed25519_key", private, 0o600),
         ("etc/ssh/ssh_host_ed25519_key.pub", public, 0o644),
     ]
-    if _world_answers(APT_PROXY_PORT):
+    if world.answers(APT_PROXY_PORT):
         # For Debian's own packages only: the hosts' other repositories are reached as in production.
         proxy = 'Acquire::http::Proxy::deb.debian.org "http://%s:%d";\n' % (WORLD_ADDRESS, APT_PROXY_PORT)
         content.append(("etc/apt/apt.conf.d/01sandbox-proxy", proxy, 0o644))
@@ -96,10 +98,22 @@ def _files(name: str, address: str, hardware: dict[str, Any], private: str, publ
     return buffer.getvalue()
 
 
-def running() -> dict[str, str]:
-    """Name -> state ("running", "paused", "exited", ...) of the host containers."""
-    listing = docker("ps", "--all", "--filter=label=%s" % LABEL, "--format={{.Label \"%s\"}} {{.State}}" % LABEL)
-    return dict(line.split(" ", 1) for line in listing.splitlines())
+def states() -> dict[str, str]:
+    """Name -> "running", "off" (it powered itself off), or Docker's word ("paused", "exited", ...) of the hosts."""
+    names = docker("ps", "--all", "--quiet", "--filter=label=%s" % LABEL).split()
+    if not names:
+        return {}
+    form = '{{index .Config.Labels "%s"}} {{.State.Status}} {{.State.Pid}}' % LABEL
+    found = {}
+    for line in docker("inspect", "--format=%s" % form, *names, check=False).splitlines():
+        name, state, number = line.split()
+        if state == "running":
+            # PID 1 of a host that powered itself off is the boot script's "sleep".
+            with contextlib.suppress(OSError):
+                if pathlib.Path("/proc/%s/comm" % number).read_text() == "sleep\n":
+                    state = "off"
+        found[name] = state
+    return found
 
 
 def add(
@@ -111,9 +125,9 @@ def add(
     fresh: dict[str, str] = {}
     with locked():
         table = inventory.load()
-        states = running()
+        found = states()
         for short, name in zip(names, wanted):
-            if name in table and name in states:
+            if name in table and name in found:
                 continue
             if name in table:
                 del table[name]
@@ -127,12 +141,17 @@ def add(
                 "scenario": scenario,
             }
             fresh[name] = private
+        old = [n for n in wanted if n not in fresh and table[n].get("reference") != images.host(table[n]["image"])]
+        if old:
+            say("made from an older image, and left as they are: %s (to renew: remove, then up)" % " ".join(old))
         references = {kind: images.host(kind) for kind in {table[name]["image"] for name in fresh}}
+        for name in fresh:
+            table[name]["reference"] = references[table[name]["image"]]
         inventory.save(table)
     with step("hosts %s" % " ".join(wanted)), ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: _make(name, table[name], references[table[name]["image"]], fresh[name]), fresh))
+        list(pool.map(lambda name: _make(name, table[name], fresh[name]), fresh))
         for name in wanted:
-            if name not in fresh and states[name] != "running":
+            if name not in fresh and found[name] != "running":
                 start(name)
         list(pool.map(lambda name: wait(name, table[name]["address"]), wanted))
     write_scenario(scenario)
@@ -151,7 +170,7 @@ def scenario_inventory(scenario: str) -> pathlib.Path:
     return ROOT / "inventories" / ("%s.yml" % scenario) if scenario else inventory.INVENTORY
 
 
-def _make(name: str, host: dict[str, Any], reference: str, private: str) -> None:
+def _make(name: str, host: dict[str, Any], private: str) -> None:
     docker("rm", "--force", "--volumes", PREFIX + name, check=False)
     command = ["create", "--name=%s%s" % (PREFIX, name), "--hostname=%s" % name, "--label=%s=%s" % (LABEL, name)]
     command += ["--network=%s" % NETWORK, "--ip=%s" % host["address"], "--restart=always", "--cgroupns=private"]
@@ -159,8 +178,13 @@ def _make(name: str, host: dict[str, Any], reference: str, private: str) -> None
     command += ["--cap-add=%s" % capability for capability in CAPABILITIES]
     command += ["--security-opt=%s=unconfined" % what for what in ("seccomp", "apparmor", "systempaths")]
     command += ["--tmpfs=/run:exec", "--tmpfs=/run/lock", "--volume=/var/lib/docker", "--volume=/var/lib/containerd"]
-    docker(*command, reference)
-    docker("cp", "-", "%s%s:/" % (PREFIX, name), stdin=_files(name, host["address"], host["hardware"], private, host["host_key"] + "\n"))
+    docker(*command, host["reference"])
+    docker(
+        "cp",
+        "-",
+        "%s%s:/" % (PREFIX, name),
+        stdin=_files(name, host["address"], host["hardware"], private, host["host_key"] + "\n"),
+    )
     docker("start", PREFIX + name)
 
 
@@ -175,7 +199,10 @@ def wait(name: str, address: str, timeout: float = 30.0) -> None:
         except OSError:
             pass
         time.sleep(0.05)
-    raise SandboxError("host %s does not answer with SSH on %s after %d s; see: sandbox.py exec %s -- journalctl -b" % (name, address, timeout, name))
+    raise SandboxError(
+        "host %s does not answer with SSH on %s after %d s; see: sandbox.py exec %s -- journalctl -b"
+        % (name, address, timeout, name)
+    )
 
 
 def _known(name: str) -> dict[str, Any]:
@@ -210,12 +237,10 @@ def stop(name: str, power_cut: bool = False) -> None:
 def start(name: str) -> None:
     """Switch a host on (also after it powered itself off) and wait for SSH."""
     host = _known(name)
-    state = running().get(name, "missing")
+    state = states().get(name, "missing")
     if state == "paused":
         docker("unpause", PREFIX + name)
-    elif state == "running" and not _powered_off(name):
-        pass
-    else:
+    elif state != "running":
         docker("kill", PREFIX + name, check=False)
         empty = io.BytesIO()
         with tarfile.open(fileobj=empty, mode="w") as archive:
@@ -224,11 +249,6 @@ def start(name: str) -> None:
         docker("start", PREFIX + name)
     with step("waiting for %s" % name):
         wait(name, host["address"])
-
-
-def _powered_off(name: str) -> bool:
-    # PID 1 of a host that powered itself off is the boot script's "sleep".
-    return docker("exec", PREFIX + name, "cat", "/proc/1/comm", check=False) == "sleep"
 
 
 def pause(name: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import threading
@@ -15,19 +16,39 @@ from .engine import docker, environment
 
 FILES = SOURCE / "hosts"
 HARDWARE = SOURCE / "hardware"
+PACKAGE_WRITER = SOURCE / "repositories" / "deb.py"
 CA = ROOT / "world" / "ca.crt"
 SUITE = "trixie"
 HOST_IMAGES = ("debian13", "ubuntu2404")
 # Services without a place in a container: consoles, device events, the machine's own kernel settings and modules;
 # and the timers that would compete with a test for apt's lock.
 MASKED = (
-    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer man-db.timer "
-    "systemd-udevd.service systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udev-trigger.service "
-    "systemd-sysctl.service systemd-modules-load.service systemd-logind-varlink.socket console-getty.service "
-    "getty@tty1.service systemd-random-seed.service systemd-remount-fs.service dev-hugepages.mount "
-    "sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount "
-    "systemd-pcrphase.service systemd-binfmt.service proc-sys-fs-binfmt_misc.automount"
-).split()
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "man-db.timer",
+    "systemd-udevd.service",
+    "systemd-udevd-control.socket",
+    "systemd-udevd-kernel.socket",
+    "systemd-udev-trigger.service",
+    "systemd-sysctl.service",
+    "systemd-modules-load.service",
+    "systemd-logind-varlink.socket",
+    "console-getty.service",
+    "getty@tty1.service",
+    "systemd-random-seed.service",
+    "systemd-remount-fs.service",
+    "dev-hugepages.mount",
+    "sys-kernel-config.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "sys-fs-fuse-connections.mount",
+    "systemd-pcrphase.service",
+    "systemd-binfmt.service",
+    "proc-sys-fs-binfmt_misc.automount",
+)
 _LOCK = threading.Lock()
 
 
@@ -68,7 +89,9 @@ def _bootstrap(reference: str) -> None:
     ]
     log = ROOT / "base-image.log"
     with log.open("wb") as errors:
-        maker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "TMPDIR": str(ROOT)})
+        maker = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "TMPDIR": str(ROOT)}
+        )
         taker = subprocess.Popen(
             ["docker", "import", "-", reference],
             stdin=maker.stdout,
@@ -92,8 +115,9 @@ def host(image: str) -> str:
     if image not in HOST_IMAGES:
         raise SandboxError("image %s: unknown; there are %s" % (image, ", ".join(HOST_IMAGES)))
     below = base()
-    inputs = [FILES, pathlib.Path(__file__)] + [path for path in (HARDWARE, CA) if path.exists()]
-    reference = "gpu-fleet/%s:%s" % (image, digest(inputs, below))
+    # The stand-in hardware is built for the running kernel, with the package writer of the repositories.
+    inputs = [FILES, pathlib.Path(__file__)] + [path for path in (HARDWARE, PACKAGE_WRITER, CA) if path.exists()]
+    reference = "gpu-fleet/%s:%s" % (image, digest(inputs, below, platform.release()))
     with _LOCK:
         if not exists(reference):
             with step("image %s" % image):
@@ -111,7 +135,13 @@ def _build_host(image: str, below: str, reference: str) -> None:
         _fill(rootfs, image, container)
         docker("kill", container)
         docker(
-            *("commit", '--change=CMD ["/usr/lib/sandbox/boot"]', "--change=ENV container=docker", container, reference),
+            *(
+                "commit",
+                '--change=CMD ["/usr/lib/sandbox/boot"]',
+                "--change=ENV container=docker",
+                container,
+                reference,
+            ),
         )
     finally:
         docker("rm", "--force", "--volumes", container, check=False)

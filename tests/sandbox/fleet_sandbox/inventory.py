@@ -27,7 +27,9 @@ def full_name(scenario: str, name: str) -> str:
     name = "%s-%s" % (scenario, name) if scenario else name
     name = name.replace("_", "-").lower()
     if not re.match(r"^[a-z][a-z0-9-]{0,40}$", name) or name in ("world", "localhost"):
-        raise SandboxError("host name %r: use letters, digits and hyphens, a letter first, at most 41 characters" % name)
+        raise SandboxError(
+            "host name %r: use letters, digits and hyphens, a letter first, at most 41 characters" % name
+        )
     return name
 
 
@@ -66,7 +68,11 @@ def select(table: Table, scenario: str) -> Table:
 
 def structure(table: Table) -> dict[str, Any]:
     """Inventory of the given hosts as a structure."""
-    options = "-o UserKnownHostsFile=%s -o StrictHostKeyChecking=yes -o ConnectTimeout=10" % KNOWN_HOSTS
+    # A paused host is noticed after 15 s also by a connection that was open before.
+    options = (
+        "-o UserKnownHostsFile=%s -o StrictHostKeyChecking=yes -o ConnectTimeout=10 "
+        "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+    ) % KNOWN_HOSTS
     return {
         GROUP: {
             "hosts": {name: {"ansible_host": host["address"]} for name, host in sorted(table.items())},
