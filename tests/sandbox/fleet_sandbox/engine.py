@@ -218,7 +218,7 @@ def _log_tail() -> str:
 
 
 def _link_exists() -> bool:
-    return pathlib.Path("/sys/class/net/%s" % BRIDGE).exists()
+    return BRIDGE in {name for _, name in socket.if_nameindex()}
 
 
 def start_network() -> None:
