@@ -36,6 +36,8 @@ class Package:
     architecture: str = "amd64"
     section: str = "non-free/utils"
     description: str = "stand-in of the gpu_fleet.nim sandbox"
+    #: data.tar.gz made before, for contents that several packages share.
+    data: bytes | None = None
 
     @property
     def filename(self) -> str:
@@ -66,8 +68,8 @@ class Package:
                 control[name] = (self.scripts[name].encode(), mode)
         members = (
             ("debian-binary", b"2.0\n"),
-            ("control.tar.gz", _tar(control, {})),
-            ("data.tar.gz", _tar(self.files, self.links)),
+            ("control.tar.gz", data_archive(control, {})),
+            ("data.tar.gz", data_archive(self.files, self.links) if self.data is None else self.data),
         )
         out = io.BytesIO()
         out.write(b"!<arch>\n")
@@ -77,7 +79,8 @@ class Package:
         return out.getvalue()
 
 
-def _tar(files: dict[str, tuple[bytes, int]], links: dict[str, str]) -> bytes:
+def data_archive(files: dict[str, tuple[bytes, int]], links: dict[str, str], level: int = 6) -> bytes:
+    """A compressed archive of files and links, with their directories."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
         made = set()
@@ -106,7 +109,7 @@ def _tar(files: dict[str, tuple[bytes, int]], links: dict[str, str]) -> bytes:
                 add(name, tarfile.DIRTYPE, files[path][1])
             else:
                 add(name, tarfile.REGTYPE, files[path][1], files[path][0])
-    return gzip.compress(raw.getvalue(), compresslevel=6, mtime=0)
+    return gzip.compress(raw.getvalue(), compresslevel=level, mtime=0)
 
 
 @dataclass
