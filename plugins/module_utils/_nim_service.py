@@ -22,6 +22,7 @@ from ._gpu_placement import Wish, place
 from ._host import FileStat, Host
 from ._image_reference import ImageReference
 from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family, family_of_image
+from ._nim_image import PinnedImage, read_record
 from ._nim_models import NimModel, addresses_overlap, container_name, unit_name
 from ._nim_unit import SPEC_LABEL, source, spec_hash
 from ._resource import Change, Disruption, FileDiff, Resource
@@ -34,8 +35,6 @@ BASE_DIRECTORY = "/var/lib/nim"
 STATE_DIRECTORY = BASE_DIRECTORY + "/state"
 MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
 RUNTIME_DIRECTORY = "/run/nim"
-#: What gpu_fleet.nim.nim_image pinned: image reference -> {digest, image_id, pinned_at}.
-IMAGE_RECORD = "/var/lib/gpu_fleet/images.json"
 
 NAME_LABEL = "io.gpu-fleet.nim.name"
 IMAGE_LABEL = "io.gpu-fleet.nim.image"
@@ -417,29 +416,18 @@ class NimService(Resource[HostState]):
         )
 
     def _images(self, host: Host, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
-        text = host.read_text(IMAGE_RECORD)
-        record = _json_object(text)
-        if text is not None and not record and text.strip() not in ("", "{}"):
-            raise FleetError(
-                "state_broken",
-                "%s is not a JSON object; it was left as it is. Repair it, or remove it and run nim_image again."
-                % IMAGE_RECORD,
-            )
+        record = read_record(host)
         found = {}
         for model in models:
             reference = ImageReference.parse(model.image)
-            pinned = record.get(model.image) or record.get(str(reference)) or {}
-            digest = str(pinned.get("digest") or reference.digest or "")
-            image = None
-            for candidate in (
-                pinned.get("image_id"),
-                str(reference.with_digest(digest)) if digest else None,
-                # Without a pin the tag is all there is; with one, what the tag means today does not matter.
-                None if digest else str(reference),
-            ):
-                image = image or (self.api.image(str(candidate)) if candidate else None)
+            pinned = record.get(str(reference))
+            if pinned is not None:
+                # What the tag means today does not matter: the pin alone decides.
+                image = self.api.image(pinned.image_id) or self.api.image(pinned.run)
+            else:
+                image = self.api.image(str(reference))
             if image is not None:
-                found[model.image] = _image_state(reference, digest, image)
+                found[model.image] = _image_state(reference, pinned, image)
         return found
 
     def _listeners(
@@ -1133,16 +1121,18 @@ def _stored_key(host: Host) -> str | None:
     return None
 
 
-def _image_state(reference: ImageReference, digest: str, image: Json) -> ImageState:
+def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: Json) -> ImageState:
     identifier = str(image.get("Id", ""))
     known = [str(entry) for entry in image.get("RepoDigests") or []]
-    if not digest and known:
-        digest = next((entry for entry in known if entry.startswith(reference.name + "@")), known[0]).split("@")[1]
-    pinned = str(reference.with_digest(digest)) if digest else ""
+    if pinned is not None:
+        run, digest = pinned.run, pinned.digest
+    else:
+        run = next((entry for entry in known if entry.startswith(reference.name + "@")), (known or [identifier])[0])
+        digest = run.partition("@")[2]
     config = image.get("Config") or {}
     return ImageState(
         identifier=identifier,
-        reference=pinned if pinned in known else identifier,
+        reference=run if run in known else identifier,
         digest=digest,
         family=family_of_image(image, reference.tag),
         command=tuple(str(word) for word in config.get("Cmd") or ()),
