@@ -173,6 +173,14 @@ def verdict(control: Control, name: str, entry: dict[str, Any] | None, key: str 
     return 200 if allowed else 403
 
 
+def model_bytes(name: str, size: int) -> bytes:
+    """The bytes of a model file: JSON where its name says so, else noise that does not compress."""
+    if not name.endswith(".json"):
+        return hashlib.shake_128(name.encode()).digest(size)
+    data = json.dumps({"model_type": "llama", "sandbox": name, "padding": ""})
+    return (data[:-2] + "x" * (size - len(data)) + data[-2:]).encode()
+
+
 class Gate(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
@@ -216,7 +224,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.host == NGC_HOST:
             body: Any = {"requestStatus": {"statusCode": code or default[0], "statusDescription": text}}
         else:
-            body = {"errors": [{"code": code or default[0], "message": text}]}
+            error = {"code": code or default[0], "message": text}
+            body = {"errors": [error]}
+            # The shapes that make Docker print what people report from nvcr.io: "unauthorized: authentication required"
+            # and "denied: {"errors": [{"code": "DENIED", "message": "Access Denied"}]}".
+            if status == 401:
+                error["detail"] = self.path.split("?")[0]
+            elif status == 403:
+                body["details"] = json.dumps({"errors": [dict(error)]})
         self.answer(status, body, headers)
 
     def accelerate(self, location: str, where: str, repository: str = "") -> None:
@@ -429,7 +444,7 @@ class Handler(BaseHTTPRequestHandler):
             if not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path + ".part", "wb") as handle:
-                    handle.write(hashlib.shake_128(blob.encode()).digest(size))
+                    handle.write(model_bytes(name, size))
                 os.chmod(path + ".part", 0o644)
                 os.replace(path + ".part", path)
         return blob
