@@ -1,0 +1,1290 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Images on a host: tags pinned to digests, checked before the pull, pulled in the background with progress.
+
+What a run has pinned stands in ``/var/lib/gpu_fleet/images.json``, so that later runs and ``nim_service`` know it
+without asking a registry.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import ipaddress
+import json
+import os
+import random
+import re
+import signal
+import time
+import typing as t
+from dataclasses import dataclass, replace
+
+from ._background import FAILED, LOST, RUNNING, Jobs, JobStatus, Report
+from ._docker_api import SOCKET, DockerApi
+from ._driver_branches import branch_of_version, cuda_of_branch
+from ._errors import FleetError
+from ._gpu import GpuInventory, observe_gpus
+from ._host import Host
+from ._image_reference import DOCKER_HUB, ImageReference, check_mirrors
+from ._ngc_login import REGISTRY, USERNAME, check_api_key, stored_credentials
+from ._nim_family import detect_family
+from ._nim_models import parse_size
+from ._registry import TRANSIENT, RegistryClient, RegistryImage, image_architecture
+from ._requirements import check as check_verdict
+from ._requirements import evaluate
+from ._resource import Change, Resource
+
+STATE_DIRECTORY = "/var/lib/gpu_fleet"
+RECORD = STATE_DIRECTORY + "/images.json"
+_RECORD_SCHEMA = 1
+#: Only root and short: two jobs that end together must not lose each other's entry.
+_RECORD_LOCK = "/run/gpu_fleet/images.lock"
+
+#: Disk space of an unpacked image per byte of download; NVIDIA's image for DGX Spark takes 32 GB from 9.88 GB.
+DISK_FACTOR = 3.3
+#: Tries of one pull in all; the pauses between them are 2, 4, 8 … seconds, at most 60.
+RETRIES = 5
+_PAUSE_MAX = 60.0
+#: Seconds without any event from the daemon until a pull counts as stuck.
+STALLED_AFTER = 600
+
+PULL_MISSING = "missing"
+PULL_NEWER = "newer"
+PULL_NEVER = "never"
+
+
+# -- what is wanted -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WantedImage:
+    """One entry of the list of images.
+
+    Attributes:
+        reference: As the user wrote it, normalised.
+        state: ``present`` or ``absent``.
+        disk_space: Bytes that the model's files will take in ``cache_directory``.
+    """
+
+    reference: ImageReference
+    state: str = "present"
+    disk_space: int = 0
+    cache_directory: str = ""
+
+
+def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
+    """Read the list of images; the same image twice counts once, with the larger disk space.
+
+    Raises:
+        FleetError: ``invalid_option``.
+    """
+    found: t.Dict[str, WantedImage] = {}
+    for number, entry in enumerate(raw or []):
+        where = "%s[%d]" % (option, number)
+        reference = ImageReference.parse(entry.get("image"), where + ".image")
+        size = 0
+        text = entry.get("disk_space")
+        if text not in (None, ""):
+            parsed = parse_size(str(text))
+            if parsed is None:
+                raise FleetError(
+                    "invalid_option",
+                    "%s.disk_space = %s: not a size with a unit; write it like 20GB." % (where, text),
+                )
+            size = parsed
+        directory = entry.get("cache_directory") or ""
+        if directory and not directory.startswith("/"):
+            raise FleetError(
+                "invalid_option",
+                "%s.cache_directory = %s: not an absolute path; begin it with a slash." % (where, directory),
+            )
+        state = entry.get("state") or "present"
+        wanted = WantedImage(reference, state, size, directory)
+        known = found.get(str(reference))
+        if known is not None:
+            if known.state != state:
+                raise FleetError(
+                    "invalid_option",
+                    "%s.image = %s: the image is wanted both present and absent; remove one entry."
+                    % (where, reference),
+                )
+            if known.disk_space > size:
+                wanted = known
+        found[str(reference)] = wanted
+    return list(found.values())
+
+
+# -- what a run has pinned ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PinnedImage:
+    """What a reference stands for on this host.
+
+    Attributes:
+        image: The reference as it is wanted, normalised: the key of the record.
+        source: Registry and repository it was pulled from, which differs from ``image`` behind a mirror.
+        digest: Digest in that repository; empty for an image that was loaded from an archive.
+        image_id: Docker's id of the image.
+        run: What to give to ``docker run``: it names exactly this image.
+    """
+
+    image: str
+    source: str
+    digest: str
+    image_id: str
+
+    @property
+    def run(self) -> str:
+        return "%s@%s" % (self.source, self.digest) if self.digest else self.image_id
+
+    def as_dict(self) -> t.Dict[str, str]:
+        return {"source": self.source, "digest": self.digest, "image_id": self.image_id}
+
+
+def read_record(host: Host) -> t.Dict[str, PinnedImage]:
+    """Everything that is pinned on a host, by normalised reference.
+
+    Raises:
+        FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
+    """
+    raw = host.read_text(RECORD)
+    if raw is None:
+        return {}
+    try:
+        document = json.loads(raw)
+        entries = document["images"].items() if document["schema"] == _RECORD_SCHEMA else document["schema"]["unknown"]
+        return {
+            str(image): PinnedImage(str(image), str(entry["source"]), str(entry["digest"]), str(entry["image_id"]))
+            for image, entry in entries
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FleetError(
+            "state_unreadable",
+            "Reading %s failed: it is not what this collection writes (%s: %s); repair or remove it: the tags are then "
+            "taken from the images on the host again." % (RECORD, type(error).__name__, error),
+            path=RECORD,
+        ) from None
+
+
+def pinned_image(host: Host, image: str) -> t.Optional[PinnedImage]:
+    """What an image that a user named is pinned to on this host, or None when it was never pulled or pinned.
+
+    Raises:
+        FleetError: ``invalid_option``, ``state_unreadable``.
+    """
+    return read_record(host).get(str(ImageReference.parse(image)))
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> t.Iterator[None]:
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _update_record(host: Host, image: str, pinned: t.Optional[PinnedImage], lock: str) -> None:
+    with _locked(lock):
+        record = read_record(host)
+        if pinned is None:
+            record.pop(image, None)
+        else:
+            record[image] = pinned
+        document = {
+            "schema": _RECORD_SCHEMA,
+            "images": {name: record[name].as_dict() for name in sorted(record)},
+        }
+        if not host.exists(STATE_DIRECTORY):
+            host.make_dir(STATE_DIRECTORY, mode=0o755)
+        host.write_file(RECORD, json.dumps(document, indent=2) + "\n", mode=0o644)
+
+
+# -- progress of one pull -------------------------------------------------------------------------------
+
+
+class PullProgress:
+    """Adds up the events of ``docker pull``.
+
+    Args:
+        layers: Size in bytes of each layer by its digest, from the registry: the events name a total only when a
+            layer's download begins, and a percentage must not fall back whenever one does.
+    """
+
+    _RATE_WINDOW = 15.0
+
+    def __init__(self, layers: t.Mapping[str, int]) -> None:
+        # Events name a layer by the first 12 digits of its digest.
+        self._size = {digest.split(":")[-1][:12]: size for digest, size in layers.items()}
+        self._done: t.Dict[str, int] = {}
+        self._unpacked: t.Dict[str, int] = {}
+        self._phase: t.Dict[str, str] = {}
+        #: Layers that were there before the first event of this pull.
+        self._existing: t.Set[str] = set()
+        self._samples: t.Deque[t.Tuple[float, int]] = collections.deque()
+
+    def restart(self) -> None:
+        """A new try: what is complete stays with the daemon, the rest begins again."""
+        for layer, phase in self._phase.items():
+            if phase in ("waiting", "downloading"):
+                self._done[layer] = 0
+        self._samples.clear()
+
+    def feed(self, event: t.Mapping[str, t.Any]) -> None:
+        """Take in one event of the daemon."""
+        layer, status = str(event.get("id") or ""), str(event.get("status") or "")
+        if not re.fullmatch(r"[0-9a-f]{12}", layer):
+            return
+        detail = event.get("progressDetail") or {}
+        # The containerd image store counts seconds of unpacking, not bytes.
+        current = int(detail.get("current") or 0) if not detail.get("units") else 0
+        total = int(detail.get("total") or 0) if not detail.get("units") else 0
+        if status == "Already exists":
+            # In a second try this is also said of a layer that the first one brought.
+            if not self._phase.get(layer):
+                self._existing.add(layer)
+            self._finish(layer)
+        elif status in ("Pulling fs layer", "Waiting"):
+            self._phase.setdefault(layer, "waiting")
+        elif status == "Downloading":
+            self._phase[layer] = "downloading"
+            if total:
+                self._size.setdefault(layer, total)
+            self._done[layer] = min(current, self._size.get(layer, current))
+        elif status in ("Verifying Checksum", "Download complete"):
+            self._phase[layer] = "downloaded"
+            self._done[layer] = self._size.get(layer, self._done.get(layer, 0))
+        elif status == "Extracting":
+            self._phase[layer] = "unpacking"
+            self._done[layer] = self._size.get(layer, self._done.get(layer, 0))
+            self._unpacked[layer] = min(current, self._size.get(layer, current))
+        elif status == "Pull complete":
+            self._finish(layer)
+
+    def _finish(self, layer: str) -> None:
+        self._phase[layer] = "done"
+        size = self._size.get(layer, self._done.get(layer, 0))
+        self._done[layer] = self._unpacked[layer] = size
+
+    def snapshot(self, now: float) -> t.Dict[str, t.Any]:
+        """State at a moment.
+
+        Args:
+            now: Seconds of a monotonic clock.
+
+        Returns:
+            ``bytes_done``, ``bytes_total`` (layers that were there already are in neither), ``percent`` (0 to 100),
+            ``rate`` (bytes per second, None until known), ``eta`` (seconds, None until known), ``phase`` (waiting,
+            downloading, unpacking or done), ``unpacked_percent``, and ``layers`` with the number of layers per phase.
+        """
+        counted = [layer for layer in self._size if layer not in self._existing]
+        total = sum(self._size[layer] for layer in counted)
+        done = sum(self._done.get(layer, 0) for layer in counted)
+        unpacked = sum(self._unpacked.get(layer, 0) for layer in counted)
+        phases = collections.Counter(self._phase.get(layer, "waiting") for layer in self._size)
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > self._RATE_WINDOW:
+            self._samples.popleft()
+        first_time, first_done = self._samples[0]
+        rate = (done - first_done) / (now - first_time) if now - first_time >= 1.0 else None
+        if phases["done"] == len(self._size):
+            phase = "done"
+        elif done >= total:
+            phase = "unpacking"
+        elif phases["waiting"] + phases["done"] == len(self._size) and not done:
+            phase = "waiting"
+        else:
+            phase = "downloading"
+        return {
+            "bytes_done": done,
+            "bytes_total": total,
+            "percent": 100 * done // total if total else 100,
+            "unpacked_percent": 100 * unpacked // total if total else 100,
+            "rate": rate if phase == "downloading" else None,
+            "eta": (total - done) / rate if rate and phase == "downloading" else None,
+            "phase": phase,
+            "layers": dict(phases),
+        }
+
+
+def _amount(size: float) -> str:
+    """``2.8 GB``, in the decimal units that registries and disks are sold in."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= step:
+            return "%.1f %s" % (size / step, unit) if size < 100 * step else "%.0f %s" % (size / step, unit)
+    return "%d B" % size
+
+
+def progress_text(name: str, progress: t.Mapping[str, t.Any]) -> str:
+    """One line about one pull: ``nim/meta/x 43% 1.2 of 2.8 GB, 95 MB/s, 0:17 left``."""
+    if progress.get("phase") == "retrying":
+        return "%s: %s, try %s of %s follows" % (
+            name,
+            progress.get("why", "interrupted"),
+            progress.get("attempt", "?"),
+            progress.get("attempts", "?"),
+        )
+    total, done = int(progress.get("bytes_total") or 0), int(progress.get("bytes_done") or 0)
+    if progress.get("phase") in ("unpacking", "done"):
+        return "%s unpacking %d%% of %s" % (name, int(progress.get("unpacked_percent") or 0), _amount(total))
+    if progress.get("phase") != "downloading":
+        return "%s: waiting for the first bytes of %s" % (name, _amount(total)) if total else "%s: waiting" % name
+    amounts = _amount(done).split(" "), _amount(total).split(" ")
+    have = amounts[0][0] if amounts[0][1] == amounts[1][1] else " ".join(amounts[0])
+    text = "%s %d%% %s of %s" % (name, int(progress.get("percent") or 0), have, _amount(total))
+    if progress.get("rate"):
+        text += ", %s/s" % _amount(progress["rate"])
+    if progress.get("eta") is not None:
+        minutes, seconds = divmod(int(progress["eta"] + 0.5), 60)
+        hours, minutes = divmod(minutes, 60)
+        text += ", %d:%02d:%02d left" % (hours, minutes, seconds) if hours else ", %d:%02d left" % (minutes, seconds)
+    return text
+
+
+# -- errors of the daemon -------------------------------------------------------------------------------
+
+#: Pattern, reason, what to do. The first that matches decides. Texts: moby, containerd, distribution, nvcr.io.
+_PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
+    (
+        r"no space left on device",
+        "disk_full",
+        "free space (docker system df, docker image prune) or move Docker's data-root to a larger disk",
+    ),
+    (
+        r"Incorrect Repository Format",
+        "engine_cannot_pull",
+        "Docker Engine 29.5 cannot pull from nvcr.io: install an older or newer engine, or switch the containerd image "
+        "store off in daemon.json (features, containerd-snapshotter)",
+    ),
+    (
+        r"no matching manifest for|exec format error|does not match the specified platform",
+        "architecture",
+        "use a tag or repository for this host's architecture",
+    ),
+    (
+        r"x509:|tls: (?!.*handshake timeout)|certificate",
+        "tls_error",
+        "put the CA certificate into the host's store (update-ca-certificates or update-ca-trust) and restart Docker, or "
+        "into /etc/docker/certs.d/REGISTRY/ca.crt",
+    ),
+    (r"toomanyrequests|429 Too Many Requests", "rate_limit", "try again later, log in, or use a mirror"),
+    (
+        r"402 Payment Required",
+        "no_entitlement",
+        "activate an NVIDIA AI Enterprise licence or trial for the key's organisation",
+    ),
+    (r"\b451\b", "legal", "use another model: the registry may not hand it out here"),
+    (r"manifest unknown|manifest for .* not found", "no_such_tag", "name a tag that exists"),
+    (
+        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access",
+        "no_entitlement",
+        "accept the terms of the image on its NGC page and check the key's organisation and its NGC Catalog service",
+    ),
+    (
+        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials",
+        "bad_key",
+        "check the API key and the name of the repository",
+    ),
+    (r"name unknown|repository .* not found", "no_such_repository", "check the name of the repository"),
+    (
+        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|Error while fetching server",
+        "docker_unavailable",
+        "see 'systemctl status docker' and 'journalctl -u docker'",
+    ),
+    (
+        r"no such host|i/o timeout|connection refused|connection reset|handshake timeout|unexpected EOF|\bEOF\b|"
+        r"context deadline exceeded|request canceled|network is unreachable|no route to host|"
+        r"\b50[0-9] |server misbehaving|proxyconnect|filesystem layer verification failed|unexpected commit digest|"
+        r"short read|stream error|http2:",
+        "registry_unreachable",
+        "check the network, DNS and the proxy settings of the Docker service",
+    ),
+)
+#: Worth another try without anybody doing anything.
+PULL_TRANSIENT = TRANSIENT | {"docker_unavailable", "pull_stalled"}
+
+
+def pull_error(image: str, text: str) -> FleetError:
+    """Tell the errors of a pull apart by the daemon's text."""
+    reason, remedy = next(
+        ((reason, remedy) for pattern, reason, remedy in _PULL_ERRORS if re.search(pattern, text)),
+        ("pull_failed", "see 'journalctl -u docker'"),
+    )
+    said = " ".join(text.split())[:400].rstrip(".")
+    return FleetError(reason, "Pulling %s failed: %s; %s." % (image, said, remedy), image=image)
+
+
+class _StalledError(Exception):
+    """Nothing came from the daemon for too long."""
+
+
+class DockerPuller:
+    """The few changes that are made through the Docker SDK for Python.
+
+    Raises:
+        FleetError: ``missing_library`` when it is not installed, ``docker_unavailable``, and the reasons of
+            :func:`pull_error`.
+    """
+
+    def __init__(self, socket_path: str = SOCKET) -> None:
+        try:
+            import docker
+            import docker.errors
+            import requests
+        except ImportError as error:
+            raise FleetError(
+                "missing_library",
+                "Pulling needs the Docker SDK for Python on the host (%s); install python3-docker." % error,
+            ) from None
+        # All that a pull can raise: the daemon's answer, and a connection that breaks in the middle of the stream.
+        self._errors: t.Tuple[t.Type[Exception], ...] = (
+            docker.errors.DockerException,
+            requests.exceptions.RequestException,
+            OSError,
+        )
+        self._api_error: t.Any = docker.errors.APIError
+        try:
+            self._client: t.Any = docker.APIClient(base_url="unix://" + socket_path, version="auto", timeout=60)
+        except self._errors as failed:
+            raise FleetError(
+                "docker_unavailable",
+                "Connecting to Docker at %s failed: %s; see 'systemctl status docker'." % (socket_path, failed),
+                socket=socket_path,
+            ) from None
+
+    def close(self) -> None:
+        """Close the connection to the daemon."""
+        self._client.close()
+
+    def pull(
+        self,
+        source: str,
+        digest: str,
+        credentials: t.Optional[t.Tuple[str, str]],
+        on_event: t.Callable[[t.Mapping[str, t.Any]], None],
+        stalled_after: int = STALLED_AFTER,
+    ) -> None:
+        """Pull by digest; must run in the main thread of its process, whose alarm signal it uses."""
+        image = "%s@%s" % (source, digest)
+        auth = {"username": credentials[0], "password": credentials[1]} if credentials else {}
+
+        def alarm(_number: int, _frame: t.Any) -> None:
+            raise _StalledError
+
+        before = signal.signal(signal.SIGALRM, alarm)
+        signal.alarm(stalled_after)
+        try:
+            # Without auth_config the SDK would look for credentials itself; an empty one is anonymous.
+            for event in self._client.pull(source, tag=digest, auth_config=auth, stream=True, decode=True):
+                signal.alarm(stalled_after)
+                if event.get("error") or event.get("errorDetail"):
+                    detail = event.get("errorDetail") or {}
+                    raise pull_error(image, str(detail.get("message") or event.get("error")))
+                on_event(event)
+        except _StalledError:
+            raise FleetError(
+                "pull_stalled",
+                "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
+                % (image, stalled_after),
+                image=image,
+            ) from None
+        except self._errors as error:
+            raise self._translate(image, error) from None
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+
+    def tag(self, image_id: str, reference: ImageReference) -> None:
+        """Give an image its human name, which also keeps ``docker image prune`` away from it."""
+        try:
+            self._client.tag(image_id, reference.name, reference.tag)
+        except self._errors as error:
+            raise self._translate(str(reference), error) from None
+
+    def remove(self, name: str) -> None:
+        """Remove one name of an image, and the image with its last name; absent is fine."""
+        try:
+            self._client.remove_image(name)
+        except self._api_error as error:
+            if error.status_code == 404:
+                return
+            if error.status_code == 409:
+                raise FleetError(
+                    "image_in_use",
+                    "Removing %s failed: %s; remove the container first." % (name, error.explanation),
+                    image=name,
+                ) from None
+            raise self._translate(name, error) from None
+        except self._errors as error:
+            raise self._translate(name, error) from None
+
+    def _translate(self, image: str, error: Exception) -> FleetError:
+        if isinstance(error, self._api_error):
+            return pull_error(image, str(getattr(error, "explanation", "") or error))
+        # No answer of the daemon at all, or one that broke off: it was stopped or restarted.
+        return FleetError(
+            "docker_unavailable",
+            "Docker's answer about %s broke off (%s); see 'systemctl status docker' and 'journalctl -u docker'."
+            % (image, type(error).__name__),
+            image=image,
+        )
+
+
+# -- the resource ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """One wanted image as it is on the host.
+
+    Attributes:
+        pinned: Entry of the record, or None.
+        local: ``docker image inspect`` of the pinned image, else of whatever carries the wanted name, or None.
+        present: ``local`` is what the record pins (or the wanted digest names).
+        newer: What the tag stands for at the registry; asked only for pull = newer.
+        users: Names of the containers that use ``local``; looked at only for state = absent.
+    """
+
+    wanted: WantedImage
+    source: ImageReference
+    pinned: t.Optional[PinnedImage]
+    local: t.Optional[t.Mapping[str, t.Any]]
+    present: bool
+    newer: t.Optional[RegistryImage] = None
+    users: t.Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImagesState:
+    """All wanted images; ``docker`` is False when no daemon answers."""
+
+    docker: bool
+    images: t.Tuple[ImageState, ...]
+
+
+@dataclass(frozen=True)
+class PullTask:
+    """A pull that passed all checks."""
+
+    wanted: WantedImage
+    source: ImageReference
+    found: RegistryImage
+
+    @property
+    def job_id(self) -> str:
+        return pull_job_id(self.wanted.reference)
+
+
+def pull_job_id(reference: ImageReference) -> str:
+    """Identifier of the job that pulls an image; equal for everybody who wants the same one."""
+    return "pull-" + hashlib.sha256(str(reference).encode("utf-8")).hexdigest()[:16]
+
+
+class NimImages(Resource[ImagesState]):
+    """Images on a host.
+
+    Args:
+        images: See :func:`parse_images`.
+        pull: ``missing`` keeps what a tag was pinned to; ``newer`` asks the registry on every run and follows a tag
+            that has moved; ``never`` takes only what is on the host (air gap).
+        registry_mirrors: See :func:`._image_reference.check_mirrors`.
+        api_key: NGC key for nvcr.io in place of the stored login.
+        docker_user: User whose Docker configuration holds the login.
+        retries: Tries of a pull.
+        disk_factor: Disk space of an unpacked image per byte of download.
+
+    Raises:
+        FleetError: ``invalid_option``.
+    """
+
+    name = "nim_image"
+
+    def __init__(
+        self,
+        images: t.Any,
+        *,
+        pull: str = PULL_MISSING,
+        registry_mirrors: t.Any = None,
+        api_key: t.Optional[str] = None,
+        docker_user: str = "root",
+        retries: int = RETRIES,
+        disk_factor: float = DISK_FACTOR,
+        host_name: str = "this host",
+        api: t.Optional[DockerApi] = None,
+        jobs: t.Optional[Jobs] = None,
+        client: t.Callable[..., RegistryClient] = RegistryClient,
+        puller: t.Callable[[], DockerPuller] = DockerPuller,
+        record_lock: str = _RECORD_LOCK,
+    ) -> None:
+        self.wanted = parse_images(images)
+        self.pull = pull
+        self.mirrors = check_mirrors(registry_mirrors)
+        self._key = check_api_key(api_key) if api_key else ""
+        self.docker_user = docker_user
+        if retries < 1:
+            raise FleetError("invalid_option", "retries = %d: at least one try is needed; give 1 or more." % retries)
+        if disk_factor < 1:
+            raise FleetError(
+                "invalid_option",
+                "disk_factor = %s: an image is larger on disk than packed; give 1 or more." % disk_factor,
+            )
+        self.retries = retries
+        self.disk_factor = disk_factor
+        self.host_name = host_name
+        self.api = api or DockerApi()
+        self.jobs = jobs or Jobs()
+        self._client = client
+        self._puller = puller
+        self._record_lock = record_lock
+        self._info: t.Optional[t.Dict[str, t.Any]] = None
+
+    # -- observe ----------------------------------------------------------------------------------
+
+    def observe(self, host: Host) -> ImagesState:
+        """Reads the record and asks Docker; asks the registry only for pull = newer, which is what that means."""
+        record = read_record(host)
+        docker = self.api.available()
+        containers: t.Optional[t.List[t.Dict[str, t.Any]]] = None
+        found = []
+        for wanted in self.wanted:
+            source = wanted.reference.rewritten(self.mirrors)
+            pinned = record.get(str(wanted.reference))
+            local: t.Optional[t.Mapping[str, t.Any]] = None
+            present = False
+            if docker:
+                if pinned is not None:
+                    local = self.api.image(pinned.run)
+                    present = local is not None
+                if local is None:
+                    for name in (str(wanted.reference), str(source)):
+                        local = self.api.image(name)
+                        if local is not None:
+                            break
+            newer = None
+            if self.pull == PULL_NEWER and wanted.state == "present" and not wanted.reference.digest:
+                newer = self.resolve(host, source)
+            users: t.Tuple[str, ...] = ()
+            if wanted.state == "absent" and local is not None:
+                if containers is None:
+                    containers = self.api.containers(all=True)
+                users = tuple(
+                    str((entry.get("Names") or [entry.get("Id", "?")[:12]])[0]).lstrip("/")
+                    for entry in containers
+                    if entry.get("ImageID") == local.get("Id")
+                )
+            found.append(ImageState(wanted, source, pinned, local, present, newer, users))
+        return ImagesState(docker, tuple(found))
+
+    # -- plan -------------------------------------------------------------------------------------
+
+    def plan(self, state: ImagesState) -> t.List[Change]:
+        changes = []
+        for image in state.images:
+            change = self._plan_absent(image) if image.wanted.state == "absent" else self._plan_present(image, state)
+            if change is not None:
+                changes.append(change)
+        return changes
+
+    def _plan_present(self, image: ImageState, state: ImagesState) -> t.Optional[Change]:
+        what = "image %s" % image.wanted.reference
+        pinned = image.pinned
+        before = pinned.digest or pinned.image_id if pinned and image.present else None
+        if image.newer is not None and (pinned is None or pinned.digest != image.newer.digest or not image.present):
+            return Change(
+                self.name,
+                what,
+                before,
+                image.newer.digest,
+                "the tag stands for another image now" if before else "it is not on the host",
+                action="pull",
+                data={"image": image, "reference": image.source.with_digest(image.newer.digest)},
+            )
+        if image.present:
+            return None
+        lost = pinned is not None and pinned.digest
+        if image.local is not None and not lost:
+            adopted = self._adopt(image)
+            return Change(
+                self.name,
+                what,
+                before,
+                adopted.digest or adopted.image_id,
+                "it is on the host and not pinned yet",
+                action="pin",
+                data={"pinned": adopted},
+            )
+        if self.pull == PULL_NEVER:
+            raise FleetError(
+                "image_missing",
+                "Image %s is not on the host and pull is never; load it (docker load) or set pull to missing."
+                % image.wanted.reference,
+                image=str(image.wanted.reference),
+            )
+        reference = image.source.with_digest(pinned.digest) if pinned and lost else image.source
+        return Change(
+            self.name,
+            what,
+            None,
+            reference.digest or "the digest of tag %s" % reference.tag,
+            "it is no longer on the host" if lost else "it is not on the host",
+            action="pull",
+            data={"image": image, "reference": reference},
+        )
+
+    def _plan_absent(self, image: ImageState) -> t.Optional[Change]:
+        if image.local is None and image.pinned is None:
+            return None
+        before = (image.pinned and (image.pinned.digest or image.pinned.image_id)) or str(
+            (image.local or {}).get("Id", "")
+        )
+        return Change(
+            self.name,
+            "image %s" % image.wanted.reference,
+            before,
+            None,
+            "it is to be removed",
+            action="remove",
+            data={"image": image},
+            blocked="in use by container %s: remove that first" % ", ".join(image.users) if image.users else None,
+        )
+
+    def _adopt(self, image: ImageState) -> PinnedImage:
+        """Pin what is on the host: its digest in the wanted repository, or its id where it came from an archive."""
+        local = image.local or {}
+        digests = dict(
+            entry.split("@", 1) for entry in reversed([text for text in local.get("RepoDigests") or [] if "@" in text])
+        )
+        for name in (image.wanted.reference.name, image.source.name):
+            # Docker shortens the names of its own hub.
+            for known in (name, name.replace(DOCKER_HUB + "/library/", "", 1), name.replace(DOCKER_HUB + "/", "", 1)):
+                if known in digests:
+                    return PinnedImage(str(image.wanted.reference), name, digests[known], str(local.get("Id", "")))
+        return PinnedImage(str(image.wanted.reference), image.source.name, "", str(local.get("Id", "")))
+
+    # -- before the pull --------------------------------------------------------------------------
+
+    def preflight(self, host: Host, changes: t.Sequence[Change]) -> t.List[PullTask]:
+        """Everything that can be known before a byte is pulled, for all pulls together.
+
+        Raises:
+            FleetError: Reasons of the registry client; ``requirement``, ``invalid_requirement``, ``disk_full``,
+                ``engine_cannot_pull``, ``docker_unavailable``.
+        """
+        tasks = []
+        info = self._docker_info()
+        for change in changes:
+            image: ImageState = change.data["image"]
+            self._check_engine(info, change.data["reference"])
+            found = image.newer or self.resolve(host, change.data["reference"])
+            tasks.append(PullTask(image.wanted, image.source, found))
+        inventory = observe_gpus(host) if tasks else GpuInventory()
+        for task in tasks:
+            self.check_requirement(task.found, inventory, str(task.wanted.reference))
+        self._check_disk(host, str(info.get("DockerRootDir") or "/var/lib/docker"), tasks)
+        return tasks
+
+    def check_requirement(self, found: RegistryImage, inventory: GpuInventory, name: str) -> None:
+        """Compare what the image requires with the loaded driver.
+
+        Raises:
+            FleetError: ``requirement``, ``invalid_requirement``.
+        """
+        driver = inventory.driver.version if inventory.driver else inventory.smi_driver_version
+        # nvidia-smi may be missing while the module is loaded; the branch tells as much.
+        cuda = inventory.cuda_version or (cuda_of_branch(branch_of_version(driver)) if driver else None)
+        # nvidia-smi -q does not print the compute capability, and unknown counts as fulfilled.
+        gpus = [(gpu.brand, None) for gpu in inventory.gpus]
+        verdict = evaluate(found.environment, driver or None, cuda, gpus, image=name, host_name=self.host_name)
+        check_verdict(verdict, image=name, driver_version=driver or None)
+
+    @staticmethod
+    def _check_engine(info: t.Mapping[str, t.Any], reference: ImageReference) -> None:
+        version = str(info.get("ServerVersion") or "")
+        containerd = any("io.containerd.snapshotter" in str(entry) for entry in info.get("DriverStatus") or [])
+        if reference.registry == REGISTRY and version.startswith("29.5.") and containerd:
+            raise FleetError(
+                "engine_cannot_pull",
+                "Docker Engine %s with the containerd image store cannot pull from %s (Incorrect Repository Format); "
+                "install another version, or set features containerd-snapshotter to false in daemon.json."
+                % (version, REGISTRY),
+                version=version,
+            )
+
+    def _check_disk(self, host: Host, docker_root: str, tasks: t.Sequence[PullTask]) -> None:
+        mounts = mount_points(host.read_text("/proc/self/mountinfo") or "")
+        needs: t.Dict[str, t.List[t.Tuple[str, int, str]]] = {}
+        for task in tasks:
+            size = task.found.compressed_size
+            needs.setdefault(mount_of(docker_root, mounts), []).append(
+                (
+                    docker_root,
+                    int(size * self.disk_factor),
+                    "image %s (%s packed)" % (task.wanted.reference, _amount(size)),
+                )
+            )
+            if task.wanted.disk_space:
+                directory = task.wanted.cache_directory or docker_root
+                there = _used(host, task.wanted.cache_directory)
+                needs.setdefault(mount_of(directory, mounts), []).append(
+                    (
+                        directory,
+                        max(0, task.wanted.disk_space - there),
+                        "model of %s" % task.wanted.reference,
+                    )
+                )
+        for mount, entries in needs.items():
+            free, needed = host.free_bytes(entries[0][0]), sum(entry[1] for entry in entries)
+            if needed > free:
+                paths = sorted({entry[0] for entry in entries})
+                raise FleetError(
+                    "disk_full",
+                    "%s on %s needs about %s for %s, and %s is free; free space (docker system df, docker image prune), or "
+                    "move %s to a larger disk."
+                    % (
+                        " and ".join(paths),
+                        mount,
+                        _amount(needed),
+                        " and ".join("%s: %s" % (entry[2], _amount(entry[1])) for entry in entries),
+                        _amount(free),
+                        "it" if len(paths) == 1 else "them",
+                    ),
+                    mount=mount,
+                    bytes_free=free,
+                    bytes_needed=needed,
+                )
+
+    def _docker_info(self) -> t.Dict[str, t.Any]:
+        if self._info is None:
+            self._info = self.api.info()
+        return self._info
+
+    def credentials(self, host: Host, registry: str) -> t.Optional[t.Tuple[str, str]]:
+        """The key that was given is for NGC alone; every other registry gets what is stored for it."""
+        if self._key and registry == REGISTRY:
+            return USERNAME, self._key
+        return stored_credentials(host, registry, self.docker_user)
+
+    def resolve(self, host: Host, reference: ImageReference, architecture: t.Optional[str] = None) -> RegistryImage:
+        """Ask the registry for an image, as this host's Docker would: same login, same proxies, same trust."""
+        credentials = self.credentials(host, reference.registry) or ("", "")
+        try:
+            info = self._docker_info()
+        except FleetError:
+            # Without a daemon the registry can still be asked, with the proxies of our own environment.
+            info = {}
+        client = self._client(
+            reference.registry,
+            credentials[0],
+            credentials[1],
+            insecure=_insecure(info, reference.registry),
+            proxies=_proxies(info),
+        )
+        return client.resolve(reference, architecture or image_architecture(host.machine()))
+
+    # -- apply ------------------------------------------------------------------------------------
+
+    def apply(self, host: Host, change: Change) -> None:
+        if change.action == "pin":
+            pinned: PinnedImage = change.data["pinned"]
+            _update_record(host, pinned.image, pinned, self._record_lock)
+        elif change.action == "remove":
+            self._remove(host, change.data["image"])
+        elif change.action == "pull":
+            (task,) = self.preflight(host, [change])
+            self.start(host, task)
+            for status in self.jobs.wait([task.job_id], None):
+                if status.state != "done":
+                    raise status.failure("Pulling %s" % task.wanted.reference)
+        else:
+            raise AssertionError(change.action)
+
+    def _remove(self, host: Host, image: ImageState) -> None:
+        puller = self._puller()
+        names = [str(image.wanted.reference)] if image.wanted.reference.tag else []
+        if image.pinned is not None:
+            names.append(image.pinned.run)
+        elif image.wanted.reference.digest:
+            names.append(str(image.source))
+        for name in names:
+            if self.api.image(name) is not None:
+                puller.remove(name)
+        _update_record(host, str(image.wanted.reference), None, self._record_lock)
+
+    def start(self, host: Host, task: PullTask) -> bool:
+        """Start the background job of a pull, or attach to it; see :meth:`._background.Jobs.start`."""
+        # Says what is missing while somebody listens, and imports what the job needs; the job connects by itself.
+        self._puller().close()
+        credentials = self.credentials(host, task.source.registry)
+        return self.jobs.start(task.job_id, lambda report: self.work(host, task, self._puller(), credentials, report))
+
+    def work(
+        self,
+        host: Host,
+        task: PullTask,
+        puller: DockerPuller,
+        credentials: t.Optional[t.Tuple[str, str]],
+        report: Report,
+        sleep: t.Callable[[float], None] = time.sleep,
+    ) -> t.Dict[str, t.Any]:
+        """The job itself: pull with retries, check what came, name it, write it down."""
+        source, digest = task.source.name, task.found.digest
+        tracker = PullProgress(dict(task.found.layers))
+        base = {"image": str(task.wanted.reference), "name": task.wanted.reference.short, "digest": digest}
+
+        def on_event(event: t.Mapping[str, t.Any]) -> None:
+            tracker.feed(event)
+            report(dict(base, **tracker.snapshot(time.monotonic())))
+
+        report(dict(base, **tracker.snapshot(time.monotonic())))
+        for attempt in range(1, self.retries + 1):
+            try:
+                puller.pull(source, digest, credentials, on_event)
+                break
+            except FleetError as error:
+                if error.reason not in PULL_TRANSIENT or attempt == self.retries:
+                    error.facts["attempts"] = attempt
+                    raise
+                why = error.reason.replace("_", " ")
+                report(dict(base, phase="retrying", why=why, attempt=attempt + 1, attempts=self.retries))
+            tracker.restart()
+            # A fleet that lost its mirror must not come back in step.
+            sleep(min(_PAUSE_MAX, 2.0**attempt) * random.uniform(0.75, 1.25))  # noqa: S311  # no secret hangs on it
+        run = "%s@%s" % (source, digest)
+        local = self.api.image(run)
+        if local is None:
+            raise FleetError(
+                "digest_mismatch",
+                "Docker reports %s as pulled, but has no such image; look for another program that removes images."
+                % run,
+                image=run,
+            )
+        image_id = str(local.get("Id", ""))
+        if task.wanted.reference.tag:
+            puller.tag(image_id, task.wanted.reference)
+        pinned = PinnedImage(str(task.wanted.reference), source, digest, image_id)
+        _update_record(host, pinned.image, pinned, self._record_lock)
+        return {"digest": digest, "image_id": image_id}
+
+    # -- return values ----------------------------------------------------------------------------
+
+    def result(self, state: ImagesState) -> t.Dict[str, t.Any]:
+        """Return values of the module."""
+        images = []
+        for image in state.images:
+            pinned = image.pinned
+            images.append(
+                {
+                    "image": str(image.wanted.reference),
+                    "present": image.present,
+                    "digest": pinned.digest or None if pinned else None,
+                    "image_id": pinned.image_id if pinned else None,
+                    "run": pinned.run if pinned else None,
+                    "size": int(image.local.get("Size") or 0) if image.local and image.present else None,
+                }
+            )
+        return {"images": images}
+
+
+# -- one slice of the module ----------------------------------------------------------------------------
+
+
+@dataclass
+class Slice:
+    """What one call of the module did.
+
+    Attributes:
+        state: The last look; None while not ``finished``.
+        changes: All changes since the first call.
+        progress: For the controller while not ``finished``.
+        resume: What the next call needs.
+    """
+
+    finished: bool
+    state: t.Optional[ImagesState]
+    changes: t.List[Change]
+    blocked: t.List[Change]
+    progress: t.Dict[str, t.Any]
+    resume: t.Dict[str, t.Any]
+
+
+def advance(
+    host: Host, resource: NimImages, resume: t.Optional[t.Mapping[str, t.Any]], seconds: t.Optional[float]
+) -> Slice:
+    """Take the images as far as possible in some seconds (None = to the end).
+
+    Every call looks at the host anew; ``resume`` only tells what earlier calls of the same task have changed and which
+    jobs they wait for, so that a task that was cut off is taken up by the next one.
+
+    Raises:
+        FleetError: With ``changes`` in its facts.
+    """
+    resume = resume or {}
+    done = [_change_from(entry) for entry in resume.get("changes") or []]
+    waited_for: t.List[str] = list(resume.get("jobs") or [])
+    applied: t.Set[str] = set()
+    try:
+        while True:
+            # While a job of ours runs there is nothing else to look at.
+            statuses = resource.jobs.wait(waited_for, seconds)
+            if any(status.state == RUNNING for status in statuses) and not _failed(statuses):
+                return Slice(
+                    False,
+                    None,
+                    done,
+                    [],
+                    _progress(statuses),
+                    {"jobs": waited_for, "changes": [change.as_dict() for change in done]},
+                )
+            state = resource.observe(host)
+            planned = resource.plan(state)
+            todo = [change for change in planned if not change.blocked]
+            pulls = [change for change in todo if change.action == "pull"]
+            _raise_failures(resource.jobs, waited_for, pulls)
+            if not todo:
+                return Slice(True, state, done, [change for change in planned if change.blocked], {}, {})
+
+            attached, fresh = _running(resource.jobs, pulls)
+            # All checks before the first change: a list of images is refused as a whole.
+            tasks = resource.preflight(host, fresh) if fresh else []
+            for change in todo:
+                if change.action == "pull":
+                    continue
+                if change.what in applied:
+                    raise _not_converged(change.what)
+                applied.add(change.what)
+                done.append(change)
+                resource.apply(host, change)
+            for change, status in attached:
+                done.append(replace(change, after=status.progress.get("digest") or change.after))
+                waited_for.append(status.job_id)
+            for change, task in zip(fresh, tasks):
+                done.append(replace(change, after=task.found.digest))
+                waited_for.append(task.job_id)
+                resource.start(host, task)
+    except FleetError as error:
+        error.facts.setdefault("changes", [change.as_dict() for change in done])
+        raise
+
+
+def _not_converged(what: str) -> FleetError:
+    return FleetError(
+        "not_converged",
+        "%s was dealt with, but a second look finds it undone; look for another program that manages images." % what,
+    )
+
+
+#: What keeps a check from being made where the host is not ready yet; in check mode an earlier task may be what mends it.
+_NOT_READY = frozenset(("no_key", "registry_unreachable", "tls_error", "docker_unavailable", "no_such_user"))
+#: What an earlier task may mend that check mode has not carried out.
+_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull"))
+
+
+@dataclass
+class Forecast:
+    """What a run would do, for check mode."""
+
+    state: ImagesState
+    changes: t.List[Change]
+    blocked: t.List[Change]
+    warnings: t.List[str]
+
+
+def forecast(host: Host, resource: NimImages) -> Forecast:
+    """The plan, with the checks before the pull made as far as the host allows.
+
+    Raises:
+        FleetError: What would also stop a real run, whatever earlier tasks of it do: a refusal by the registry.
+    """
+    state = resource.observe(host)
+    planned = resource.plan(state)
+    found = Forecast(
+        state,
+        [change for change in planned if not change.blocked],
+        [change for change in planned if change.blocked],
+        [],
+    )
+    pulls = [change for change in found.changes if change.action == "pull"]
+    fresh = _running(resource.jobs, pulls)[1]
+    if not fresh:
+        return found
+    try:
+        tasks = resource.preflight(host, fresh)
+    except FleetError as error:
+        if error.reason in _NOT_READY:
+            found.warnings.append("Not checked before the pull: %s" % error.message)
+        elif error.reason in _MENDABLE:
+            found.changes = [change for change in found.changes if change not in fresh]
+            found.blocked += [replace(change, blocked=error.message) for change in fresh]
+        else:
+            raise
+        return found
+    resolved = {str(task.wanted.reference): task.found.digest for task in tasks}
+    found.changes = [
+        replace(change, after=resolved[str(change.data["image"].wanted.reference)]) if change in fresh else change
+        for change in found.changes
+    ]
+    return found
+
+
+def _failed(statuses: t.Sequence[JobStatus]) -> bool:
+    return any(status.state in (FAILED, LOST) for status in statuses)
+
+
+def _raise_failures(jobs: Jobs, waited_for: t.Sequence[str], pulls: t.Sequence[Change]) -> None:
+    """A job of ours that has ended while its image is still missing has failed."""
+    names = {pull_job_id(change.data["image"].wanted.reference): change for change in pulls}
+    for job_id in waited_for:
+        status = jobs.read(job_id)
+        if job_id not in names or (status is not None and status.state == RUNNING):
+            continue
+        image = str(names[job_id].data["image"].wanted.reference)
+        if status is None or status.state != "done":
+            raise (status or JobStatus(job_id, LOST)).failure("Pulling %s" % image)
+        raise _not_converged("image %s" % image)
+
+
+def _running(jobs: Jobs, pulls: t.Sequence[Change]) -> t.Tuple[t.List[t.Tuple[Change, JobStatus]], t.List[Change]]:
+    """Pulls that are under way, whoever began them, and those that have to be started."""
+    attached, fresh = [], []
+    for change in pulls:
+        status = jobs.read(pull_job_id(change.data["image"].wanted.reference))
+        if status is not None and status.state == RUNNING:
+            attached.append((change, status))
+        else:
+            fresh.append(change)
+    return attached, fresh
+
+
+def _progress(statuses: t.Sequence[JobStatus]) -> t.Dict[str, t.Any]:
+    running = [status for status in statuses if status.state == RUNNING]
+    texts = [progress_text(str(status.progress.get("name", "image")), status.progress) for status in running]
+    return {
+        "text": "; ".join(texts),
+        "pulls": [status.progress for status in running],
+    }
+
+
+def _change_from(entry: t.Mapping[str, t.Any]) -> Change:
+    return Change(NimImages.name, str(entry["what"]), entry.get("from"), entry.get("to"), str(entry["why"]))
+
+
+# -- the registry alone ---------------------------------------------------------------------------------
+
+#: Refusals that answer the question "may this host have the image", rather than fail to ask it.
+REGISTRY_REASONS = frozenset(
+    (
+        "no_key",
+        "bad_key",
+        "no_entitlement",
+        "no_such_repository",
+        "no_such_tag",
+        "legal",
+        "rate_limit",
+        "registry_unreachable",
+        "registry_error",
+        "tls_error",
+        "architecture",
+    )
+)
+
+
+def look_up(
+    host: Host,
+    image: str,
+    api_key: t.Optional[str] = None,
+    docker_user: str = "root",
+    registry_mirrors: t.Any = None,
+    architecture: t.Optional[str] = None,
+    client: t.Callable[..., RegistryClient] = RegistryClient,
+) -> t.Dict[str, t.Any]:
+    """Return values of ``nim_image_info`` for an image that the registry hands out.
+
+    Raises:
+        FleetError: ``invalid_option``, those of the Docker configuration, and :data:`REGISTRY_REASONS`.
+    """
+    resource = NimImages(
+        [{"image": image}],
+        registry_mirrors=registry_mirrors,
+        api_key=api_key,
+        docker_user=docker_user,
+        client=client,
+    )
+    reference = resource.wanted[0].reference
+    found = resource.resolve(host, reference.rewritten(resource.mirrors), architecture)
+    return {
+        "reference": found.reference,
+        "digest": found.digest,
+        "platform_digest": found.platform_digest,
+        "architecture": found.architecture,
+        "architectures": list(found.architectures),
+        "compressed_size": found.compressed_size,
+        "created": found.created,
+        "cuda_version": found.environment.get("CUDA_VERSION"),
+        "require_cuda": found.environment.get("NVIDIA_REQUIRE_CUDA"),
+        "family": detect_family(found.labels, found.environment, reference.tag).key,
+        "labels": found.labels,
+    }
+
+
+# -- helpers --------------------------------------------------------------------------------------------
+
+
+def mount_points(mountinfo: str) -> t.List[str]:
+    """Mount points in ``/proc/self/mountinfo`` (proc(5)), with its octal escapes resolved."""
+    found = []
+    for line in mountinfo.splitlines():
+        fields = line.split(" ")
+        if len(fields) > 4:
+            found.append(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), fields[4]))
+    return found
+
+
+def mount_of(path: str, mounts: t.Iterable[str]) -> str:
+    """The mount point a path is below."""
+    path = path.rstrip("/") + "/"
+    return max((mount for mount in mounts if path.startswith(mount.rstrip("/") + "/")), key=len, default="/")
+
+
+def _used(host: Host, directory: str) -> int:
+    """Bytes that a model's files already take; 0 when unknown."""
+    if not directory or not host.exists(directory):
+        return 0
+    # A cache on a network file system may hold many files: better a too careful answer than a long wait.
+    answer = host.run(["du", "-s", "-B1", directory], timeout=20)
+    first = answer.stdout.split("\t")[0].strip()
+    return int(first) if answer.ok and first.isdigit() else 0
+
+
+def _insecure(info: t.Mapping[str, t.Any], registry: str) -> t.Optional[bool]:
+    """Whether the daemon was told not to insist on TLS for a registry; None leaves the decision to the client."""
+    config = info.get("RegistryConfig") or {}
+    index = (config.get("IndexConfigs") or {}).get(registry) or {}
+    if index.get("Secure") is False:
+        return True
+    host = registry.rsplit(":", 1)[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    for network in config.get("InsecureRegistryCIDRs") or []:
+        try:
+            if address in ipaddress.ip_network(network):
+                return True
+        except ValueError:
+            continue
+    return None
+
+
+def _proxies(info: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, str]]:
+    """The daemon's proxies where our own environment has none; None means the environment's."""
+    if any(os.environ.get(name) for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")):
+        return None
+    found = {"http": info.get("HttpProxy"), "https": info.get("HttpsProxy"), "no": info.get("NoProxy")}
+    # The daemon does not tell a proxy's password but prints xxxxx in its place.
+    usable = {key: str(value) for key, value in found.items() if value and "xxxxx@" not in str(value)}
+    return usable if {"http", "https"} & set(usable) else None

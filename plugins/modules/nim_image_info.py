@@ -1,0 +1,152 @@
+#!/usr/bin/python
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: nim_image_info
+short_description: What the registry knows of an image before it is pulled
+version_added: "1.0.0"
+description:
+  - Asks the registry for an image's digest, size, architectures, requirements and family, without pulling it and without Docker.
+  - When the registry refuses, says exactly why. A key that is missing, wrong or not entitled, a repository or tag that does not
+    exist, a limit, the network and TLS are told apart.
+extends_documentation_fragment:
+  - gpu_fleet.nim.attributes.info
+options:
+  image:
+    description: Image reference with a tag or a digest.
+    type: str
+    required: true
+    aliases: [name]
+  api_key:
+    description:
+      - NGC API key for C(nvcr.io), in place of the login that is stored in the Docker configuration of O(docker_user).
+      - It is never sent to another registry.
+    type: str
+  docker_user:
+    description: User of the host whose Docker configuration holds the logins at registries.
+    type: str
+    default: root
+  registry_mirrors:
+    description: Where to ask in place of a registry; see M(gpu_fleet.nim.nim_image).
+    type: dict
+    default: {}
+  architecture:
+    description: Architecture to look for, as image manifests name it, for example V(amd64) or V(arm64). By default the host's.
+    type: str
+seealso:
+  - module: gpu_fleet.nim.nim_image
+author:
+  - The gpu_fleet.nim authors (@gpu-fleet)
+"""
+
+EXAMPLES = r"""
+---
+- name: What is behind the tag?
+  gpu_fleet.nim.nim_image_info:
+    image: nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4
+  become: true
+  register: nim_llama
+
+- name: Size of the download
+  ansible.builtin.debug:
+    msg: "{{ nim_llama.image.compressed_size | human_readable if nim_llama.exists else nim_llama.message }}"
+"""
+
+RETURN = r"""
+exists:
+  description: Whether the registry hands the image out to this host.
+  returned: success
+  type: bool
+image:
+  description: The image as the registry describes it; null when RV(exists) is false.
+  returned: success
+  type: dict
+  contains:
+    reference:
+      description: The reference at the place that was asked.
+      type: str
+      returned: always
+    digest:
+      description: Digest that a pull by this reference would record.
+      type: str
+      returned: always
+    platform_digest:
+      description: Digest of the manifest for the architecture.
+      type: str
+      returned: always
+    architecture:
+      description: Architecture of that manifest.
+      type: str
+      returned: always
+    architectures:
+      description: All architectures on offer.
+      type: list
+      elements: str
+      returned: always
+    compressed_size:
+      description: Bytes to download.
+      type: int
+      returned: always
+    created:
+      description: Time stamp of the build as the image states it.
+      type: str
+      returned: always
+    cuda_version:
+      description: CUDA_VERSION in the image's environment; null when absent.
+      type: str
+      returned: always
+    require_cuda:
+      description: NVIDIA_REQUIRE_CUDA in the image's environment; null when absent.
+      type: str
+      returned: always
+    family:
+      description: Family of NIM images it belongs to, V(1.x), V(2.x), V(native) or V(unknown).
+      type: str
+      returned: always
+    labels:
+      description: Labels of the image.
+      type: dict
+      returned: always
+reason:
+  description: Why the registry does not hand it out; null when RV(exists) is true. See M(gpu_fleet.nim.nim_image) for the names.
+  returned: always
+  type: str
+message:
+  description: The reason as one sentence with a remedy; empty when RV(exists) is true.
+  returned: success
+  type: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import REGISTRY_REASONS, look_up
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "image": {"type": "str", "required": True, "aliases": ["name"]},
+            "api_key": {"type": "str", "no_log": True},
+            "docker_user": {"type": "str", "default": "root"},
+            "registry_mirrors": {"type": "dict", "default": {}},
+            "architecture": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    image, reason, message = None, None, ""
+    try:
+        image = look_up(Host(), **module.params)
+    except FleetError as error:
+        if error.reason not in REGISTRY_REASONS:
+            fail(module, error)
+        reason, message = error.reason, error.message
+    module.exit_json(changed=False, exists=image is not None, image=image, reason=reason, message=message)
+
+
+if __name__ == "__main__":
+    main()
