@@ -94,7 +94,9 @@ done
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    flat_repository(directory, packages(), None, {"Origin": "gpu_fleet.nim sandbox", "Label": "kernel of the sandbox machine"})
+    flat_repository(
+        directory, packages(), None, {"Origin": "gpu_fleet.nim sandbox", "Label": "kernel of the sandbox machine"}
+    )
 
 
 if __name__ == "__main__":

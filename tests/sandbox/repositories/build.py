@@ -60,7 +60,11 @@ def build_toolkit(output: Path, key: Key, work: Path) -> None:
     directory = output / "nvidia.github.io/libnvidia-container"
     found = toolkit.packages()
     say(f"nvidia.github.io: {len(found)} packages")
-    fields = {"Origin": "https://nvidia.github.io/libnvidia-container", "Label": "NVIDIA CORPORATION", "Architecture": "amd64"}
+    fields = {
+        "Origin": "https://nvidia.github.io/libnvidia-container",
+        "Label": "NVIDIA CORPORATION",
+        "Architecture": "amd64",
+    }
     flat_repository(directory / "stable/deb/amd64", found, key, fields)
     write_if_changed(directory / "gpgkey", key.public(armor=True))
     line = "deb https://nvidia.github.io/libnvidia-container/stable/deb/$(ARCH) /\n"

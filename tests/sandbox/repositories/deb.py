@@ -132,7 +132,9 @@ class Key:
         return self._gpg("--clear-sign", "--digest-algo", "SHA256", "--faked-system-time", _FAKED, stdin=text)
 
     def detach_sign(self, text: bytes) -> bytes:
-        return self._gpg("--armor", "--detach-sign", "--digest-algo", "SHA256", "--faked-system-time", _FAKED, stdin=text)
+        return self._gpg(
+            "--armor", "--detach-sign", "--digest-algo", "SHA256", "--faked-system-time", _FAKED, stdin=text
+        )
 
     def stop(self) -> None:
         """Ends the agent that gpg left behind."""

@@ -36,7 +36,7 @@ def compile_programs(build: Path, capture: Path) -> dict[str, bytes]:
     """{"nvidia-smi/580.95.05": content, ...} of everything that is compiled, one program per driver version."""
     build.mkdir(parents=True, exist_ok=True)
     (build / "gpu_xml.h").write_text(gpu_header(capture))
-    (build / "library.c").write_text('const char standin_version[] = VERSION;\n')
+    (build / "library.c").write_text("const char standin_version[] = VERSION;\n")
     jobs: dict[str, list[str]] = {}
     for branch, (cuda, versions) in BRANCHES.items():
         for version in versions:
@@ -113,7 +113,11 @@ def _pinning(what: str, pattern: str, revision: str) -> Package:
     return Package(
         f"nvidia-driver-pinning-{what}",
         f"{what}-{revision}",
-        {"Provides": "nvidia-driver-pinning", "Conflicts": "nvidia-driver-pinning", "Replaces": "nvidia-driver-pinning"},
+        {
+            "Provides": "nvidia-driver-pinning",
+            "Conflicts": "nvidia-driver-pinning",
+            "Replaces": "nvidia-driver-pinning",
+        },
         files={path: (text.encode(), 0o644)},
         architecture="all",
     )
@@ -171,7 +175,11 @@ class _Release:
         smi = self.programs[f"nvidia-smi/{self.version}"]
         self.add("nvidia-utils", depends=self.name("libnvidia-compute"), files={"/usr/bin/nvidia-smi": (smi, 0o755)})
         daemon = self.programs[f"nvdaemon/{self.version}"]
-        unit = _unit("NVIDIA Persistence Daemon", "/usr/bin/nvidia-persistenced --verbose", "/run/nvidia-persistenced/nvidia-persistenced.pid")
+        unit = _unit(
+            "NVIDIA Persistence Daemon",
+            "/usr/bin/nvidia-persistenced --verbose",
+            "/run/nvidia-persistenced/nvidia-persistenced.pid",
+        )
         named = self.branch < BRANCHLESS
         self.add(
             "nvidia-compute-utils" if named else "nvidia-persistenced",
@@ -188,7 +196,9 @@ class _Release:
             'case " $* " in *" -u "*) modprobe -q nvidia-uvm || exit 1 ;; esac\nexec modprobe -q nvidia\n'
         )
         # These two keep one name in all branches.
-        self.found.append(Package("nvidia-modprobe", self.revision, files={"/usr/bin/nvidia-modprobe": (modprobe.encode(), 0o4755)}))
+        self.found.append(
+            Package("nvidia-modprobe", self.revision, files={"/usr/bin/nvidia-modprobe": (modprobe.encode(), 0o4755)})
+        )
         self.found.append(Package("nvidia-settings", self.revision))
 
     def _companions(self) -> None:
@@ -204,10 +214,15 @@ class _Release:
             self.add(
                 stem,
                 companion=True,
-                files={f"/usr/bin/{program}": (daemon, 0o755), f"/usr/lib/systemd/system/{stem}.service": (unit, 0o644)},
+                files={
+                    f"/usr/bin/{program}": (daemon, 0o755),
+                    f"/usr/lib/systemd/system/{stem}.service": (unit, 0o644),
+                },
                 scripts=_service_scripts(f"{stem}.service", enable=False),
             )
-        self.add("libnvidia-nscq", companion=True, files={f"{LIBRARIES}/libnvidia-nscq.so.{self.version}": (b"", 0o644)})
+        self.add(
+            "libnvidia-nscq", companion=True, files={f"{LIBRARIES}/libnvidia-nscq.so.{self.version}": (b"", 0o644)}
+        )
         if self.branch >= COMPANIONS_BRANCHLESS:
             self.add("libnvsdm", companion=True, files={f"{LIBRARIES}/libnvsdm.so.{self.version}": (b"", 0o644)})
         self.revision = driver_revision
@@ -243,7 +258,8 @@ class _Release:
         self.add(
             "nvidia-dkms",
             flavour,
-            depends="dkms, " + self.exactly(self.name("nvidia-kernel-source", flavour), self.name("nvidia-kernel-common")),
+            depends="dkms, "
+            + self.exactly(self.name("nvidia-kernel-source", flavour), self.name("nvidia-kernel-common")),
             alternatives="nvidia-dkms-kernel",
             scripts={
                 "postinst": f"""#!/bin/sh
@@ -280,7 +296,10 @@ esac
         self.add("nvidia-driver", flavour, everything, "nvidia-driver-binary")
         # The outermost packages ask for "this version or newer" of the driver, and so may bring a newer one.
         stem = "nvidia-open" if flavour else "cuda-drivers"
-        at_least = ", ".join(f"{one} (>= {self.revision})" for one in (name("nvidia-driver", flavour), "nvidia-modprobe", "nvidia-settings"))
+        at_least = ", ".join(
+            f"{one} (>= {self.revision})"
+            for one in (name("nvidia-driver", flavour), "nvidia-modprobe", "nvidia-settings")
+        )
         self.found.append(Package(name(stem), self.revision, {"Depends": at_least}))
         if self.branch < BRANCHLESS:
             self.found.append(Package(stem, self.revision, {"Depends": self.exactly(name(stem))}))
@@ -296,7 +315,9 @@ def _unit(title: str, command: str, pid_file: str) -> bytes:
 def _service_scripts(unit: str, enable: bool) -> dict[str, str]:
     # Only when it is new: an administrator's "disable" outlives an upgrade.
     enabling = f'    if [ -z "$2" ]; then systemctl enable --quiet {unit}; fi\n' if enable else ""
-    start = f"        systemctl restart {unit} || true\n" if enable else f"        systemctl try-restart {unit} || true\n"
+    start = (
+        f"        systemctl restart {unit} || true\n" if enable else f"        systemctl try-restart {unit} || true\n"
+    )
     return {
         "postinst": "#!/bin/sh\nset -e\nif [ \"$1\" = configure ]; then\n"
         f"{enabling}    if [ -d /run/systemd/system ]; then\n        systemctl daemon-reload\n{start}    fi\nfi\n",

@@ -25,7 +25,11 @@ UNWANTED = "29.5.1"
 DISTRIBUTIONS = (("ubuntu", "noble", "ubuntu.24.04~noble"), ("debian", "trixie", "debian.13~trixie"))
 
 #: Path in a Debian package -> path in Docker's.
-ENGINE = {"usr/sbin/dockerd": "/usr/bin/dockerd", "usr/sbin/docker-proxy": "/usr/bin/docker-proxy", "usr/bin/tini-static": "/usr/bin/docker-init"}
+ENGINE = {
+    "usr/sbin/dockerd": "/usr/bin/dockerd",
+    "usr/sbin/docker-proxy": "/usr/bin/docker-proxy",
+    "usr/bin/tini-static": "/usr/bin/docker-init",
+}
 CLIENT = {"usr/bin/docker": "/usr/bin/docker"}
 RUNTIME = {
     "usr/bin/containerd": "/usr/bin/containerd",
@@ -118,7 +122,12 @@ def fetch(work: Path) -> dict[str, bytes]:
             "Acquire::Languages": "none",
             "APT::Sandbox::User": "root",
         }
-        apt = ["apt-get", "--quiet", "--quiet", *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]
+        apt = [
+            "apt-get",
+            "--quiet",
+            "--quiet",
+            *(word for key, value in settings.items() for word in ("-o", f"{key}={value}")),
+        ]
         for command in (["update"], ["download", *SOURCES]):
             done = subprocess.run([*apt, *command], cwd=cache, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -166,7 +175,10 @@ def build(output: Path, key: Key, work: Path, say: Callable[[str], None]) -> Non
             write_if_changed(directory / path, content)
             entries.append(index_entry(package, content, path))
         index = "\n".join(entries).encode()
-        files = {"stable/binary-amd64/Packages": index, "stable/binary-amd64/Packages.gz": gzip.compress(index, mtime=0)}
+        files = {
+            "stable/binary-amd64/Packages": index,
+            "stable/binary-amd64/Packages.gz": gzip.compress(index, mtime=0),
+        }
         fields = {"Origin": "Docker", "Label": "Docker CE", "Suite": codename, "Codename": codename}
         write_release(suite, files, {**fields, "Architectures": "amd64", "Components": "stable"}, key)
         write_if_changed(directory / "gpg", key.public(armor=True))
@@ -182,12 +194,18 @@ def _packages(suffix: str, contents: dict[str, bytes]) -> list[Package]:
                 "Conflicts": "docker (<< 1.5~), docker.io",
                 "Replaces": "docker (<< 1.5~), docker.io",
             },
-            "docker-ce-cli": {"Depends": "libc6 (>= 2.34)", "Conflicts": "docker-cli, docker.io", "Replaces": "docker-cli, docker.io"},
+            "docker-ce-cli": {
+                "Depends": "libc6 (>= 2.34)",
+                "Conflicts": "docker-cli, docker.io",
+                "Replaces": "docker-cli, docker.io",
+            },
         }
         for name, fields in relations.items():
             scripts = _service("docker.service", "docker.socket", group="docker") if name == "docker-ce" else {}
             if data is None:
-                scripts = {"preinst": f'#!/bin/sh\necho "{name} {version} only exists in the sandbox to be refused" >&2\nexit 1\n'}
+                scripts = {
+                    "preinst": f'#!/bin/sh\necho "{name} {version} only exists in the sandbox to be refused" >&2\nexit 1\n'
+                }
             payload = data[name] if data else None
             found.append(Package(name, full, fields, scripts=scripts, section="admin", data=payload))
     found.append(

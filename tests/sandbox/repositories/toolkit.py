@@ -64,7 +64,10 @@ def _release(version: str) -> list[Package]:
     if units:
         for name, text in (("service", REFRESH_SERVICE), ("path", REFRESH_PATH)):
             files[f"/etc/systemd/system/nvidia-cdi-refresh.{name}"] = (text.encode(), 0o644)
-        files["/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env"] = (b"# NVIDIA_CTK_CDI_OUTPUT_FILE_PATH=/var/run/cdi/nvidia.yaml\n", 0o644)
+        files["/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env"] = (
+            b"# NVIDIA_CTK_CDI_OUTPUT_FILE_PATH=/var/run/cdi/nvidia.yaml\n",
+            0o644,
+        )
         postinst += (
             "    if [ -d /run/systemd/system ]; then\n        systemctl daemon-reload\n"
             "        systemctl enable --quiet --now nvidia-cdi-refresh.path || true\n"
@@ -78,7 +81,13 @@ def _release(version: str) -> list[Package]:
             "    systemctl disable --quiet --now nvidia-cdi-refresh.path nvidia-cdi-refresh.service || true\nfi\n"
         )
         scripts["conffiles"] = "/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env\n"
-    names = ("nvidia-container-runtime", "nvidia-container-runtime.cdi", "nvidia-container-runtime.legacy", "nvidia-ctk", "nvidia-cdi-hook")
+    names = (
+        "nvidia-container-runtime",
+        "nvidia-container-runtime.cdi",
+        "nvidia-container-runtime.legacy",
+        "nvidia-ctk",
+        "nvidia-cdi-hook",
+    )
     return [
         Package(
             "libnvidia-container1",

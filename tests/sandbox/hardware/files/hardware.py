@@ -40,6 +40,12 @@ ARCHITECTURES = {
     "Grace Hopper": ("9.0", "open"),
     "Blackwell": ("10.0", "open"),
 }
+#: Devices that belong to a module: who has one open keeps that module from being removed.
+DEVICES = {
+    "nvidia": r"/dev/nvidia(\d+|ctl|-caps/.*|-nvswitchctl)",
+    "nvidia_uvm": r"/dev/nvidia-uvm(-tools)?",
+    "nvidia_modeset": r"/dev/nvidia-modeset",
+}
 SIZES = {"nvidia": 14299136, "nvidia_uvm": 1830912, "nvidia_modeset": 1638400, "nvidia_drm": 135168, "nouveau": 3096576}
 
 
@@ -102,7 +108,7 @@ def module_file(values: list[tuple[str, str]]) -> bytes:
     header = b"\x7fELF\x02\x01\x01" + b"\0" * 9
     header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(body), 0, 64, 0, 0, 64, len(contents), 5)
     table = b""
-    for number, (label, kind, content) in enumerate(zip(labels, kinds, contents)):  # noqa: B905 (Python 3.9 hosts)
+    for number, (label, kind, content) in enumerate(zip(labels, kinds, contents)):
         if number == 0:
             table += b"\0" * 64
             continue
@@ -154,8 +160,9 @@ def holders(name: str) -> list[str]:
         return []
 
 
-def device_users() -> list[int]:
-    """Processes, those of nested containers too, that hold a device of the driver open."""
+def device_users(module: str) -> list[int]:
+    """Processes, those of nested containers too, that hold a device of a module open."""
+    devices = re.compile(DEVICES.get(module, r"(?!)"))
     users = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -164,7 +171,7 @@ def device_users() -> list[int]:
             continue
         for descriptor in descriptors:
             try:
-                if os.readlink("/proc/%s/fd/%s" % (pid, descriptor)).startswith("/dev/nvidia"):
+                if devices.fullmatch(os.readlink("/proc/%s/fd/%s" % (pid, descriptor))):
                     users.append(int(pid))
                     break
             except OSError:
@@ -210,7 +217,7 @@ def node(name: str) -> None:
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mknod(path, 0o666 | 0o020000, os.makedev(1, 3))
-        os.chmod(path, 0o666)
+        os.chmod(path, 0o666)  # noqa: S103 (as the driver's own devices)
 
 
 def remove_nodes(pattern: str) -> None:
@@ -222,7 +229,11 @@ def remove_nodes(pattern: str) -> None:
 def refuse(machine: dict, name: str, info: dict[str, str]) -> str:
     """Why the kernel does not take this module, as errno's text; empty when it does."""
     if machine.get("secure_boot") and not machine.get("mok_enrolled"):
-        log("Loading of unsigned module is rejected" if name != "nvidia" else "Lockdown: modprobe: unsigned module loading is restricted; see man kernel_lockdown.7")
+        log(
+            "Loading of unsigned module is rejected"
+            if name != "nvidia"
+            else "Lockdown: modprobe: unsigned module loading is restricted; see man kernel_lockdown.7"
+        )
         return "Key was rejected by service"
     if not info.get("vermagic", "").startswith(RELEASE + " "):
         return "Exec format error"
@@ -238,9 +249,15 @@ def refuse(machine: dict, name: str, info: dict[str, str]) -> str:
         if bound_driver(gpu) not in ("", "nvidia"):
             log("NVRM: %s is already bound to %s." % (where, bound_driver(gpu)))
         elif takes == "proprietary" and is_open:
-            log("NVRM: The NVIDIA %s (PCI ID: 10de:%s) is not supported by open nvidia.ko because it does not include the required GPU System Processor (GSP)." % (where, gpu["device_id"]))
+            log(
+                "NVRM: The NVIDIA %s (PCI ID: 10de:%s) is not supported by open nvidia.ko because it does not include the required GPU System Processor (GSP)."
+                % (where, gpu["device_id"])
+            )
         elif takes == "open" and not is_open:
-            log("NVRM: The NVIDIA %s (PCI ID: 10de:%s) requires use of the NVIDIA open kernel modules." % (where, gpu["device_id"]))
+            log(
+                "NVRM: The NVIDIA %s (PCI ID: 10de:%s) requires use of the NVIDIA open kernel modules."
+                % (where, gpu["device_id"])
+            )
         elif takes == "proprietary" and int(version.split(".")[0] or 0) >= 590:
             log("NVRM: The NVIDIA %s is not supported by the %s NVIDIA driver release." % (where, version))
         else:
@@ -289,8 +306,14 @@ def insert(machine: dict, path: str) -> str:
 def load_nvidia(machine: dict, version: str, is_open: bool) -> None:
     flavour = "Open Kernel Module for x86_64 " if is_open else "x86_64 Kernel Module "
     builder = "  Release Build  (builder@)  " if is_open else "  Tue Jan  1 00:00:00 UTC 2026"
-    write(PROC_NVIDIA + "/version", "NVRM version: NVIDIA UNIX %s %s%s\nGCC version:  gcc version 15.3.0 (GCC) \n" % (flavour, version, builder))
-    write(PROC_NVIDIA + "/params", "ResmanDebugLevel: 4294967295\nModifyDeviceFiles: 1\nDeviceFileUID: 0\nDeviceFileGID: 0\nDeviceFileMode: 438\nEnableGpuFirmware: 18\n")
+    write(
+        PROC_NVIDIA + "/version",
+        "NVRM version: NVIDIA UNIX %s %s%s\nGCC version:  gcc version 15.3.0 (GCC) \n" % (flavour, version, builder),
+    )
+    write(
+        PROC_NVIDIA + "/params",
+        "ResmanDebugLevel: 4294967295\nModifyDeviceFiles: 1\nDeviceFileUID: 0\nDeviceFileGID: 0\nDeviceFileMode: 438\nEnableGpuFirmware: 18\n",
+    )
     write(PROC_NVIDIA + "/registry", 'Binary: ""\n')
     text = ""
     for gpu in machine["gpus"]:
@@ -311,7 +334,10 @@ def load_nvidia(machine: dict, version: str, is_open: bool) -> None:
         directory = "%s/gpus/%s" % (PROC_NVIDIA, gpu["bdf"])
         write(directory + "/information", "".join("%s %s\n" % line for line in lines))
         write(directory + "/registry", 'Binary: ""\n')
-        values = {key: gpu[key] for key in ("minor", "bdf", "uuid", "name", "brand", "architecture", "device_id", "memory_mib", "serial")}
+        values = {
+            key: gpu[key]
+            for key in ("minor", "bdf", "uuid", "name", "brand", "architecture", "device_id", "memory_mib", "serial")
+        }
         values["compute_cap"] = gpu.get("compute_cap") or ARCHITECTURES.get(gpu["architecture"], ("N/A", ""))[0]
         values["gsp"] = "yes" if gsp else "no"
         values["fabric"] = "yes" if machine.get("fabric") else "no"
@@ -337,10 +363,8 @@ def remove(machine: dict, name: str) -> str:
         return "Module %s is in use by: %s" % (name, " ".join(holders(name)))
     if name == "nouveau" and machine.get("nouveau_in_use"):
         return "Module nouveau is in use"
-    if name.startswith("nvidia"):
-        users = device_users()
-        if users or (machine.get("needs_reboot") and name == "nvidia"):
-            return "Module %s is in use" % name
+    if device_users(name) or (machine.get("needs_reboot") and name == "nvidia"):
+        return "Module %s is in use" % name
     for other in os.listdir(MODULES):
         link = "%s/%s/holders/%s" % (MODULES, other, name)
         if os.path.islink(link):
@@ -373,7 +397,9 @@ def remove_tree(path: str) -> None:
 
 def kmod(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
     """The real kmod under the name of one of its programs."""
-    return subprocess.run([program, *arguments], executable="/usr/bin/kmod", capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, *arguments], executable="/usr/bin/kmod", capture_output=True, text=True, check=False
+    )
 
 
 def ours(name: str) -> bool:
@@ -384,9 +410,22 @@ def modprobe(arguments: list[str]) -> int:
     flags = [one for one in arguments if one.startswith("-")]
     names = [one for one in arguments if not one.startswith("-")]
     short = "".join(flag[1:] for flag in flags if not flag.startswith("--"))
-    passive = {"--show-depends", "--show", "--dry-run", "--showconfig", "-c", "-n", "-D", "--version", "-V", "--show-exports", "--resolve-alias", "-R"}
+    passive = {
+        "--show-depends",
+        "--show",
+        "--dry-run",
+        "--showconfig",
+        "-c",
+        "-n",
+        "-D",
+        "--version",
+        "-V",
+        "--show-exports",
+        "--resolve-alias",
+        "-R",
+    }
     if not names or passive & set(flags) or not any(ours(name) for name in names):
-        os.execv("/usr/bin/kmod", ["modprobe", *arguments])
+        os.execv("/usr/bin/kmod", ["modprobe", *arguments])  # noqa: S606 (a program, no shell)
     machine = description()
     quiet = "q" in short or "--quiet" in flags
 
@@ -405,7 +444,11 @@ def modprobe(arguments: list[str]) -> int:
             depends = [one for one in loaded_modules() if plain in holders(one)]
             error = remove(machine, plain)
             if error:
-                return fail(("ERROR: " if error.startswith("could") else "FATAL: ") + error.split(" by:")[0] + ("" if error.startswith("could") else "."))
+                return fail(
+                    ("ERROR: " if error.startswith("could") else "FATAL: ")
+                    + error.split(" by:")[0]
+                    + ("" if error.startswith("could") else ".")
+                )
             for other in depends:
                 if loaded(other) and not holders(other):
                     remove(machine, other)
@@ -415,7 +458,9 @@ def modprobe(arguments: list[str]) -> int:
     for name in names if ("a" in short or "--all" in flags) else names[:1]:
         if loaded(name.replace("-", "_")):
             continue
-        listed = kmod("modprobe", [*(["-b"] if "b" in short or "--use-blacklist" in flags else []), "--show-depends", name])
+        listed = kmod(
+            "modprobe", [*(["-b"] if "b" in short or "--use-blacklist" in flags else []), "--show-depends", name]
+        )
         if listed.returncode:
             status = fail("FATAL: Module %s not found in directory /lib/modules/%s" % (name, RELEASE))
             continue
@@ -423,7 +468,10 @@ def modprobe(arguments: list[str]) -> int:
             kind, _space, rest = line.strip().partition(" ")
             if kind == "install":
                 if subprocess.run(["sh", "-c", rest], check=False).returncode:
-                    status = fail("ERROR: ../libkmod/libkmod-module.c:1047 command_do() Error running install command '%s' for module %s: retcode 1" % (rest, name))
+                    status = fail(
+                        "ERROR: ../libkmod/libkmod-module.c:1047 command_do() Error running install command '%s' for module %s: retcode 1"
+                        % (rest, name)
+                    )
                     break
             elif kind == "insmod":
                 error = insert(machine, rest.split()[0])
@@ -441,7 +489,7 @@ def modprobe(arguments: list[str]) -> int:
 def rmmod(arguments: list[str]) -> int:
     names = [one for one in arguments if not one.startswith("-")]
     if not any(ours(name) for name in names):
-        os.execv("/usr/bin/kmod", ["rmmod", *arguments])
+        os.execv("/usr/bin/kmod", ["rmmod", *arguments])  # noqa: S606 (a program, no shell)
     machine = description()
     status = 0
     for name in names:
@@ -545,7 +593,9 @@ def plug(bdf: str, device: str, pci_class: str, subsystem: str) -> None:
     ):  # fmt: skip
         write(directory + name, value + "\n")
     write(directory + "reset", "")
-    config = struct.pack("<HHHHBBBBBBBB", 0x10DE, int(device, 16), 6, 16, 0xA1, number & 255, number >> 8 & 255, number >> 16, 0, 0, 0, 0)
+    config = struct.pack(
+        "<HHHHBBBBBBBB", 0x10DE, int(device, 16), 6, 16, 0xA1, number & 255, number >> 8 & 255, number >> 16, 0, 0, 0, 0
+    )
     config += b"\0" * 28 + struct.pack("<HH", 0x10DE, int(subsystem, 16)) + b"\0" * 16
     write(directory + "config", config)
 

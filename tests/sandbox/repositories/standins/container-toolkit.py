@@ -69,7 +69,7 @@ path = "nvidia-ctk"
 """
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What the program says before it ends with an error."""
 
 
@@ -89,7 +89,7 @@ def library_version():
     try:
         return os.readlink(LIBRARIES + "/libnvidia-ml.so.1").split(".so.")[1]
     except (OSError, IndexError):
-        raise Refused("failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND") from None
+        raise RefusedError("failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND") from None
 
 
 def gpus():
@@ -97,9 +97,9 @@ def gpus():
     version = library_version()
     loaded = read(STANDIN + "/version")
     if loaded is None:
-        raise Refused("failed to initialize NVML: Driver Not Loaded")
+        raise RefusedError("failed to initialize NVML: Driver Not Loaded")
     if loaded.strip() != version:
-        raise Refused("failed to initialize NVML: Driver/library version mismatch")
+        raise RefusedError("failed to initialize NVML: Driver/library version mismatch")
     found = []
     for line in (read(STANDIN + "/gpus") or "").splitlines():
         if line == "gpu":
@@ -121,12 +121,12 @@ def select(request):
             continue
         if name.isdigit():
             if int(name) >= len(there):
-                raise Refused("failed to get device handle from index: Invalid Argument")
+                raise RefusedError("failed to get device handle from index: Invalid Argument")
             chosen.append(there[int(name)])
             continue
         match = [gpu for gpu in there if gpu["uuid"] == name]
         if not match:
-            raise Refused("failed to get device handle from UUID: Not Found")
+            raise RefusedError("failed to get device handle from UUID: Not Found")
         chosen += match
     return chosen
 
@@ -139,13 +139,21 @@ def library_files():
 
 def node_of(path):
     status = os.stat(path)
-    return {"path": path, "major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev), "fileMode": 0o666, "permissions": "rwm"}
+    return {
+        "path": path,
+        "major": os.major(status.st_rdev),
+        "minor": os.minor(status.st_rdev),
+        "fileMode": 0o666,
+        "permissions": "rwm",
+    }
 
 
 def common_edits():
     """What every container with a GPU gets besides the GPU's own device."""
     version = library_version()
-    nodes = [node_of(path) for path in ("/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidiactl") if os.path.exists(path)]
+    nodes = [
+        node_of(path) for path in ("/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidiactl") if os.path.exists(path)
+    ]
     programs = [path for path in ("/usr/bin/nvidia-persistenced", "/usr/bin/nvidia-smi") if os.path.exists(path)]
     mounts = [{"hostPath": path, "containerPath": path} for path in programs + library_files()]
     mounts.append({"hostPath": KERNEL_SIDE[0], "containerPath": KERNEL_SIDE[1]})
@@ -156,11 +164,31 @@ def common_edits():
         links += ["--link", "%s.%s::%s/%s" % (soname[:-2], version, LIBRARIES, soname)]
     links += ["--link", "libcuda.so.1::%s/libcuda.so" % LIBRARIES]
     hooks = [
-        {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": ["nvidia-cdi-hook", "create-symlinks", *links], "env": ["NVIDIA_CTK_DEBUG=false"]},
-        {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": ["nvidia-cdi-hook", "enable-cuda-compat", "--host-driver-version=" + version], "env": ["NVIDIA_CTK_DEBUG=false"]},
-        {"hookName": "createContainer", "path": "/usr/bin/nvidia-cdi-hook", "args": ["nvidia-cdi-hook", "update-ldcache", "--folder", LIBRARIES], "env": ["NVIDIA_CTK_DEBUG=false"]},
+        {
+            "hookName": "createContainer",
+            "path": "/usr/bin/nvidia-cdi-hook",
+            "args": ["nvidia-cdi-hook", "create-symlinks", *links],
+            "env": ["NVIDIA_CTK_DEBUG=false"],
+        },
+        {
+            "hookName": "createContainer",
+            "path": "/usr/bin/nvidia-cdi-hook",
+            "args": ["nvidia-cdi-hook", "enable-cuda-compat", "--host-driver-version=" + version],
+            "env": ["NVIDIA_CTK_DEBUG=false"],
+        },
+        {
+            "hookName": "createContainer",
+            "path": "/usr/bin/nvidia-cdi-hook",
+            "args": ["nvidia-cdi-hook", "update-ldcache", "--folder", LIBRARIES],
+            "env": ["NVIDIA_CTK_DEBUG=false"],
+        },
     ]
-    return {"env": ["NVIDIA_CTK_LIBCUDA_DIR=" + LIBRARIES, "NVIDIA_VISIBLE_DEVICES=void"], "deviceNodes": nodes, "hooks": hooks, "mounts": mounts}
+    return {
+        "env": ["NVIDIA_CTK_LIBCUDA_DIR=" + LIBRARIES, "NVIDIA_VISIBLE_DEVICES=void"],
+        "deviceNodes": nodes,
+        "hooks": hooks,
+        "mounts": mounts,
+    }
 
 
 def specification():
@@ -208,11 +236,11 @@ def option(section, key, otherwise):
     """Value of an option of config.toml; comments are absent options."""
     current = ""
     for line in (read(CONFIG) or DEFAULT_CONFIG).splitlines():
-        line = line.strip()
-        if line.startswith("["):
-            current = line.strip("[]")
-        elif current == section and re.match(r"%s\s*=" % re.escape(key), line):
-            return line.split("=", 1)[1].strip().strip('"')
+        text = line.strip()
+        if text.startswith("["):
+            current = text.strip("[]")
+        elif current == section and re.match(r"%s\s*=" % re.escape(key), text):
+            return text.split("=", 1)[1].strip().strip('"')
     return otherwise
 
 
@@ -248,7 +276,7 @@ def low_level_runtime():
         for directory in os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").split(":"):
             if os.access(os.path.join(directory, name), os.X_OK):
                 return os.path.join(directory, name)
-    raise Refused("no runtime binary found from candidate list: [runc crun]")
+    raise RefusedError("no runtime binary found from candidate list: [runc crun]")
 
 
 def runtime(arguments):
@@ -257,13 +285,13 @@ def runtime(arguments):
         below = low_level_runtime()
         if "create" in arguments:
             modify(bundle_of(arguments))
-    except Refused as error:
+    except RefusedError as error:
         if log:
             with open(log, "a", encoding="utf-8") as out:
                 out.write(json.dumps({"level": "error", "msg": str(error), "time": "2026-01-01T00:00:00Z"}) + "\n")
         print(error, file=sys.stderr)
         return 1
-    os.execv(below, [below, *arguments])
+    os.execv(below, [below, *arguments])  # noqa: S606 (a program, no shell)
 
 
 def bundle_of(arguments):
@@ -299,8 +327,8 @@ def modify(bundle):
         try:
             chosen = select(",".join(name.split("=")[-1] for name in request.split(",")))
             edits = common_edits()
-        except Refused as error:
-            raise Refused(
+        except RefusedError as error:
+            raise RefusedError(
                 "could not apply required modification to OCI specification: error modifying OCI spec: failed to create the "
                 'automatic CDI modifier: failed to generate CDI spec for mode "auto": failed to construct device spec '
                 "generators: %s" % error
@@ -311,7 +339,9 @@ def modify(bundle):
         names = [name if "=" in name else "nvidia.com/gpu=" + name for name in request.split(",")]
         apply(spec, edits_from_files(names))
     else:
-        raise Refused("could not apply required modification to OCI specification: invalid runtime mode: %r" % mode)
+        raise RefusedError(
+            "could not apply required modification to OCI specification: invalid runtime mode: %r" % mode
+        )
     with open(path, "w", encoding="utf-8") as out:
         json.dump(spec, out)
 
@@ -349,7 +379,7 @@ def edits_from_files(names):
             continue
         edits["deviceNodes"] += [node_of(path) for path in re.findall(r"- path:\s*(/dev/\S+)", block)]
     if missing:
-        raise Refused(
+        raise RefusedError(
             "could not apply required modification to OCI specification: error modifying OCI spec: failed to inject devices: "
             "unresolvable CDI devices %s" % ", ".join(missing)
         )
@@ -371,12 +401,31 @@ def apply(spec, edits):
     rules = linux.setdefault("resources", {}).setdefault("devices", [])
     for node in edits["deviceNodes"]:
         if not any(one["path"] == node["path"] for one in devices):
-            devices.append({"path": node["path"], "type": "c", "major": node["major"], "minor": node["minor"], "fileMode": 0o666, "uid": 0, "gid": 0})
+            devices.append(
+                {
+                    "path": node["path"],
+                    "type": "c",
+                    "major": node["major"],
+                    "minor": node["minor"],
+                    "fileMode": 0o666,
+                    "uid": 0,
+                    "gid": 0,
+                }
+            )
             rules.append({"allow": True, "type": "c", "major": node["major"], "minor": node["minor"], "access": "rwm"})
     for mount in edits["mounts"]:
-        spec.setdefault("mounts", []).append({"destination": mount["containerPath"], "source": mount["hostPath"], "type": "bind", "options": mount["options"]})
+        spec.setdefault("mounts", []).append(
+            {
+                "destination": mount["containerPath"],
+                "source": mount["hostPath"],
+                "type": "bind",
+                "options": mount["options"],
+            }
+        )
     for hook in edits["hooks"]:
-        spec.setdefault("hooks", {}).setdefault(hook["hookName"], []).append({key: hook[key] for key in ("path", "args", "env")})
+        spec.setdefault("hooks", {}).setdefault(hook["hookName"], []).append(
+            {key: hook[key] for key in ("path", "args", "env")}
+        )
 
 
 # -- the hooks ---------------------------------------------------------------------------------------------------------
@@ -399,7 +448,7 @@ def prestart(arguments):
         return 0
     try:
         chosen, edits = select(request), common_edits()
-    except Refused as error:
+    except RefusedError as error:
         text = str(error)
         print("Auto-detected mode as 'legacy'", file=sys.stderr)
         if "device handle" in text:
@@ -407,22 +456,39 @@ def prestart(arguments):
         elif "Not Loaded" in text:
             print("nvidia-container-cli: initialization error: nvml error: driver not loaded", file=sys.stderr)
         elif "mismatch" in text:
-            print("nvidia-container-cli: initialization error: nvml error: driver/library version mismatch", file=sys.stderr)
+            print(
+                "nvidia-container-cli: initialization error: nvml error: driver/library version mismatch",
+                file=sys.stderr,
+            )
         else:
-            print("nvidia-container-cli: initialization error: load library failed: libnvidia-ml.so.1: cannot open shared object file: no such file or directory", file=sys.stderr)
+            print(
+                "nvidia-container-cli: initialization error: load library failed: libnvidia-ml.so.1: cannot open shared object file: no such file or directory",
+                file=sys.stderr,
+            )
         return 1
     script = "set -e\n"
     for node in edits["deviceNodes"] + [node_of("/dev/nvidia" + gpu["minor"]) for gpu in chosen]:
-        script += "[ -e {0}{1} ] || mknod -m 666 {0}{1} c {2} {3}\n".format(root, node["path"], node["major"], node["minor"])
+        script += "[ -e {0}{1} ] || mknod -m 666 {0}{1} c {2} {3}\n".format(
+            root, node["path"], node["major"], node["minor"]
+        )
     for mount in edits["mounts"]:
         target = root + mount["containerPath"]
-        make = "mkdir -p %s" % target if os.path.isdir(mount["hostPath"]) else "mkdir -p %s; [ -e %s ] || : > %s" % (os.path.dirname(target), target, target)
+        make = (
+            "mkdir -p %s" % target
+            if os.path.isdir(mount["hostPath"])
+            else "mkdir -p %s; [ -e %s ] || : > %s" % (os.path.dirname(target), target, target)
+        )
         script += "%s\nmount --rbind %s %s\n" % (make, mount["hostPath"], target)
     for word in edits["hooks"][0]["args"]:
         if "::" in word:
             target, _colons, link = word.partition("::")
             script += "ln -sf %s %s%s\n" % (target, root, link)
-    done = subprocess.run(["nsenter", "-t", str(state["pid"]), "-m", "--", "sh", "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["nsenter", "-t", str(state["pid"]), "-m", "--", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         print("nvidia-container-cli: mount error: " + done.stderr.strip(), file=sys.stderr)
         return 1
@@ -490,8 +556,8 @@ def ctk(arguments):
     if words[:2] == ["cdi", "generate"]:
         try:
             spec = specification()
-        except Refused as error:
-            raise Refused("failed to generate CDI spec: failed to create device CDI specs: %s" % error) from None
+        except RefusedError as error:
+            raise RefusedError("failed to generate CDI spec: failed to create device CDI specs: %s" % error) from None
         text = json.dumps(spec) if flags.get("format") == "json" else "---\n" + to_yaml(spec)
         target = flags.get("output") or os.environ.get("NVIDIA_CTK_CDI_OUTPUT_FILE_PATH")
         if target:
@@ -519,19 +585,22 @@ def ctk(arguments):
         return 0
     if words[:2] == ["system", "create-dev-char-symlinks"]:
         return 0
-    raise Refused("No help topic for '%s'" % " ".join(words))
+    raise RefusedError("No help topic for '%s'" % " ".join(words))
 
 
 def configure(flags):
     """As the real one up to 1.20.0: turning CDI on loses every other feature."""
     if flags.get("runtime", "docker") != "docker":
-        raise Refused("unrecognized runtime '%s'" % flags["runtime"])
+        raise RefusedError("unrecognized runtime '%s'" % flags["runtime"])
     path = flags.get("config") or "/etc/docker/daemon.json"
     text = read(path)
     try:
         config = {} if text is None else json.loads(text)
     except ValueError:
-        raise Refused("unable to load config for runtime docker: unable to load config file: " + ("EOF" if not text.strip() else "invalid character")) from None
+        raise RefusedError(
+            "unable to load config for runtime docker: unable to load config file: "
+            + ("EOF" if not text.strip() else "invalid character")
+        ) from None
     name = flags.get("nvidia-runtime-name") or "nvidia"
     program = flags.get("nvidia-runtime-path") or flags.get("runtime-path") or "nvidia-container-runtime"
     config.setdefault("runtimes", {})[name] = {"args": [], "path": program}
@@ -561,11 +630,16 @@ def cli(arguments):
     if "info" in arguments:
         try:
             there = gpus()
-        except Refused as error:
-            raise Refused("nvidia-container-cli: initialization error: nvml error: " + str(error).rsplit(": ", 1)[1].lower()) from None
+        except RefusedError as error:
+            raise RefusedError(
+                "nvidia-container-cli: initialization error: nvml error: " + str(error).rsplit(": ", 1)[1].lower()
+            ) from None
         print("NVRM version:   %s\n" % library_version())
         for index, gpu in enumerate(there):
-            print("Device Index:   %d\nDevice Minor:   %s\nModel:          %s\nBrand:          %s\nGPU UUID:       %s\n" % (index, gpu["minor"], gpu["name"], gpu["brand"], gpu["uuid"]))
+            print(
+                "Device Index:   %d\nDevice Minor:   %s\nModel:          %s\nBrand:          %s\nGPU UUID:       %s\n"
+                % (index, gpu["minor"], gpu["name"], gpu["brand"], gpu["uuid"])
+            )
     return 0
 
 
@@ -583,7 +657,7 @@ def main():
     }
     try:
         return programs[program](sys.argv[1:])
-    except Refused as error:
+    except RefusedError as error:
         print('time="2026-01-01T00:00:00Z" level=error msg="%s"' % error, file=sys.stderr)
         return 1
 
