@@ -1,0 +1,343 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The NGC key and the Docker configuration it is stored in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import typing as t
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
+    NgcLogin,
+    check_api_key,
+    fingerprint,
+    key_in_environment,
+    render_environment,
+    stored_credentials,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
+from fake_host import FakeHost
+
+KEY = "nvapi-AbC_def-0123456789"
+NEW = "nvapi-new-0123456789"
+PATH = "/root/.docker/config.json"
+PASSWD = "root:x:0:0:root:/root:/bin/bash\nalice:x:1000:1001:Alice:/home/alice:/bin/bash\nnohome:x:5:5::nohome:/x\n"
+
+
+class FakeRegistry:
+    """Stands in for RegistryClient; ``refuse`` is the reason of every answer."""
+
+    refuse: t.ClassVar[str] = ""
+    asked: t.ClassVar[list[tuple[str, ...]]] = []
+
+    def __init__(self, registry: str, username: str, password: str) -> None:
+        self.who = (registry, username, password)
+
+    def check_credentials(self, reference: ImageReference | None = None) -> None:
+        self.asked.append((*self.who, str(reference or "")))
+        if self.refuse:
+            raise FleetError(self.refuse, "The registry refuses.")
+
+
+@pytest.fixture(autouse=True)
+def registry() -> type[FakeRegistry]:
+    FakeRegistry.refuse = ""
+    FakeRegistry.asked.clear()
+    return FakeRegistry
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    found = FakeHost(files={"/etc/passwd": PASSWD})
+    found.dirs |= {"/root", "/home/alice"}
+    return found
+
+
+def _auth(user: str, secret: str) -> str:
+    return base64.b64encode(("%s:%s" % (user, secret)).encode()).decode()
+
+
+def _login(key: str | None = KEY, **options: t.Any) -> NgcLogin:
+    return NgcLogin(key, client=t.cast(t.Any, FakeRegistry), **options)
+
+
+def _run(host: FakeHost, key: str | None = KEY, **options: t.Any) -> Outcome[t.Any]:
+    outcome = converge(host, _login(key, **options), check_mode=False)
+    printed = repr([change.as_dict() for change in outcome.changes]) + repr([c.diff for c in outcome.changes])
+    printed += repr(outcome.changes) + repr(outcome.state)
+    for secret in (KEY, NEW):
+        assert secret not in printed
+        assert _auth("$oauthtoken", secret) not in printed
+    return outcome
+
+
+# -- the key ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("", "empty"),
+        (None, "no text"),
+        (5, "no text"),
+        (KEY + "\n", "line break"),
+        (KEY[:9] + "\r\n" + KEY[9:], "line break"),
+        (" " + KEY, "white space"),
+        ("nvapi-a b-0123456789", "white space"),
+        ('"%s"' % KEY, "quotes"),
+        ("'%s" % KEY, "quotes"),
+        ("{{ vault_key }}", "white space"),
+        ("{{vault_key}}", "template"),
+        ("$oauthtoken:" + KEY, "user name"),
+        ("nvapi-schlüssel-0123", "characters"),
+        ("nvapi-\x00-0123456789", "characters"),
+        ("nvapi-", "too short"),
+    ],
+)
+def test_bad_keys(key: t.Any, part: str) -> None:
+    with pytest.raises(FleetError) as error:
+        check_api_key(key, "ngc_api_key")
+    assert error.value.reason == "invalid_option"
+    assert error.value.message.startswith("ngc_api_key = (not shown): ")
+    assert part in error.value.message
+    if isinstance(key, str) and len(key) > 8:
+        assert key not in error.value.message
+        assert KEY not in error.value.message
+
+
+@pytest.mark.parametrize("key", [KEY, "bGVnYWN5LWtleS1vZi1uZ2M6MDEyMw==", "a" * 84])
+def test_good_keys(key: str) -> None:
+    assert check_api_key(key) == key
+    assert key_in_environment(render_environment(key)) == key
+
+
+def test_key_in_environment() -> None:
+    assert key_in_environment(None) is None
+    assert key_in_environment("# NGC_API_KEY=x\nOTHER=1\nNGC_API_KEY=\n") is None
+
+
+def test_fingerprint() -> None:
+    assert fingerprint("test") == "sha256:9f86d081884c"
+
+
+# -- storing ----------------------------------------------------------------------------------------------
+
+
+def test_first_login_then_nothing(host: FakeHost) -> None:
+    outcome = _run(host)
+    assert outcome.changed
+    assert json.loads(host.files[PATH]) == {"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}}}
+    assert host.modes[PATH] == (0o600, 0, 0)
+    assert host.modes["/root/.docker"] == (0o700, 0, 0)
+    assert FakeRegistry.asked == [("nvcr.io", "$oauthtoken", KEY, "")]
+    assert _login().result(outcome.state)["login"]["fingerprint"] == fingerprint(KEY)
+    assert not _run(host).changed
+    # Nothing to do: the registry was not asked again.
+    assert len(FakeRegistry.asked) == 1
+
+
+def test_a_refused_key_changes_nothing(host: FakeHost, registry: type[FakeRegistry]) -> None:
+    _run(host)
+    before = dict(host.files)
+    registry.refuse = "bad_key"
+    with pytest.raises(FleetError) as error:
+        _run(host, NEW)
+    assert error.value.reason == "bad_key"
+    assert NEW not in repr(error.value.facts) + error.value.message
+    assert host.files == before
+
+
+def test_rotation_shows_as_fingerprints(host: FakeHost) -> None:
+    _run(host)
+    (change,) = _run(host, NEW).changes
+    assert change.before == "$oauthtoken " + fingerprint(KEY)
+    assert change.after == "$oauthtoken " + fingerprint(NEW)
+    assert change.diff is not None
+    assert change.diff.after == "nvcr.io: $oauthtoken %s\n" % fingerprint(NEW)
+
+
+def test_everything_else_is_kept(host: FakeHost) -> None:
+    others = {
+        "auths": {"docker.io": {"auth": _auth("me", "pw")}, "mirror:5000": {"identitytoken": "id-token"}},
+        "proxies": {"default": {"httpProxy": "http://u:p@proxy"}},
+        "détachKeys": "ctrl-x",
+    }
+    host.files[PATH] = json.dumps(others).encode()
+    (change, *_rest) = _run(host).changes
+    written = json.loads(host.files[PATH])
+    assert written["auths"].pop("nvcr.io")
+    assert written == others
+    for secret in ("pw", "id-token", "u:p@proxy", _auth("me", "pw")):
+        assert secret not in repr(change.diff)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', '{"auths": []}', '{"credsStore": 5}', '{"credHelpers": "x"}'])
+def test_a_broken_file_is_left_alone(host: FakeHost, content: str) -> None:
+    host.files[PATH] = content.encode()
+    with pytest.raises(FleetError) as error:
+        _run(host)
+    assert error.value.reason == "docker_config_unreadable"
+    assert host.files[PATH] == content.encode()
+
+
+@pytest.mark.parametrize("content", ["", "  \n"])
+def test_an_empty_file_is_like_none(host: FakeHost, content: str) -> None:
+    host.files[PATH] = content.encode()
+    assert _run(host).changed
+
+
+def test_another_user(host: FakeHost) -> None:
+    _run(host, docker_user="alice")
+    assert host.modes["/home/alice/.docker/config.json"] == (0o600, 1000, 1001)
+    assert host.modes["/home/alice/.docker"] == (0o700, 1000, 1001)
+
+
+@pytest.mark.parametrize("link", ["/home/alice/.docker", "/home/alice/.docker/config.json"])
+def test_root_follows_no_link_of_another_user(host: FakeHost, link: str) -> None:
+    host.links[link] = "/etc"
+    with pytest.raises(FleetError) as error:
+        _run(host, docker_user="alice")
+    assert error.value.reason == "unsafe_path"
+    assert not [path for path in host.files if path.startswith("/home")]
+
+
+def test_users_of_a_directory_service(host: FakeHost) -> None:
+    host.commands["getent passwd ldap"] = "ldap:*:7000:7000::/srv/ldap:/bin/sh\n"
+    host.dirs.add("/srv/ldap")
+    _run(host, docker_user="ldap")
+    assert "/srv/ldap/.docker/config.json" in host.files
+
+
+@pytest.mark.parametrize("user", ["nobody-here", "nohome"])
+def test_no_such_user(host: FakeHost, user: str) -> None:
+    with pytest.raises(FleetError) as error:
+        _run(host, docker_user=user)
+    assert error.value.reason == "no_such_user"
+
+
+def test_permissions_are_mended(host: FakeHost) -> None:
+    _run(host)
+    host.modes[PATH] = (0o644, 0, 0)
+    host.modes["/root/.docker"] = (0o755, 0, 0)
+    outcome = _run(host)
+    assert [change.what for change in outcome.changes] == ["permissions of /root/.docker", "permissions of " + PATH]
+    assert host.modes[PATH] == (0o600, 0, 0)
+    assert host.modes["/root/.docker"] == (0o700, 0, 0)
+    assert not _run(host).changed
+
+
+# -- credential helpers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [({"credsStore": "pass"}, "credsStore"), ({"credHelpers": {"nvcr.io": "pass"}}, "credHelpers")],
+)
+def test_a_credential_helper_is_not_written_beside(host: FakeHost, content: dict[str, t.Any], key: str) -> None:
+    host.files[PATH] = json.dumps(content).encode()
+    with pytest.raises(FleetError) as error:
+        _run(host)
+    assert error.value.reason == "credential_helper"
+    assert "docker-credential-pass" in error.value.message
+    assert key in error.value.message
+    assert json.loads(host.files[PATH]) == content
+    # It has the key already: nothing to do, and others read it from there.
+    host.commands["docker-credential-pass get"] = json.dumps({"Username": "$oauthtoken", "Secret": KEY})
+    host.modes["/root/.docker"] = (0o755, 0, 0)
+    assert not _run(host).changed
+    assert stored_credentials(host, "nvcr.io") == ("$oauthtoken", KEY)
+
+
+def test_the_helper_of_another_registry_is_no_matter(host: FakeHost) -> None:
+    host.files[PATH] = b'{"credHelpers": {"gcr.io": "gcloud"}}'
+    assert _run(host).changed
+
+
+# -- no key, absent ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, ""])
+def test_no_key_is_fine(host: FakeHost, key: str | None) -> None:
+    outcome = _run(host, key)
+    assert not outcome.changed
+    assert "only public images" in _login(key).result(outcome.state)["message"]
+    assert FakeRegistry.asked == []
+    _run(host)
+    assert "left as it is" in _login(key).result(_run(host, key).state)["message"]
+
+
+def test_absent(host: FakeHost) -> None:
+    host.files[PATH] = json.dumps(
+        {"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}, "https://nvcr.io": {}, "xnvcr.io": {"auth": "eDp5"}}}
+    ).encode()
+    assert _run(host, None, state="absent").changed
+    assert json.loads(host.files[PATH]) == {"auths": {"xnvcr.io": {"auth": "eDp5"}}}
+    assert not _run(host, None, state="absent").changed
+    assert FakeRegistry.asked == []
+
+
+def test_absent_on_a_bare_host(host: FakeHost) -> None:
+    assert not _run(host, None, state="absent").changed
+    assert PATH not in host.files
+
+
+# -- options ----------------------------------------------------------------------------------------------
+
+
+def test_entitlement_is_checked_for_the_repository(host: FakeHost, registry: type[FakeRegistry]) -> None:
+    _run(host, check_repository="nim/meta/x:1")
+    assert registry.asked[-1][3] == "nvcr.io/nim/meta/x:1"
+    registry.refuse = "no_entitlement"
+    with pytest.raises(FleetError, match="refuses"):
+        _run(host, NEW, check_repository="nim/meta/x:1")
+    # Without a tag, that tag "latest" is absent proves that the repository can be read.
+    registry.refuse = "no_such_tag"
+    assert _run(host, NEW, check_repository="nim/meta/x").changed
+    with pytest.raises(FleetError, match="refuses"):
+        _run(host, KEY, check_repository="nim/meta/x:1")
+
+
+def test_never_validated(host: FakeHost) -> None:
+    _run(host, validate="never")
+    assert FakeRegistry.asked == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"registry": "https://nvcr.io"},
+        {"registry": "nvcr.io/nim"},
+        {"registry": "no such host"},
+        {"docker_user": "a:b"},
+        {"docker_user": ""},
+        {"username": "a:b"},
+        {"username": ""},
+        {"state": "here"},
+        {"check_repository": "UPPER"},
+    ],
+)
+def test_bad_options(options: dict[str, str]) -> None:
+    with pytest.raises(FleetError) as error:
+        _login(**options)
+    assert error.value.reason == "invalid_option"
+
+
+def test_passwords_of_other_registries_may_be_anything(host: FakeHost) -> None:
+    _run(host, "p w'\"ß", registry="mirror:5000", username="me")
+    assert stored_credentials(host, "mirror:5000") == ("me", "p w'\"ß")
+    with pytest.raises(FleetError):
+        _login("a\nb", username="me")
+
+
+def test_stored_credentials(host: FakeHost) -> None:
+    assert stored_credentials(host, "nvcr.io") is None
+    _run(host)
+    assert stored_credentials(host, "nvcr.io") == ("$oauthtoken", KEY)
+    host.files[PATH] = b'{"auths": {"nvcr.io": {"auth": "***"}}}'
+    assert stored_credentials(host, "nvcr.io") is None
+    host.files[PATH] = b'{"auths": {"nvcr.io": {"username": "a", "password": "b"}}}'
+    assert stored_credentials(host, "nvcr.io") == ("a", "b")
