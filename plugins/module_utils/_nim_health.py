@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._failure_signatures import Match, find_cause
 from ._host import Host
+from ._nim_unit import SPEC_LABEL
 
 Json = t.Dict[str, t.Any]
 
@@ -43,6 +44,11 @@ PROBE_TIMEOUT = 3.0
 COMPLETION_TIMEOUT = 60.0
 #: Where the measured start times are kept; they are void after a reboot, as the containers' start times are.
 RECORD_DIRECTORY = "/run/gpu_fleet/health"
+#: What the units' main process says about the start, and what the containers are meant to run (see _nim_unit).
+WORD_DIRECTORY = "/run/nim"
+CONFIGURATION_DIRECTORY = "/etc/nim"
+#: A failed start this many seconds before the first look belongs to the deployment that is waited for.
+FRESH_SECONDS = 60.0
 #: The file that holds the NGC key on the host; read only in order to mask it in log lines.
 KEY_FILE = "/etc/nim/ngc.env"
 
@@ -80,6 +86,11 @@ class HealthTarget:
     @property
     def container(self) -> str:
         return "nim-%s" % self.name
+
+    @property
+    def downloader(self) -> str:
+        """The container that fetches the model before the service's own is created."""
+        return "nim-%s-download" % self.name
 
     @property
     def url(self) -> str:
@@ -209,6 +220,7 @@ class ContainerState:
     exit_code: int
     oom_killed: bool
     error: str
+    spec: str = ""
 
     @property
     def running(self) -> bool:
@@ -233,6 +245,7 @@ def parse_container(inspected: t.Mapping[str, t.Any] | None) -> ContainerState |
         exit_code=int(state.get("ExitCode") or 0),
         oom_killed=bool(state.get("OOMKilled")),
         error=str(state.get("Error") or ""),
+        spec=str(((inspected.get("Config") or {}).get("Labels") or {}).get(SPEC_LABEL) or ""),
     )
 
 
@@ -243,6 +256,42 @@ def parse_time(text: str) -> float | None:
         return None
     whole = calendar.timegm(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S"))
     return whole + float(found.group(2) or 0)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What the unit's main process left word of: its phase, since when, and failed starts in a row."""
+
+    phase: str = ""
+    since: float = 0.0
+    failures: int = 0
+    detail: str = ""
+
+
+def read_word(host: Host, name: str) -> Word:
+    """The word of a unit's main process; empty when there is none or it is broken."""
+    found = _read_object(host, "%s/%s.json" % (WORD_DIRECTORY, name))
+    failures, since = found.get("failures"), found.get("since")
+    return Word(
+        phase=str(found.get("phase") or ""),
+        since=float(since) if isinstance(since, (int, float)) else 0.0,
+        failures=failures if isinstance(failures, int) else 0,
+        detail=str(found.get("detail") or ""),
+    )
+
+
+def wanted_spec(host: Host, name: str) -> str:
+    """Name of what the service's container is meant to run; empty when that cannot be told."""
+    return str(_read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("spec") or "")
+
+
+def _read_object(host: Host, path: str) -> Json:
+    try:
+        found = json.loads(host.read_text(path) or "{}")
+    except (FleetError, ValueError):
+        # A file that is being replaced or was broken by hand; whoever owns it reports that.
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class ContainerReader(t.Protocol):
@@ -306,8 +355,8 @@ _PHASE_TEXTS: tuple[tuple[str, str], ...] = (
     ("graphs", r"[Cc]apturing (?:CUDA )?graph|[Cc]apture cuda graph|Graph capturing finished"),
     (
         "build",
-        r"[Bb]uilding\b.*\b[Ee]ngine|[Ee]ngine (?:is being built|build(?:ing)? (?:started|in progress))"
-        r"|[Bb]uild(?:ing)? engine|trtllm-build|Starting Build Engine|\[TRT\].*(?:Compiler|Building)",
+        r"[Bb]uild(?:ing)?\b.*\b[Ee]ngine|[Ee]ngine (?:is being built|build(?:ing)?\b)"
+        r"|trtllm-build|\[TRT\].*(?:Compiler|Building)",
     ),
     (
         "loading",
@@ -324,6 +373,7 @@ _PHASE_TEXTS: tuple[tuple[str, str], ...] = (
 _PHASES = [(name, re.compile(pattern)) for name, pattern in _PHASE_TEXTS]
 #: What the operator reads.
 PHASE_WORDS = {
+    "waiting_for_docker": "waiting for Docker",
     "starting": "starting the container",
     "profile": "choosing a profile",
     "download": "downloading the model",
@@ -335,6 +385,7 @@ PHASE_WORDS = {
     "ready": "ready",
 }
 _PERCENT = re.compile(r"(?<![\d.])(\d{1,3})(?:\.\d+)?\s?%")
+_FRACTION = re.compile(r"(?<![\d/.])(\d{1,6})/(\d{1,6})(?![\d/])")
 
 
 def message_of(line: str) -> str:
@@ -361,9 +412,15 @@ def phase_of(message: str) -> str | None:
 
 
 def percent_of(message: str) -> int | None:
-    """The last percentage that a message names."""
+    """The last percentage that a message names; in a message that belongs to a phase "layer 3/32" is one too."""
     found = [int(number) for number in _PERCENT.findall(message)]
-    return found[-1] if found and found[-1] <= 100 else None
+    if found:
+        return found[-1] if found[-1] <= 100 else None
+    parts = _FRACTION.findall(message) if phase_of(message) else []
+    if parts:
+        done, total = int(parts[-1][0]), int(parts[-1][1])
+        return 100 * done // total if 1 < total >= done else None
+    return None
 
 
 _SECRETS = re.compile(
@@ -445,6 +502,7 @@ class Watch:
     looks: int = 0
     instance: str = ""
     base_restarts: int = 0
+    base_failures: int = 0
     restarts: int = 0
     phase: str = "starting"
     phase_since: float = 0.0
@@ -465,6 +523,7 @@ class Watch:
         "looks",
         "instance",
         "base_restarts",
+        "base_failures",
         "restarts",
         "phase",
         "phase_since",
@@ -538,6 +597,8 @@ class Watch:
         container: ContainerState | None,
         docker_error: str,
         answer: HttpAnswer | None,
+        word: Word = Word(),
+        downloading: bool = False,
     ) -> bool:
         """Take one look's facts; True when the service is ready. Sets ``failure`` when it is doomed.
 
@@ -545,12 +606,17 @@ class Watch:
             now: Seconds since the epoch.
             unit_started: When the unit's main process was started, in seconds since the epoch.
             answer: What ``/v1/health/ready`` said.
+            downloading: Whether the container that fetches the model runs.
         """
         running = container is not None and container.running
-        if self.looks == 0:
+        first = self.looks == 0
+        if first:
             self.base_restarts = unit.restarts
+            fresh = word.phase in ("failed", "back_off") and now - word.since <= FRESH_SECONDS and word.failures == 1
+            self.base_failures = 0 if fresh else word.failures
         self.looks += 1
-        self.restarts = unit.restarts
+        # The count begins anew when the service was ready.
+        self.restarts = max(self.restarts, unit.restarts)
         answers_ready = answer is not None and answer.status == 200
 
         if container is not None and running:
@@ -585,7 +651,14 @@ class Watch:
             )
             return False
 
-        if unit.load == "not-found":
+        if word.failures > self.base_failures:
+            detail = word.detail.rstrip(".") or "ended before it was ready"
+            self.fail(
+                "container_ended",
+                "did not start: %s%s" % ("its container " if detail.startswith(("ended", "was")) else "", detail),
+                "see 'journalctl -u %s'" % self.target.unit,
+            )
+        elif unit.load == "not-found":
             self.fail("unit_missing", "has no unit %s" % self.target.unit, "run the nim role first")
         elif unit.active == "failed":
             self.fail(
@@ -606,7 +679,7 @@ class Watch:
                 "is not running: %s is inactive" % self.target.unit,
                 "start it with 'systemctl start %s'" % self.target.unit,
             )
-        elif not running and unit.restarts >= self.base_restarts + 2:
+        elif not running and not downloading and unit.restarts >= self.base_restarts + 2:
             self.fail(
                 "restart_loop",
                 "did not start: %s was restarted %d times without a running container"
@@ -852,17 +925,37 @@ class HealthCheck:
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             answers = list(pool.map(lambda watch: http_request(watch.target, "/v1/health/ready"), watches))
         ready: list[tuple[Watch, ContainerState]] = []
-        for watch, answer in zip(watches, answers):
-            unit = units[watch.target.unit]
-            container, docker_error = self._container(watch.target)
+        for watch, given in zip(watches, answers):
+            answer = given
+            target = watch.target
+            unit = units[target.unit]
+            word = read_word(self.host, target.name)
+            container, docker_error = self._container(target.container)
+            spec = wanted_spec(self.host, target.name) if container is not None and container.spec else ""
+            if container is not None and spec and container.spec != spec:
+                # What an earlier configuration left behind is about to be replaced, and its answers do not count.
+                container, answer = None, None
+            downloader = None
+            if container is None or not container.running:
+                downloader, _error = self._container(target.downloader)
+            downloading = downloader is not None and downloader.running
             now = self.host.time()
-            first = watch.looks == 0
-            if first and wait:
-                watch.free_at_start = self.host.free_bytes(watch.target.cache_directory)
+            if watch.looks == 0 and wait:
+                watch.free_at_start = self.host.free_bytes(target.cache_directory)
             if not (answer is not None and answer.status == 200):
-                self._follow_log(watch, container, now)
+                if downloading:
+                    self._follow_log(watch, target.downloader, downloader, now)
+                    if watch.phase == "starting":
+                        watch.phase = "download"
+                else:
+                    self._follow_log(watch, target.container, container, now)
+                if word.phase == "waiting_for_docker":
+                    watch.phase, watch.percent = word.phase, None
             unit_started = now - (self.host.monotonic() - unit.main_started)
-            if watch.judge(now, unit, unit_started, container, docker_error, answer) and container is not None:
+            if (
+                watch.judge(now, unit, unit_started, container, docker_error, answer, word, downloading)
+                and container is not None
+            ):
                 ready.append((watch, container))
                 continue
             if watch.stranger >= STRANGER_POLLS or (watch.stranger and not wait):
@@ -874,18 +967,19 @@ class HealthCheck:
                     "stop that server or give the model another port",
                 )
             watch.check_budget(now)
-            if watch.failure is not None and not watch.failure.lines:
+            # A container that is gone has its last lines in the journal only.
+            if watch.failure is not None and (container is None or not watch.failure.lines):
                 self._last_words(watch)
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda pair: self._confirm(pair[0], pair[1], record=record), ready))
 
-    def _container(self, target: HealthTarget) -> tuple[ContainerState | None, str]:
+    def _container(self, name: str) -> tuple[ContainerState | None, str]:
         try:
-            return parse_container(self.api.container(target.container)), ""
+            return parse_container(self.api.container(name)), ""
         except FleetError as error:
             return None, error.message
 
-    def _follow_log(self, watch: Watch, container: ContainerState | None, now: float) -> None:
+    def _follow_log(self, watch: Watch, name: str, container: ContainerState | None, now: float) -> None:
         if container is None or (container.running and now - watch.log_read < LOG_SECONDS):
             return
         if watch.instance and container.instance != watch.instance:
@@ -898,9 +992,10 @@ class HealthCheck:
         if container.instance != watch.log_instance:
             # The first look may have met what an earlier start left behind.
             watch.log_instance = container.instance
-            watch.cursor, watch.tail, watch.phase, watch.phase_since = "", [], "starting", now
+            watch.cursor, watch.tail, watch.percent = "", [], None
+            watch.phase, watch.phase_since = "starting", now
         watch.log_read = now
-        lines, watch.cursor = read_log(self.host, watch.target.container, watch.cursor)
+        lines, watch.cursor = read_log(self.host, name, watch.cursor)
         watch.take_lines(lines, now, self.secrets)
         if watch.phase == "download" and watch.free_at_start:
             free = self.host.free_bytes(watch.target.cache_directory)
@@ -915,8 +1010,17 @@ class HealthCheck:
         failure = watch.failure
         if failure is None or failure.reason in ("unit_missing", "not_running", "maintenance", "wrong_server"):
             return
-        lines = self._journal("_SYSTEMD_UNIT=%s" % watch.target.unit)
-        watch.explain([scrub(line, self.secrets)[:500] for line in lines if line.strip()])
+        lines: list[str] = []
+        if watch.target.downloader in failure.what:
+            lines = self._journal("CONTAINER_NAME=%s" % watch.target.downloader)
+        elif failure.reason == "container_ended":
+            lines = self._journal("CONTAINER_NAME=%s" % watch.target.container)
+        if not lines and not failure.lines:
+            lines = self._journal("_SYSTEMD_UNIT=%s" % watch.target.unit)
+        if not lines:
+            return
+        told = [part for line in lines for part in message_of(line).splitlines() if part.strip()]
+        watch.explain([scrub(line, self.secrets)[:500] for line in told])
 
     def _confirm(self, watch: Watch, container: ContainerState, *, record: bool) -> None:
         """The service is ready: who answers, which version, and does it really complete."""

@@ -544,6 +544,95 @@ def test_wrapper_that_loops_without_container(world: World, nim: Nim) -> None:
     assert world.clock - world.start <= 41
 
 
+def word(world: World, phase: str, failures: int = 0, detail: str = "", age: float = 0.0) -> None:
+    content = {"phase": phase, "since": int(world.clock - age), "spec": "s", "failures": failures, "detail": detail}
+    world.files["/run/nim/a.json"] = json.dumps(content).encode()
+
+
+def test_download_container_is_followed(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "download")
+    world.box("a-download", box_id="d1")
+    world.log("a-download", "Detected 2 compatible profile(s).", "Downloading file: model-1.safetensors 3/8")
+
+    def start() -> None:
+        del world.boxes["nim-a-download"]
+        word(world, "starting")
+        world.box("a", box_id="c1")
+        world.log("a", "Loading model weights")
+
+    world.at(7, start)
+    world.at(12, lambda: setattr(nim, "ready", 200))
+    outcome, lines = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    assert lines[0] == "a downloading the model 37 %, 5 s of 1800 s"
+    assert any("a loading the model" in line for line in lines)
+    assert outcome.models[0]["seconds_to_ready"] == 5.0
+
+
+def test_download_that_failed_is_told_by_the_wrapper(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "download")
+    world.box("a-download", box_id="d1")
+    world.log("a-download", "Preparing model workspace.")
+
+    def fail() -> None:
+        del world.boxes["nim-a-download"]
+        detail = "nim-a-download ended with code 1; see journalctl CONTAINER_NAME=nim-a-download"
+        word(world, "failed", 1, detail)
+        world.unit("a", NRestarts=1)
+        world.journal["CONTAINER_NAME=nim-a-download"] = ["Preparing model workspace.", "OSError: (os error 28)"]
+
+    world.at(6, fail)
+    outcome, _ = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    failure = outcome.failures[0][1]
+    assert failure.reason == "container_ended"
+    assert "nim-a-download ended with code 1" in failure.sentence
+    assert failure.lines[-1] == "OSError: (os error 28)"
+    assert failure.signature == "nim-16c"
+    assert world.clock - world.start <= 7
+
+
+def test_start_that_failed_before_the_first_look(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "back_off", 1, "ended with code 0", age=3)
+    world.journal["CONTAINER_NAME=nim-a"] = ["ManifestDownloadError: x Authentication Error"]
+    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].sentence.startswith(
+        "NIM a did not start: its container ended with code 0: the NGC key"
+    )
+    assert world.clock == world.start
+
+
+def test_older_failures_give_the_next_start_a_chance(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a", NRestarts=3)
+    word(world, "back_off", 3)
+    world.at(20, lambda: (word(world, "starting", 3), world.box("a")))
+    world.at(40, lambda: setattr(nim, "ready", 200))
+    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.models[0]["ready"] is True
+
+
+def test_container_of_an_earlier_configuration_does_not_count(world: World, nim: Nim) -> None:
+    world.unit("a")
+    world.files["/etc/nim/a.json"] = b'{"spec": "new"}'
+    world.box("a", box_id="old")
+    world.boxes["nim-a"]["Config"] = {"Labels": {"io.gpu-fleet.nim.spec": "old"}}
+
+    def replace() -> None:
+        world.box("a", box_id="new")
+        world.boxes["nim-a"]["Config"] = {"Labels": {"io.gpu-fleet.nim.spec": "new"}}
+
+    world.at(30, replace)
+    outcome, lines = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    assert outcome.models[0]["ready"] is True
+    assert world.clock - world.start >= 30
+    assert len(lines) >= 5
+
+
 @pytest.mark.parametrize(
     ("unit", "reason"),
     [
@@ -616,6 +705,9 @@ def test_download_shows_what_the_disk_lost(world: World, nim: Nim) -> None:
         ("Model workspace is now ready. It took 46.012 seconds", "engine"),
         ("Initializing an LLM engine (v0.6.3) with config: model='/x'", "engine"),
         ("Building TRT-LLM engine for the local weights", "build"),
+        ("[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0", "build"),
+        ("[TRT-LLM] [I] Building engine: layer 8/32", "build"),
+        ("[TRT-LLM] [I] Total time of building all engines: 00:01:24", "build"),
         ("Loading model weights took 14.9888 GB", "loading"),
         ("Loading safetensors checkpoint shards:  25% Completed | 1/4 [00:01<00:04]", "loading"),
         ("Graph capturing finished in 30 secs, took 0.2 GiB", "graphs"),
@@ -625,6 +717,7 @@ def test_download_shows_what_the_disk_lost(world: World, nim: Nim) -> None:
         ("Uvicorn running on http://0.0.0.0:8000", "serving"),
         ("supports LoRA, but LoRA is disabled. Skipping profile.", None),
         ("Model: meta/llama-3.1-8b-instruct", None),
+        ("Compilable to TRT-LLM using just-in-time compilation of HF models to TRTLLM engines:", None),
     ],
 )
 def test_phases(line: str, phase: str | None) -> None:
@@ -648,7 +741,17 @@ def test_json_lines(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "percent"), [("50% done", 50), ("10% … 12.5 %", 12), ("250%", None), ("v1.5", None), ("100%|###|", 100)]
+    ("line", "percent"),
+    [
+        ("50% done", 50),
+        ("10% … 12.5 %", 12),
+        ("250%", None),
+        ("v1.5", None),
+        ("100%|###|", 100),
+        ("Building engine: layer 8/32", 25),
+        ("on 11/20/2026", None),
+        ("a 3/4", None),
+    ],
 )
 def test_percent(line: str, percent: int | None) -> None:
     assert _nim_health.percent_of(line) == percent
