@@ -275,6 +275,7 @@ class _Check:
     def _docker(self) -> None:
         self._url("docker_repository_url")
         self._version("docker_version")
+        self._version("docker_minimum_version")
         users = self.get("docker_users")
         seen: set[str] = set()
         for number, user in enumerate(users if isinstance(users, (list, tuple)) else []):
@@ -338,6 +339,9 @@ class _Check:
         if mirrors:
             self.take(lambda: check_mirrors(mirrors, option="nim_registry_mirrors"))
         self._number("nim_progress_interval", 1, "seconds")
+        key = self.get("nim_ngc_api_key")
+        if key and key != self.get("ngc_api_key") and self.text("nim_ngc_key_state") != "absent":
+            self.take(lambda: check_api_key(key, option="nim_ngc_api_key"))
         models = self.get("nim_models")
         if isinstance(models, (list, tuple)):
             self._models(list(models))

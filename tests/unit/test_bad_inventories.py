@@ -48,7 +48,8 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"docker_user": ["alice"]}, "docker_user", "alice", "did you mean docker_users"),
     ({"docker_live_restor": True}, "docker_live_restor", "True", "did you mean docker_live_restore"),
     ({"ngc_apikey": KEY}, "ngc_apikey", "(not shown)", "did you mean ngc_api_key"),
-    ({"nim_api_key": KEY}, "nim_api_key", "(not shown)", "did you mean ngc_api_key"),
+    ({"nim_api_key": KEY}, "nim_api_key", "(not shown)", "did you mean nim_ngc_api_key"),
+    ({"docker_ngc_api_key": KEY}, "docker_ngc_api_key", "(not shown)", "did you mean"),
     (
         {"nvidia_container_toolkit_runtime": True},
         "nvidia_container_toolkit_runtime",
@@ -124,6 +125,8 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"nvidia_driver_repository_url": "https://"}, "nvidia_driver_repository_url", "https://", "scheme and host"),
     # -- Docker
     ({"docker_repository_url": "mirror/docker"}, "docker_repository_url", "'mirror/docker'", "https://mirror/docker"),
+    ({"docker_minimum_version": "old"}, "docker_minimum_version", "'old'", "is no version; write it like"),
+    ({"docker_daemon_absent": "dns"}, "docker_daemon_absent", "'dns'", "one list item"),
     ({"docker_version": "newest"}, "docker_version", "'newest'", "leave it empty for the newest"),
     ({"docker_users": ["alice", "Bob Smith"]}, "docker_users[1]", "'Bob Smith'", "write the login name"),
     ({"docker_users": ["alice", "alice"]}, "docker_users[1]", "'alice'", "name every user once"),
@@ -157,6 +160,7 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"ngc_api_key": "nvapi-"}, "ngc_api_key", "(not shown)", "copy it again"),
     ({"ngc_api_key": "$oauthtoken:" + KEY}, "ngc_api_key", "(not shown)", "give the key alone"),
     ({"ngc_api_key": [KEY]}, "ngc_api_key", "(not shown)", "put it in quotes"),
+    ({"nim_ngc_api_key": KEY + "\r\n"}, "nim_ngc_api_key", "(not shown)", "store it without one"),
     ({"ngc_api_key_file": "ngc.key"}, "ngc_api_key_file", "'ngc.key'", "start it with /"),
     ({"ngc_api_key_file": "/nowhere/ngc.key"}, "ngc_api_key_file", "'/nowhere/ngc.key'", "create it there"),
     ({"ngc_registry": "https://nvcr.io"}, "ngc_registry", "'https://nvcr.io'", "leave https out"),
