@@ -66,8 +66,8 @@ UNATTENDED_CONTENT = """\
 // Managed by gpu_fleet.nim. A driver that is upgraded behind running containers takes the GPUs away from the next
 // one that starts; all other unattended upgrades go on.
 Unattended-Upgrade::Package-Blacklist {
-  "^nvidia-";
-  "^libnvidia-";
+  "^nvidia-(?!container)";
+  "^libnvidia-(?!container)";
   "^cuda-drivers";
   "^libcuda1$";
   "^libnvsdm";
@@ -650,7 +650,7 @@ class NvidiaDriver(Resource[DriverState]):
         os_release = read_os_release(host)
         manager = package_manager(host, os_release)
         if change.action == "repair":
-            manager.repair()
+            self._repair(host, manager)
         elif change.action == "repository":
             manager.apply_repository(change.data["repository"])
         elif change.action == "components":
@@ -677,6 +677,24 @@ class NvidiaDriver(Resource[DriverState]):
         elif change.action == "unhold":
             installed = manager.installed(*QUERY_PATTERNS)
             manager.unhold(*[name for name in to_hold(installed) if installed[name].held])
+
+    @staticmethod
+    def _repair(host: Host, manager: PackageManager) -> None:
+        """Finish an interrupted transaction. Driver packages that cannot be finished (their module does not build) are
+        removed: the wanted ones are installed right after."""
+        try:
+            manager.repair()
+        except FleetError:
+            broken = manager.interrupted()
+            if not broken or not all(is_driver_package(name) for name in broken):
+                raise
+            host.check(
+                ["apt-get", "-q", "-y", "purge", "--allow-change-held-packages", *broken],
+                reason="package_failed",
+                doing="Removing half-installed driver packages",
+                env=_APT_ENVIRONMENT,
+                timeout=3600,
+            )
 
     @staticmethod
     def _write(host: Host, change: Change) -> None:
@@ -938,11 +956,12 @@ class NvidiaDriver(Resource[DriverState]):
 
     # -- answer
 
-    def result(self, state: DriverState, *, check_mode: bool = False) -> dict[str, t.Any]:
+    def result(self, state: DriverState) -> dict[str, t.Any]:
         """Return values of the module.
 
         Raises:
-            FleetError: ``gpu_in_use`` outside check mode when the packages must change and somebody uses a GPU.
+            FleetError: ``gpu_in_use`` when the packages must change and somebody uses a GPU (in check mode too: it says
+                what the run would say).
         """
         answer: dict[str, t.Any] = {
             "gpus": [gpu.bdf for gpu in state.inventory.pci],
@@ -963,10 +982,7 @@ class NvidiaDriver(Resource[DriverState]):
         answer["flavour"] = self.wish(state.os, state.inventory, state.secure_boot).flavour
         pending = self._plan_packages(plan, state) is not None
         if pending and state.holders:
-            if not check_mode:
-                raise in_use_error(state.holders, "Changing the driver packages")
-            answer["message"] = in_use_message(state.holders, "Changing the driver packages")
-            return answer
+            raise in_use_error(state.holders, "Changing the driver packages")
         if pending:
             answer["message"] = "The driver of branch %s is not installed yet." % self.branch
             return answer

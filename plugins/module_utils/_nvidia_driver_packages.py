@@ -52,7 +52,7 @@ _DRIVER = re.compile(
 # Not of the driver although the names look like it: they follow the toolkit, the kernel or CUDA.
 _NOT_DRIVER = re.compile(
     r"^(nvidia-container|libnvidia-container|nvidia-docker|nvidia-cuda|nvidia-nsight|nvidia-gds|nvidia-fs"
-    r"|nvidia-open-kernel-source|nvidia-visual-profiler|nvidia-installer-cleanup|nvidia-support|nvidia-kernel-common$"
+    r"|nvidia-visual-profiler|nvidia-installer-cleanup|nvidia-support"
     r"|libnvidia-egl-(wayland|gbm))"
 )
 

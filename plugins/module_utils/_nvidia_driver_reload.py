@@ -412,7 +412,7 @@ class DriverReload(Resource[ReloadState]):
         if not current:
             reason = self.reboot_reason(state)
             blocked = "a reboot is needed: %s" % reason if reason else None
-            if state.loaded is not None and state.gpu_processes and not reason:
+            if state.loaded is not None and state.gpu_processes:
                 blocked = in_use_message(state.gpu_processes, "Reloading the driver")
             changes.append(
                 Change(
@@ -459,6 +459,8 @@ class DriverReload(Resource[ReloadState]):
         return changes
 
     def _plan_marker(self, state: ReloadState) -> list[Change]:
+        if state.gpu_processes:
+            raise in_use_error(state.gpu_processes, "Rebooting")
         marker = state.marker or {}
         if marker.get("target") == state.on_disk:
             if marker.get("boot_id") != state.boot_id:
@@ -567,11 +569,11 @@ class DriverReload(Resource[ReloadState]):
 
     # -- answer
 
-    def result(self, state: ReloadState, *, check_mode: bool = False) -> dict[str, t.Any]:
+    def result(self, state: ReloadState) -> dict[str, t.Any]:
         """Return values of the module.
 
         Raises:
-            FleetError: ``gpu_in_use`` outside check mode.
+            FleetError: ``gpu_in_use`` when the module must change and somebody uses a GPU (in check mode too).
         """
         answer: dict[str, t.Any] = {
             "loaded": state.loaded_version,
@@ -589,11 +591,9 @@ class DriverReload(Resource[ReloadState]):
             answer["message"] = "Driver %s: loaded = on disk = user space." % state.on_disk
             return answer
         reason = self.reboot_reason(state)
-        if state.gpu_processes and state.loaded is not None and not reason:
-            if not check_mode and not self.prepare_reboot:
-                raise in_use_error(state.gpu_processes, "Reloading the driver")
-            answer["message"] = in_use_message(state.gpu_processes, "Reloading the driver")
-            return answer
+        if state.gpu_processes and state.loaded is not None:
+            # A reboot takes the GPU away just the same.
+            raise in_use_error(state.gpu_processes, "Reloading the driver")
         if reason:
             answer["reboot_required"] = True
             answer["reboot_reason"] = reason

@@ -160,7 +160,7 @@ changes:
   elements: dict
   returned: always
 blocked:
-  description: Changes that were left because a GPU is in use (check mode only; otherwise the module fails).
+  description: Changes that were left, with the cause of each.
   type: list
   elements: dict
   returned: always
@@ -204,7 +204,7 @@ def main() -> None:
         built.append(NvidiaDriver(**module.params))
         return built[0]
 
-    run_resource(module, build, lambda state: built[0].result(state, check_mode=module.check_mode))
+    run_resource(module, build, lambda state: built[0].result(state))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,11 @@ reason:
   sample: gpu_in_use
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload, ReloadState
 
 
 def main() -> None:
@@ -120,7 +122,13 @@ def main() -> None:
         built.append(DriverReload(**module.params))
         return built[0]
 
-    run_resource(module, build, lambda state: built[0].result(state, check_mode=module.check_mode))
+    def result(state: ReloadState) -> dict[str, t.Any]:
+        answer = built[0].result(state)
+        if answer["reboot_required"]:
+            module.warn(answer["message"])
+        return answer
+
+    run_resource(module, build, result)
 
 
 if __name__ == "__main__":
