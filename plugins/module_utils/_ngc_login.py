@@ -383,6 +383,18 @@ class NgcLogin(Resource[DockerConfig]):
         else:
             raise AssertionError(change.action)
 
+    def precheck(self, host: Host) -> None:
+        """Check the key before anything is changed, and in check mode too, where that is wanted.
+
+        Raises:
+            FleetError: As :meth:`observe`, :meth:`plan` and :meth:`check_registry`.
+        """
+        if self.validate == VALIDATE_ALWAYS or (
+            self.validate == VALIDATE_ON_CHANGE
+            and any(change.action == "store" for change in self.plan(self.observe(host)))
+        ):
+            self.check_registry()
+
     def check_registry(self) -> None:
         """Ask the registry once whether it takes the key, and whether the key may pull what it is needed for.
 

@@ -170,10 +170,7 @@ def main() -> None:
     host = Host()
     try:
         login = NgcLogin(**module.params)
-        if login.validate == VALIDATE_ALWAYS or (
-            module.check_mode and login.validate == VALIDATE_ON_CHANGE and login.plan(login.observe(host))
-        ):
-            login.check_registry()
+        login.precheck(host)
     except FleetError as error:
         fail(module, error)
     run_resource(module, lambda: login, login.result, host=host)

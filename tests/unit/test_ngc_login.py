@@ -341,3 +341,19 @@ def test_stored_credentials(host: FakeHost) -> None:
     assert stored_credentials(host, "nvcr.io") is None
     host.files[PATH] = b'{"auths": {"nvcr.io": {"username": "a", "password": "b"}}}'
     assert stored_credentials(host, "nvcr.io") == ("a", "b")
+
+
+def test_precheck(host: FakeHost, registry: type[FakeRegistry]) -> None:
+    _login().precheck(host)
+    assert len(registry.asked) == 1
+    _run(host)
+    registry.asked.clear()
+    _login().precheck(host)
+    _login(NEW, validate="never").precheck(host)
+    _login(None, validate="always").precheck(host)
+    assert registry.asked == []
+    _login(validate="always").precheck(host)
+    assert len(registry.asked) == 1
+    registry.refuse = "bad_key"
+    with pytest.raises(FleetError):
+        _login(NEW).precheck(host)
