@@ -42,29 +42,44 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
+_RUNNING: dict[str, float] = {}
+_TELLER: threading.Thread | None = None
+
+
+def _tell() -> None:
+    """Every 5 s one line with all steps that are running, as long as there are any."""
+    global _TELLER
+    while True:
+        time.sleep(5.0)
+        with _PRINT_LOCK:
+            if not _RUNNING:
+                _TELLER = None
+                return
+            now = time.monotonic()
+            text = ", ".join("%s (%d s)" % (name, now - begin) for name, begin in _RUNNING.items())
+        say("... " + text)
+
+
 @contextlib.contextmanager
-def step(text: str, quiet_below: float = 1.0) -> Iterator[None]:
-    """Announce a step that lasts longer than `quiet_below` seconds, tell every 5 s that it goes on, and how long it took."""
+def step(text: str) -> Iterator[None]:
+    """Announce a step that lasts longer than a second, tell that it goes on, and how long it took."""
+    global _TELLER
     begin = time.monotonic()
-    over = threading.Event()
-    announced = threading.Event()
-
-    def tell() -> None:
-        if over.wait(quiet_below):
-            return
-        announced.set()
-        say("%s ..." % text)
-        while not over.wait(5.0):
-            say("%s ... %d s" % (text, time.monotonic() - begin))
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    announcer = threading.Timer(1.0, say, ["%s ..." % text])
+    announcer.daemon = True
+    announcer.start()
+    with _PRINT_LOCK:
+        _RUNNING[text] = begin
+        if _TELLER is None:
+            _TELLER = threading.Thread(target=_tell, daemon=True)
+            _TELLER.start()
     try:
         yield
     finally:
-        over.set()
-        teller.join()
-        if announced.is_set():
+        announcer.cancel()
+        with _PRINT_LOCK:
+            _RUNNING.pop(text, None)
+        if time.monotonic() - begin > 1.0:
             say("%s: %.1f s" % (text, time.monotonic() - begin))
 
 

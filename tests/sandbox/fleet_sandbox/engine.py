@@ -186,7 +186,11 @@ def start() -> None:
     ]
     write_text(ROOT / "daemon.json", "{}\n")
     # A pure cgroup2 of its own for everything below, also on machines with cgroup v1 controllers.
-    inside = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec %s" % " ".join(dockerd)
+    # dockerd and containerd write a few files to fixed places; in their view of the machine these are empty and their own.
+    inside = (
+        "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && "
+        "for place in /run /opt /etc/docker; do test ! -d $place || mount -t tmpfs none $place; done && exec %s"
+    ) % " ".join(dockerd)
     outside = "echo $$ > %s/cgroup.procs && exec unshare --cgroup --mount sh -c '%s'" % (group, inside)
     with step("starting the private Docker Engine"), LOG.open("ab") as log:
         process = subprocess.Popen(

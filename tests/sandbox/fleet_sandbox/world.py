@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from . import images
-from .common import NETWORK, ROOT, SOURCE, WORLD_ADDRESS, SandboxError, digest, say, step
+from .common import NETWORK, ROOT, SOURCE, WORLD_ADDRESS, SandboxError, digest, say, step, write_text
 from .engine import docker
 
 BUILDER = SOURCE / "world" / "build.py"
@@ -20,6 +20,8 @@ SERVICE = SOURCE / "world" / "service"
 REPOSITORIES = SOURCE / "repositories" / "build.py"
 CONTAINER = "world"
 LABEL = "gpu_fleet.sandbox.world"
+# Written when the world is complete: what it was made from, and which container it is.
+STAMP = ROOT / "world-ready"
 # What a later `up` builds on when `down --keep-images` was asked for.
 KEEP = {"world", "repositories", "repositories-build", "repositories-key", "cache"}
 
@@ -85,6 +87,10 @@ def start() -> None:
     if not BUILDER.exists():
         say("no world in this checkout: hosts only")
         return
+    made_from = digest([BUILDER.parent, REPOSITORIES.parent])
+    identity = docker("ps", "--quiet", "--no-trunc", "--filter=name=^%s$" % CONTAINER)
+    if identity and STAMP.exists() and STAMP.read_text() == made_from + identity and answers(443):
+        return
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(job) for job in (_container, images.base, _standin, _repositories)]
         for job in jobs:
@@ -92,6 +98,7 @@ def start() -> None:
     with step("world"):
         _build("wait", "--address", WORLD_ADDRESS)
         _build("publish", "--address", WORLD_ADDRESS)
+    write_text(STAMP, made_from + docker("ps", "--quiet", "--no-trunc", "--filter=name=^%s$" % CONTAINER))
 
 
 def answers(port: int) -> bool:
