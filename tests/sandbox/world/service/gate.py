@@ -191,6 +191,8 @@ class Gate(ThreadingHTTPServer):
         self.tokens = Tokens(state)
         self.registry = registry
         self.static = static
+        # Other names under which a host of the world is reached (unit tests, on loopback).
+        self.aliases: dict[str, str] = {}
         self.making = threading.Lock()
         super().__init__(address, Handler)
 
@@ -249,7 +251,8 @@ class Handler(BaseHTTPRequestHandler):
     # ---- requests
 
     def do_GET(self) -> None:
-        self.host = self.headers.get("Host", "").split(":")[0].lower()
+        name = self.headers.get("Host", "").split(":")[0].lower()
+        self.host = self.server.aliases.get(name, name)
         parsed = urllib.parse.urlsplit(self.path)
         self.query = urllib.parse.parse_qs(parsed.query)
         self.route(parsed.path)

@@ -217,11 +217,9 @@ class Profiles:
         fitting = [gpu for gpu in fitting if gpu.total_gb * 1.05 >= profile["memory_gb"]]
         if len(fitting) < tp:
             return "incompatible"
-        if tags.get("trtllm_buildable") == "true":
-            return "buildable"
         if len([gpu for gpu in fitting if gpu.free_gb * 1.05 >= profile["memory_gb"]]) < tp:
             return "low"
-        return "runnable"
+        return "buildable" if tags.get("trtllm_buildable") == "true" else "runnable"
 
     def group(self, verdict: str) -> list:
         return [profile for profile in self.all if self.verdict(profile) == verdict]
