@@ -488,8 +488,8 @@ class NimService(Resource[HostState]):
         for model in self.models:
             if model.state != "absent":
                 changes += self._plan_service_files(model, configurations[model.name], state)
-        changes += self._plan_reload(changes, state)
         changes += self._plan_enablement(state)
+        changes += self._plan_reload(changes, state)
         changes += self._plan_restarts(restarts, state)
         return changes
 
@@ -739,7 +739,7 @@ class NimService(Resource[HostState]):
 
     def _plan_reload(self, changes: t.Sequence[Change], state: HostState) -> list[Change]:
         written = any(
-            change.action == "remove"
+            change.action in ("remove", "enable", "disable")
             or (change.action == "file" and str(change.data["path"]).startswith(UNIT_DIRECTORY + "/"))
             for change in changes
         )
@@ -800,10 +800,6 @@ class NimService(Resource[HostState]):
                 MAINTENANCE_FILE
             )
         changes = []
-        if any(model.state == "started" for model in self.models) and not state.target_active and not blocked:
-            changes.append(
-                Change(self.name, "nim.target", "inactive", "active", "groups the services", action="start_target")
-            )
         for name, kind, why in restarts:
             service = _service_state(state, name)
             changes.append(
@@ -818,6 +814,11 @@ class NimService(Resource[HostState]):
                     {"names": names},
                     blocked=blocked,
                 )
+            )
+        # Last, because it would start every enabled unit that does not run yet.
+        if any(model.state == "started" for model in self.models) and not state.target_active and not blocked:
+            changes.append(
+                Change(self.name, "nim.target", "inactive", "active", "groups the services", action="start_target")
             )
         return changes
 
@@ -908,7 +909,7 @@ class NimService(Resource[HostState]):
             if (shown == "enabled") != (verb == "enable"):
                 todo.append(unit)
         if todo:
-            # The one daemon-reload of this run has been done already.
+            # The one daemon-reload of this run comes after it.
             self._systemctl(host, verb, todo, "--no-reload")
 
     def _restart(self, host: Host, names: t.Sequence[str]) -> None:

@@ -97,6 +97,14 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "no message"
 
 
+def complaint(text: str) -> str:
+    """The line of a docker command that says why it failed; the last one may only say that it did."""
+    for line in text.splitlines():
+        if line.startswith("Error response from daemon"):
+            return line.strip()
+    return last_line(text)
+
+
 def docker(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
     """Run a docker command to its end.
 
@@ -145,7 +153,7 @@ def inspect(container: str) -> Json | None:
             raise DockerAwayError("docker inspect answered nonsense: %s" % error) from error
     if "no such" in done.stderr.lower():
         return None
-    raise DockerAwayError(last_line(done.stderr))
+    raise DockerAwayError(complaint(done.stderr))
 
 
 def label_of(container: Json) -> str:
@@ -303,8 +311,8 @@ class Unit:
         done = docker("rm", "-f", name)
         if done.returncode != 0 and "no such" not in done.stderr.lower():
             if is_away(done.stderr) or not daemon_answers():
-                raise DockerAwayError(last_line(done.stderr))
-            raise StartFailedError("the old container %s cannot be removed: %s" % (name, last_line(done.stderr)))
+                raise DockerAwayError(complaint(done.stderr))
+            raise StartFailedError("the old container %s cannot be removed: %s" % (name, complaint(done.stderr)))
 
     def create(self, name: str, arguments: t.Sequence[str]) -> None:
         command = ["create", "--name", name, "--pull=never", "--restart=no"]
@@ -314,9 +322,9 @@ class Unit:
             if done.returncode == 0:
                 return
             if is_away(done.stderr) or not daemon_answers():
-                raise DockerAwayError(last_line(done.stderr))
+                raise DockerAwayError(complaint(done.stderr))
             if last_try:
-                raise BadConfigurationError("docker create: %s" % last_line(done.stderr))
+                raise BadConfigurationError("docker create: %s" % complaint(done.stderr))
             if "already in use" in done.stderr.lower():
                 docker("rm", "-f", name)
             else:
@@ -328,8 +336,8 @@ class Unit:
         if done.returncode == 0:
             return
         if is_away(done.stderr) or not daemon_answers():
-            raise DockerAwayError(last_line(done.stderr))
-        raise StartFailedError("docker start: %s" % last_line(done.stderr))
+            raise DockerAwayError(complaint(done.stderr))
+        raise StartFailedError("docker start: %s" % complaint(done.stderr))
 
     def start(self) -> None:
         if self.stopping():
@@ -533,7 +541,7 @@ class Unit:
             say("%s may still run: %s" % (self.container, error))
             return 1
         if done.returncode != 0 and "no such" not in done.stderr.lower():
-            say("%s may still run: %s" % (self.container, last_line(done.stderr)))
+            say("%s may still run: %s" % (self.container, complaint(done.stderr)))
             return 1
         return 0
 

@@ -274,7 +274,10 @@ def main() -> None:
         return made[0]
 
     def result(state: HostState) -> dict[str, t.Any]:
-        return made[0].result(state)
+        answer = made[0].result(state)
+        for warning in answer.pop("warnings"):
+            module.warn(warning)
+        return answer
 
     run_resource(module, build, result)
 
