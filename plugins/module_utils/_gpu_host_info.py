@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import typing as t
 
+from . import _host_services
+from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
 from ._host import Host
@@ -27,8 +29,9 @@ from ._packages import Package, package_manager
 class Look:
     """A host with everything that was already read of it."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, api: DockerApi | None = None) -> None:
         self.host = host
+        self.api = api or DockerApi()
 
     @functools.cached_property
     def os(self) -> OsRelease:
@@ -113,6 +116,26 @@ def _holders(look: Look) -> dict[str, t.Any]:
     return {"holders": [dict(holder.as_dict(), driver_service=is_client(holder)) for holder in found]}
 
 
+def _docker(look: Look) -> dict[str, t.Any]:
+    return {"docker": _host_services.engine(look.host, look.api)}
+
+
+def _toolkit(look: Look) -> dict[str, t.Any]:
+    return {"container_toolkit": _host_services.toolkit(look.host, look.os)}
+
+
+def _space(look: Look) -> dict[str, t.Any]:
+    return {"free_bytes": _host_services.space(look.host)}
+
+
+def _ports(look: Look) -> dict[str, t.Any]:
+    return {"ports": _host_services.ports(look.host)}
+
+
+def _nim(look: Look) -> dict[str, t.Any]:
+    return {"nim": _host_services.services(look.host, look.api)}
+
+
 #: Order of the answer. Each observer of another resource can add its own section here.
 SECTIONS: list[tuple[str, t.Callable[[Look], dict[str, t.Any]]]] = [
     ("system", _system),
@@ -120,12 +143,17 @@ SECTIONS: list[tuple[str, t.Callable[[Look], dict[str, t.Any]]]] = [
     ("driver", _driver),
     ("gpus", _gpus),
     ("holders", _holders),
+    ("docker", _docker),
+    ("container_toolkit", _toolkit),
+    ("space", _space),
+    ("ports", _ports),
+    ("nim", _nim),
 ]
 
 
-def gather(host: Host, wanted: t.Collection[str] = ()) -> dict[str, t.Any]:
+def gather(host: Host, wanted: t.Collection[str] = (), api: DockerApi | None = None) -> dict[str, t.Any]:
     """The answer of all sections (or of those wanted), with the causes of failed ones under ``errors``."""
-    look = Look(host)
+    look = Look(host, api)
     answer: dict[str, t.Any] = {}
     errors: dict[str, str] = {}
     for name, section in SECTIONS:

@@ -12,14 +12,17 @@ version_added: "1.0.0"
 author: "The gpu_fleet.nim authors (@gpu-fleet)"
 description:
   - Returns the operating system, Secure Boot, the GPUs on the PCI bus, the driver in memory, on disk and in user space, what
-    the driver says of every GPU, the NVLink fabric, MIG, and who uses the GPUs.
+    the driver says of every GPU, the NVLink fabric, MIG, who uses the GPUs, Docker Engine, the container toolkit, free disk
+    space, listening ports, and the NIM services.
   - Works on a host without driver, without Docker and without GPU. Changes nothing and loads nothing; C(nvidia-smi) is asked
     only while the driver is loaded.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
 options:
   sections:
-    description: Parts of the answer to look for; all when empty.
+    description:
+      - Parts of the answer to look for; all when empty.
+      - V(system), V(pci), V(driver), V(gpus), V(holders), V(docker), V(container_toolkit), V(space), V(ports), V(nim).
     type: list
     elements: str
     default: []
@@ -85,6 +88,31 @@ mig:
   returned: always
 holders:
   description: Processes that have NVIDIA device files open, with unit and container.
+  type: list
+  elements: dict
+  returned: always
+docker:
+  description: Docker Engine as it runs (version, runtimes, live-restore, cgroup driver, CDI, …), or why it does not answer.
+  type: dict
+  returned: always
+container_toolkit:
+  description: Version, packages and configured mode of the NVIDIA Container Toolkit.
+  type: dict
+  returned: always
+free_bytes:
+  description: Free bytes on the file systems of images and models.
+  type: dict
+  returned: always
+ports:
+  description: TCP ports on which somebody listens.
+  type: list
+  elements: dict
+  returned: always
+nim:
+  description:
+    - NIM services that this collection has put on the host, with C(name), C(image), C(digest), C(gpus), C(port), C(ready),
+      C(state), C(phase), C(seconds_to_ready), C(restarts), C(failures), C(model_id), C(version), C(url), C(reason) and
+      C(message).
   type: list
   elements: dict
   returned: always
