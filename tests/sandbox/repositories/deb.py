@@ -195,3 +195,5 @@ def flat_repository(directory: Path, packages: list[Package], key: Key | None, f
         entries.append(index_entry(package, content, f"./{package.filename}"))
     index = "\n".join(entries).encode()
     write_release(directory, {"Packages": index, "Packages.gz": gzip.compress(index, mtime=0)}, fields, key)
+    for stale in {path.name for path in directory.glob("*.deb")} - {package.filename for package in packages}:
+        (directory / stale).unlink()

@@ -123,11 +123,34 @@ def _pinning(what: str, pattern: str, revision: str) -> Package:
     )
 
 
+_MODPROBE = {
+    "/usr/bin/nvidia-modprobe": (
+        b"#!/bin/sh\n# Stand-in: loads the driver; the stand-in module makes the devices itself.\n"
+        b'case " $* " in *" -u "*) modprobe -q nvidia-uvm || exit 1 ;; esac\nexec modprobe -q nvidia\n',
+        0o4755,
+    )
+}
+_KERNEL_FILES = {
+    "/usr/lib/modprobe.d/nvidia-graphics-drivers.conf": (
+        b"blacklist nouveau\nblacklist lbm-nouveau\nalias nouveau off\nalias lbm-nouveau off\n",
+        0o644,
+    ),
+    "/usr/lib/modprobe.d/nvidia-graphics-drivers-kms.conf": (b"options nvidia-drm modeset=1\n", 0o644),
+    "/usr/lib/udev/rules.d/71-nvidia.rules": (
+        b'ACTION=="add|bind", ATTR{vendor}=="0x10de", DRIVER=="nvidia", TEST!="/sys/module/nvidia_uvm", '
+        b'RUN+="/sbin/modprobe nvidia-uvm"\n',
+        0o644,
+    ),
+}
+_REBUILD = "#!/bin/sh\nset -e\nif command -v update-initramfs >/dev/null; then update-initramfs -u; fi\n"
+
+
 class _Release:
     """All packages of one driver version."""
 
     def __init__(self, branch: int, version: str, ubuntu: bool, programs: dict[str, bytes]) -> None:
         self.branch, self.version, self.programs = branch, version, programs
+        self.ubuntu = ubuntu
         self.revision = f"{version}-" + (("0ubuntu1" if branch < BRANCHLESS else "1ubuntu1") if ubuntu else "1")
         self.found: list[Package] = []
 
@@ -150,21 +173,115 @@ class _Release:
         return package
 
     def packages(self) -> list[Package]:
+        self._companions()
+        if not self.ubuntu:
+            self._debian()
+            return self.found
         self._libraries()
         self._tools()
-        self._companions()
         for flavour in ("", "-open"):
             self._kernel(flavour)
             self._metapackages(flavour)
         return self.found
 
-    def _libraries(self) -> None:
+    def _debian(self) -> None:
+        """Debian's parts have one name in every branch; only the metapackages of branches up to 580 carry it."""
+
+        def part(name: str, depends: str = "", **more: object) -> None:
+            self.found.append(Package(name, self.revision, {"Depends": depends}, **more))  # type: ignore[arg-type]
+
+        library = self._library_files()
+        for name, soname in (("libcuda1", "libcuda.so"), ("libnvidia-ml1", "libnvidia-ml.so")):
+            files = {path: content for path, content in library[0].items() if soname in path}
+            links = {path: target for path, target in library[1].items() if soname in path}
+            part(name, files=files, links=links, scripts={"triggers": "activate-noawait ldconfig\n"})
+        part("nvidia-smi", self.exactly("libnvidia-ml1"), files=self._smi_files())
+        part(
+            "nvidia-persistenced",
+            files=self._persistence_files(),
+            scripts=_service_scripts("nvidia-persistenced.service", enable=True),
+        )
+        part("nvidia-modprobe", files=_MODPROBE)
+        for name in (
+            "nvidia-settings",
+            "nvidia-driver-bin",
+            "nvidia-driver-libs",
+            "firmware-nvidia-gsp",
+            "libnvidia-cfg1",
+            "xserver-xorg-video-nvidia",
+        ):
+            part(name)
+        part("nvidia-kernel-support", files=_KERNEL_FILES, scripts={"postinst": _REBUILD, "postrm": _REBUILD})
+        for name, flavour in (("nvidia-kernel-dkms", ""), ("nvidia-kernel-open-dkms", "-open")):
+            relations = dict.fromkeys(("Provides", "Conflicts", "Replaces"), "nvidia-kernel-dkms-any")
+            relations["Depends"] = "dkms, " + self.exactly("nvidia-kernel-support")
+            self.found.append(
+                Package(name, self.revision, relations, files=self._source_files(flavour), scripts=self._dkms_scripts())
+            )
+        kernel = f"nvidia-kernel-dkms (= {self.revision}) | nvidia-kernel-open-dkms (= {self.revision})"
+        names = ("libcuda1", "libnvidia-ml1", "libnvidia-cfg1", "nvidia-smi", "nvidia-driver-bin", "nvidia-driver-libs")
+        names += ("nvidia-kernel-support", "firmware-nvidia-gsp", "xserver-xorg-video-nvidia")
+        part("nvidia-driver", self.exactly(*names) + f", nvidia-persistenced, nvidia-modprobe, {kernel}")
+        for stem, dkms in (("cuda-drivers", "nvidia-kernel-dkms"), ("nvidia-open", "nvidia-kernel-open-dkms")):
+            part(
+                self.name(stem),
+                ", ".join(f"{one} (>= {self.revision})" for one in (dkms, "nvidia-driver", "nvidia-settings")),
+            )
+            if self.branch < BRANCHLESS:
+                part(stem, self.exactly(self.name(stem)))
+
+    def _library_files(self) -> tuple[dict[str, tuple[bytes, int]], dict[str, str]]:
         files, links = {}, {}
         for soname in ("libcuda.so.1", "libnvidia-ml.so.1"):
             stem = soname[:-2]
             files[f"{LIBRARIES}/{stem}.{self.version}"] = (self.programs[f"{soname}/{self.version}"], 0o644)
             links[f"{LIBRARIES}/{soname}"] = f"{stem}.{self.version}"
         links[f"{LIBRARIES}/libcuda.so"] = "libcuda.so.1"
+        return files, links
+
+    def _smi_files(self) -> dict[str, tuple[bytes, int]]:
+        return {"/usr/bin/nvidia-smi": (self.programs[f"nvidia-smi/{self.version}"], 0o755)}
+
+    def _persistence_files(self) -> dict[str, tuple[bytes, int]]:
+        pid_file = "/run/nvidia-persistenced/nvidia-persistenced.pid"
+        unit = _unit("NVIDIA Persistence Daemon", "/usr/bin/nvidia-persistenced --verbose", pid_file)
+        return {
+            "/usr/bin/nvidia-persistenced": (self.programs[f"nvdaemon/{self.version}"], 0o755),
+            "/usr/lib/systemd/system/nvidia-persistenced.service": (unit, 0o644),
+        }
+
+    def _source_files(self, flavour: str) -> dict[str, tuple[bytes, int]]:
+        conf = f'PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="{self.version}"\nAUTOINSTALL="yes"\n'
+        for index, module in enumerate(("nvidia", "nvidia-modeset", "nvidia-drm", "nvidia-uvm", "nvidia-peermem")):
+            conf += f'BUILT_MODULE_NAME[{index}]="{module}"\nDEST_MODULE_LOCATION[{index}]="/kernel/drivers/char/drm"\n'
+        conf += f'# For the stand-in of dkms:\nSTANDIN_LICENSE="{"Dual MIT/GPL" if flavour else "NVIDIA"}"\n'
+        if self.version == BROKEN_BUILD:
+            conf += 'STANDIN_BUILD_FAILS="yes"\n'
+        return {f"/usr/src/nvidia-{self.version}/dkms.conf": (conf.encode(), 0o644)}
+
+    def _dkms_scripts(self) -> dict[str, str]:
+        return {
+            "postinst": f"""#!/bin/sh
+set -e
+case "$1" in
+configure | abort-upgrade | abort-deconfigure | abort-remove)
+    /usr/lib/dkms/common.postinst nvidia {self.version}
+    if command -v update-initramfs >/dev/null; then update-initramfs -u; fi
+    ;;
+esac
+""",
+            "prerm": f"""#!/bin/sh
+set -e
+case "$1" in
+remove | upgrade | deconfigure)
+    if [ -d /var/lib/dkms/nvidia/{self.version} ]; then dkms remove -m nvidia -v {self.version} --all; fi
+    ;;
+esac
+""",
+        }
+
+    def _libraries(self) -> None:
+        files, links = self._library_files()
         self.add("libnvidia-common", architecture="all")
         self.add("libnvidia-compute", files=files, links=links, scripts={"triggers": "activate-noawait ldconfig\n"})
         for stem in ("cfg1", "decode", "encode", "extra", "fbc1", "gl"):
@@ -172,33 +289,16 @@ class _Release:
         self.add("xserver-xorg-video-nvidia")
 
     def _tools(self) -> None:
-        smi = self.programs[f"nvidia-smi/{self.version}"]
-        self.add("nvidia-utils", depends=self.name("libnvidia-compute"), files={"/usr/bin/nvidia-smi": (smi, 0o755)})
-        daemon = self.programs[f"nvdaemon/{self.version}"]
-        unit = _unit(
-            "NVIDIA Persistence Daemon",
-            "/usr/bin/nvidia-persistenced --verbose",
-            "/run/nvidia-persistenced/nvidia-persistenced.pid",
-        )
-        named = self.branch < BRANCHLESS
+        self.add("nvidia-utils", depends=self.name("libnvidia-compute"), files=self._smi_files())
         self.add(
-            "nvidia-compute-utils" if named else "nvidia-persistenced",
+            "nvidia-compute-utils" if self.branch < BRANCHLESS else "nvidia-persistenced",
             depends=self.name("libnvidia-cfg1"),
             alternatives="nvidia-persistenced",
-            files={
-                "/usr/bin/nvidia-persistenced": (daemon, 0o755),
-                "/usr/lib/systemd/system/nvidia-persistenced.service": (unit, 0o644),
-            },
+            files=self._persistence_files(),
             scripts=_service_scripts("nvidia-persistenced.service", enable=True),
         )
-        modprobe = (
-            "#!/bin/sh\n# Stand-in: loads the driver; the stand-in module makes the devices itself.\n"
-            'case " $* " in *" -u "*) modprobe -q nvidia-uvm || exit 1 ;; esac\nexec modprobe -q nvidia\n'
-        )
         # These two keep one name in all branches.
-        self.found.append(
-            Package("nvidia-modprobe", self.revision, files={"/usr/bin/nvidia-modprobe": (modprobe.encode(), 0o4755)})
-        )
+        self.found.append(Package("nvidia-modprobe", self.revision, files=_MODPROBE))
         self.found.append(Package("nvidia-settings", self.revision))
 
     def _companions(self) -> None:
@@ -229,31 +329,9 @@ class _Release:
 
     def _kernel(self, flavour: str) -> None:
         if not flavour:
-            files = {
-                "/usr/lib/modprobe.d/nvidia-graphics-drivers.conf": (
-                    b"blacklist nouveau\nblacklist lbm-nouveau\nalias nouveau off\nalias lbm-nouveau off\n",
-                    0o644,
-                ),
-                "/usr/lib/modprobe.d/nvidia-graphics-drivers-kms.conf": (b"options nvidia-drm modeset=1\n", 0o644),
-                "/usr/lib/udev/rules.d/71-nvidia.rules": (
-                    b'ACTION=="add|bind", ATTR{vendor}=="0x10de", DRIVER=="nvidia", TEST!="/sys/module/nvidia_uvm", RUN+="/sbin/modprobe nvidia-uvm"\n',
-                    0o644,
-                ),
-            }
-            rebuild = "#!/bin/sh\nset -e\nif command -v update-initramfs >/dev/null; then update-initramfs -u; fi\n"
-            self.add("nvidia-kernel-common", files=files, scripts={"postinst": rebuild, "postrm": rebuild})
-        conf = f'PACKAGE_NAME="nvidia"\nPACKAGE_VERSION="{self.version}"\nAUTOINSTALL="yes"\n'
-        for index, module in enumerate(("nvidia", "nvidia-modeset", "nvidia-drm", "nvidia-uvm", "nvidia-peermem")):
-            conf += f'BUILT_MODULE_NAME[{index}]="{module}"\nDEST_MODULE_LOCATION[{index}]="/kernel/drivers/char/drm"\n'
-        conf += f'# For the stand-in of dkms:\nSTANDIN_LICENSE="{"Dual MIT/GPL" if flavour else "NVIDIA"}"\n'
-        if self.version == BROKEN_BUILD:
-            conf += 'STANDIN_BUILD_FAILS="yes"\n'
-        source = f"/usr/src/nvidia-{self.version}"
+            self.add("nvidia-kernel-common", files=_KERNEL_FILES, scripts={"postinst": _REBUILD, "postrm": _REBUILD})
         self.add(
-            "nvidia-kernel-source",
-            flavour,
-            alternatives="nvidia-kernel-source",
-            files={f"{source}/dkms.conf": (conf.encode(), 0o644)},
+            "nvidia-kernel-source", flavour, alternatives="nvidia-kernel-source", files=self._source_files(flavour)
         )
         self.add(
             "nvidia-dkms",
@@ -261,25 +339,7 @@ class _Release:
             depends="dkms, "
             + self.exactly(self.name("nvidia-kernel-source", flavour), self.name("nvidia-kernel-common")),
             alternatives="nvidia-dkms-kernel",
-            scripts={
-                "postinst": f"""#!/bin/sh
-set -e
-case "$1" in
-configure | abort-upgrade | abort-deconfigure | abort-remove)
-    /usr/lib/dkms/common.postinst nvidia {self.version}
-    if command -v update-initramfs >/dev/null; then update-initramfs -u; fi
-    ;;
-esac
-""",
-                "prerm": f"""#!/bin/sh
-set -e
-case "$1" in
-remove | upgrade | deconfigure)
-    if [ -d /var/lib/dkms/nvidia/{self.version} ]; then dkms remove -m nvidia -v {self.version} --all; fi
-    ;;
-esac
-""",
-            },
+            scripts=self._dkms_scripts(),
         )
 
     def _metapackages(self, flavour: str) -> None:
@@ -323,6 +383,6 @@ def _service_scripts(unit: str, enable: bool) -> dict[str, str]:
         f"{enabling}    if [ -d /run/systemd/system ]; then\n        systemctl daemon-reload\n{start}    fi\nfi\n",
         "prerm": f'#!/bin/sh\nset -e\nif [ -d /run/systemd/system ] && [ "$1" = remove ]; then systemctl stop {unit} || true; fi\n',
         "postrm": "#!/bin/sh\nset -e\n"
-        f'if [ "$1" = purge ]; then rm -f /etc/systemd/system/multi-user.target.wants/{unit}; fi\n'
+        f'if [ "$1" = purge ] && [ ! -e /usr/lib/systemd/system/{unit} ]; then rm -f /etc/systemd/system/multi-user.target.wants/{unit}; fi\n'
         "if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi\n",
     }  # fmt: skip
