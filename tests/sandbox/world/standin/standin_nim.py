@@ -156,19 +156,21 @@ class Gpus:
             path = os.path.join(self.directory, name)
             if os.path.exists(path):
                 nodes.append(path)
-        found = 0
+        numbered = [node for node in nodes if os.path.basename(node)[6:].isdigit()]
+        # Asked before the devices are opened: our own use is no use by others.
+        described = self._describe(len(numbered))
+        refused = set()
         for node in nodes:
             try:
                 self.handles.append(os.open(node, os.O_RDWR | os.O_CLOEXEC))
             except OSError as exc:
                 self.refused = exc
-                continue
-            found += os.path.basename(node)[6:].isdigit()
-        self.gpus = self._describe(found)
+                refused.add(node)
+        self.gpus = [gpu for node, gpu in zip(numbered, described) if node not in refused]
 
     def _describe(self, count: int) -> list[Gpu]:
         name = os.environ.get("STANDIN_GPU_NAME", "")
-        memory = int(env_number("STANDIN_GPU_MEMORY_MIB", 46068))
+        memory = int(env_number("STANDIN_GPU_TOTAL_MIB", 46068))
         described = []  # type: list[Gpu]
         program = shutil.which("nvidia-smi")
         if count and program and not name:
@@ -330,6 +332,7 @@ class Cache:
         self.store, _, self.version = store.partition(":")
         self.directory = os.path.join(self.root, "ngc", "hub", "models--" + self.store.replace("/", "--"))
         self.snapshot = os.path.join(self.directory, "snapshots", self.version)
+        self.context = None  # type: ssl.SSLContext | None
 
     def key(self) -> str:
         names = ["NGC_CLI_API_KEY", "NGC_API_KEY"] if self.image["dialect"] == "2" else ["NGC_API_KEY"]
@@ -347,6 +350,13 @@ class Cache:
         url = "%s/v2/org/%s/team/%s/models/%s/%s/files" % (self.base, parts[0], parts[1], parts[2], self.version)
         return url + ("?path=" + urllib.parse.quote(path) if path else "")
 
+    def _context(self) -> ssl.SSLContext:
+        if self.context is None:
+            self.context = ssl.create_default_context()
+            if not os.environ.get("SSL_CERT_FILE") and os.path.exists("/etc/ssl/certs/ca-certificates.crt"):
+                self.context.load_verify_locations("/etc/ssl/certs/ca-certificates.crt")
+        return self.context
+
     def _open(self, url: str, offset: int = 0):
         request = urllib.request.Request(url)
         request.add_header("User-Agent", "nim-standin/" + self.image["version"])
@@ -354,11 +364,8 @@ class Cache:
             request.add_header("Authorization", "Bearer " + self.key())
         if offset:
             request.add_header("Range", "bytes=%d-" % offset)
-        context = ssl.create_default_context()
-        if not os.environ.get("SSL_CERT_FILE") and os.path.exists("/etc/ssl/certs/ca-certificates.crt"):
-            context.load_verify_locations("/etc/ssl/certs/ca-certificates.crt")
         try:
-            return urllib.request.urlopen(request, timeout=60, context=context)
+            return urllib.request.urlopen(request, timeout=60, context=self._context())
         except urllib.error.HTTPError as exc:
             if exc.code in (401, 403):
                 self.stop.wait(env_number("STANDIN_AUTH_SECONDS", 1))
