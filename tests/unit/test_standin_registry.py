@@ -147,7 +147,7 @@ def test_failures_are_counted_and_taken_away(client, world):
     answers = [client(path, bearer=token) for _ in range(4)]
     assert [answer[0] for answer in answers] == [200, 429, 429, 200]
     assert answers[1][1]["Retry-After"] == "3"
-    assert b"toomanyrequests" in answers[1][2]
+    assert b"TOOMANYREQUESTS" in answers[1][2]
     everywhere = world.fail(451, repository="nim/nvidia/*")
     assert client.token(PUBLIC)[0] == 451
     assert client.token(PRIVATE, control.KEY_VALID)[0] == 200
@@ -164,6 +164,15 @@ def test_throttle_reaches_nginx(client, world):
     assert "X-Accel-Limit-Rate" not in client("/v2/%s/manifests/x" % PUBLIC, bearer=token)[1]
     world.mend(identifier)
     assert "X-Accel-Limit-Rate" not in client(path, bearer=token)[1]
+
+
+def test_transfer_breaks_off(client, world):
+    world.cut(10, host="api.ngc.nvidia.com", where="files", times=1)
+    options = {"host": "api.ngc.nvidia.com", "bearer": control.KEY_VALID, "X_Accel": "yes"}
+    with pytest.raises(http.client.IncompleteRead) as broken:
+        client(MODEL + "?path=config.json", **options)
+    assert len(broken.value.partial) == 10
+    assert "X-Accel-Redirect" in client(MODEL + "?path=config.json", **options)[1]
 
 
 def test_down_drops_or_answers_with_a_status(client, world):

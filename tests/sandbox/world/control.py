@@ -171,6 +171,20 @@ class World:
             }
         )
 
+    def cut(
+        self,
+        after_bytes: int,
+        *,
+        host: str = "nvcr.io",
+        where: str = "blobs",
+        repository: str = "",
+        path: str = "",
+        times: int | None = None,
+    ) -> str:
+        """Break the connection of matching transfers after so many bytes.  A whole file smaller than that arrives whole."""
+        fault: dict[str, Any] = {"kind": "cut", "bytes": after_bytes, "host": host, "where": where}
+        return self._add({**fault, "repository": repository, "path": path, "times": times})
+
     def _add(self, fault: dict[str, Any]) -> str:
         fault["id"] = "%d-%d" % (time.time_ns(), os.getpid())
         with self._change("faults", []) as faults:

@@ -34,10 +34,10 @@ USER = "$oauthtoken"
 DROP = 599
 REASONS = {
     401: ("UNAUTHORIZED", "authentication required"),
-    402: ("PAYMENT_REQUIRED", "Payment Required"),
+    402: ("PAYMENT_REQUIRED", "402 Payment Required"),
     403: ("DENIED", "Access Denied"),
     404: ("NOT_FOUND", "not found"),
-    429: ("TOOMANYREQUESTS", "toomanyrequests: too many requests"),
+    429: ("TOOMANYREQUESTS", "too many requests"),
     451: ("UNAVAILABLE_FOR_LEGAL_REASONS", "Unavailable For Legal Reasons"),
     500: ("UNKNOWN", "internal error"),
     503: ("UNAVAILABLE", "service unavailable"),
@@ -85,10 +85,10 @@ class Control:
             return None
         return {**known, **self.read("models", {}).get(name, {})}
 
-    def fault(self, host: str, where: str, path: str, repository: str) -> dict[str, Any] | None:
+    def fault(self, host: str, where: str, path: str, repository: str, kind: str = "fail") -> dict[str, Any] | None:
         """The first fault that matches; one with ``times`` stops after that many, ``after`` lets some pass first."""
         for fault in self.read("faults", []):
-            if fault.get("kind", "fail") != "fail" or fault.get("host", host) != host:
+            if fault.get("kind", "fail") != kind or fault.get("host", host) != host:
                 continue
             if fault.get("where", "any") not in ("any", where):
                 continue
@@ -107,15 +107,8 @@ class Control:
 
     def rate(self, host: str, where: str, repository: str) -> int:
         """Bytes a second for one connection; 0 means no limit."""
-        for fault in self.read("faults", []):
-            if fault.get("kind") != "throttle" or fault.get("host", host) != host:
-                continue
-            if fault.get("where", "any") not in ("any", where):
-                continue
-            if fault.get("repository") and not fnmatch.fnmatchcase(repository, fault["repository"]):
-                continue
-            return max(1, int(fault["kilobytes_per_second"] * 1000))
-        return 0
+        fault = self.fault(host, where, "", repository, "throttle")
+        return max(1, int(fault["kilobytes_per_second"] * 1000)) if fault else 0
 
     def down(self, host: str) -> str:
         return str(self.read("down", {}).get(host, ""))
@@ -238,6 +231,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def accelerate(self, location: str, where: str, repository: str = "") -> None:
         """Let nginx send what lies at the internal ``location``."""
+        cut = (
+            self.server.control.fault(self.host, where, self.path, repository, "cut") if self.command == "GET" else None
+        )
+        if cut:
+            self.truncate(location, int(cut["bytes"]))
+            return
         rate = self.server.control.rate(self.host, where, repository)
         headers = {"X-Accel-Redirect": location}
         if rate:
@@ -247,6 +246,24 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def truncate(self, location: str, limit: int) -> None:
+        """Promise the whole file, send its first bytes and break the connection."""
+        if location.startswith("/@registry/"):
+            with urllib.request.urlopen(self.server.registry + location[len("/@registry") :], timeout=30) as reply:
+                length, data = int(reply.headers["Content-Length"]), reply.read(limit)
+        else:
+            roots = {"/@models": os.path.join(self.server.state, "models"), "/@static": self.server.static}
+            head, _, rest = urllib.parse.unquote(location)[1:].partition("/")
+            path = os.path.join(roots["/" + head], rest)
+            with open(path, "rb") as handle:
+                length, data = os.path.getsize(path), handle.read(limit)
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+        self.close_connection = True
 
     # ---- requests
 
