@@ -14,7 +14,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._driver_branches import BRANCHLESS_FROM, OPEN, branch_of_version, upstream_version
+from ._driver_branches import BRANCHLESS_FROM, OPEN, OPEN_BY_DEFAULT_FROM, branch_of_version, upstream_version
 from ._errors import FleetError
 from ._os_release import OsRelease
 from ._packages import Package, Repository
@@ -256,6 +256,10 @@ def _apt_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
         # nvidia-driver (without suffix) is a part of the open stack too on Debian.
         foreign = foreign.replace("(dkms|driver|", "(dkms|") if os_release.id == "debian" else foreign
     choices = [main, *_apt_companions(wish)]
+    if is_open and os_release.id == "debian" and int(branch) < OPEN_BY_DEFAULT_FROM:
+        # Without an open metapackage: the open modules, and the rest from the proprietary one, which takes either.
+        choices[0] = Choice(("nvidia-kernel-open-dkms",))
+        choices.insert(1, Choice(("cuda-drivers-%s" % branch, "cuda-drivers"), r"nvidia-driver"))
     if wish.persistenced and (os_release.id == "debian" or int(branch) >= BRANCHLESS_FROM):
         # Before 590 Ubuntu ships the daemon in nvidia-compute-utils, which the metapackage brings.
         choices.append(Choice(("nvidia-persistenced",), optional=True))
@@ -389,9 +393,13 @@ def _dnf_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
         prerequisites=("dkms",) if wish.kernel_module else (),
         headers="kernel-devel-%s" % kernel if wish.kernel_headers else "",
         extras=wish.kernel_module,
-        foreign=r"kmod-nvidia-latest-dkms|kmod-nvidia-\d{3}.*|cuda-drivers.*"
-        if is_open
-        else r"kmod-nvidia-open-dkms|kmod-nvidia-\d{3}.*|nvidia-open",
+        foreign=(
+            r"kmod-nvidia-latest-dkms|kmod-nvidia-\d{3}.*|cuda-drivers.*"
+            if is_open
+            else r"kmod-nvidia-open-dkms|kmod-nvidia-\d{3}.*|nvidia-open"
+        )
+        # Companions under the names of other branches.
+        + r"|(libnvidia-nscq|nvidia-imex)-\d{3}|nvidia-fabric-?manager",
     )
 
 
