@@ -65,7 +65,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-path:
+config_file:
   description: The file.
   returned: success
   type: str
@@ -119,7 +119,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_r
 
 
 def result(state: DaemonState) -> dict[str, t.Any]:
-    return {"path": state.path, "live": state.live()}
+    return {"config_file": state.path, "live": state.live()}
 
 
 def main() -> None:
