@@ -42,43 +42,54 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-_RUNNING: dict[str, float] = {}
-_TELLER: threading.Thread | None = None
+class Progress:
+    """The steps that are running; every 5 s one line about those that last."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, float] = {}
+        self.teller: threading.Thread | None = None
+        self.lock = threading.Lock()
+
+    def begin(self, text: str) -> None:
+        with self.lock:
+            self.running[text] = time.monotonic()
+            if self.teller is None:
+                self.teller = threading.Thread(target=self._tell, daemon=True)
+                self.teller.start()
+
+    def end(self, text: str) -> None:
+        with self.lock:
+            self.running.pop(text, None)
+
+    def _tell(self) -> None:
+        while True:
+            time.sleep(5.0)
+            with self.lock:
+                if not self.running:
+                    self.teller = None
+                    return
+                now = time.monotonic()
+                lasting = {text: now - begin for text, begin in self.running.items() if now - begin >= 2}
+            if lasting:
+                say("... " + ", ".join("%s (%d s)" % item for item in lasting.items()))
 
 
-def _tell() -> None:
-    """Every 5 s one line with all steps that are running, as long as there are any."""
-    global _TELLER
-    while True:
-        time.sleep(5.0)
-        with _PRINT_LOCK:
-            if not _RUNNING:
-                _TELLER = None
-                return
-            now = time.monotonic()
-            text = ", ".join("%s (%d s)" % (name, now - begin) for name, begin in _RUNNING.items())
-        say("... " + text)
+_PROGRESS = Progress()
 
 
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
     """Announce a step that lasts longer than a second, tell that it goes on, and how long it took."""
-    global _TELLER
     begin = time.monotonic()
     announcer = threading.Timer(1.0, say, ["%s ..." % text])
     announcer.daemon = True
     announcer.start()
-    with _PRINT_LOCK:
-        _RUNNING[text] = begin
-        if _TELLER is None:
-            _TELLER = threading.Thread(target=_tell, daemon=True)
-            _TELLER.start()
+    _PROGRESS.begin(text)
     try:
         yield
     finally:
         announcer.cancel()
-        with _PRINT_LOCK:
-            _RUNNING.pop(text, None)
+        _PROGRESS.end(text)
         if time.monotonic() - begin > 1.0:
             say("%s: %.1f s" % (text, time.monotonic() - begin))
 
