@@ -177,13 +177,13 @@ def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
         raise FleetError(
             "daemon_json_invalid",
             "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (path, error),
-            path=path,
+            file=path,
         ) from error
     if not isinstance(document, dict):
         raise FleetError(
             "daemon_json_invalid",
             "Reading %s failed: it holds no JSON object. It was left as it is; mend it by hand and run again." % path,
-            path=path,
+            file=path,
         )
     return document
 
@@ -522,6 +522,9 @@ def same_program(left: str, right: str, programs: t.Mapping[str, t.Optional[str]
     if left == right:
         return True
     found_left, found_right = programs.get(left), programs.get(right)
+    if found_left is None and found_right is None:
+        # Not installed (any more): where a package would put it counts.
+        return os.path.join("/usr/bin", left) == os.path.join("/usr/bin", right)
     return found_left is not None and found_left == found_right
 
 
@@ -844,7 +847,7 @@ class DockerDaemon(Resource[DaemonState]):
                 "daemon_json_invalid",
                 "Reading %s failed: runtimes is no object. It was left as it is; mend it by hand and run again."
                 % state.path,
-                path=state.path,
+                file=state.path,
             )
         default = document.get("default-runtime", "runc")
         flags = " ".join(flag_values(state.argv).get("runtimes", []))
@@ -864,8 +867,18 @@ class DockerDaemon(Resource[DaemonState]):
                     "options.runtimes.%s.path = %s: there is no such program on this host, and containers with that "
                     "runtime would fail to start; install it first or correct the path." % (name, path),
                     runtime=name,
-                    path=path,
+                    file=path,
                 )
+        drivers = ((state.info.get("Plugins") or {}).get("Log")) or []
+        driver = self.wanted.get("log-driver")
+        if drivers and driver is not None and driver not in (*drivers, "none"):
+            # dockerd starts with any name and then cannot start a container.
+            raise FleetError(
+                "unknown_log_driver",
+                "log-driver = %s: Docker has no such driver, and no container would start; use one of %s."
+                % (driver, ", ".join(sorted({*drivers, "none"}))),
+                driver=driver,
+            )
         if self.wanted.get("features", {}).get("cdi") and state.answers and version_tuple(state.version) < (25,):
             raise FleetError(
                 "invalid_option",
@@ -876,7 +889,8 @@ class DockerDaemon(Resource[DaemonState]):
 
     def _blocked(self, state: DaemonState, final: Json, keys: t.Sequence[str]) -> t.Optional[str]:
         """Why the daemon must not be restarted now; None when it may."""
-        return restart_blocked(state, live_restore=final.get("live-restore") is True, keys=keys)
+        live = final.get("live-restore", state.info.get("LiveRestoreEnabled"))
+        return restart_blocked(state, live_restore=live is True, keys=keys)
 
     def _file_changes(
         self,
@@ -977,7 +991,7 @@ class DockerDaemon(Resource[DaemonState]):
             raise FleetError(
                 "changed_meanwhile",
                 "Writing %s failed: somebody else changed it between the look and the change; run again." % state.path,
-                path=state.path,
+                file=state.path,
             )
         for path in {runtime.get("path") for runtime in self.wanted.get("runtimes", {}).values()} - {None}:
             if not state.programs.get(path):
@@ -985,7 +999,7 @@ class DockerDaemon(Resource[DaemonState]):
                     "missing_runtime",
                     "Registering the runtime %s in %s failed: there is no such program on this host; install it first."
                     % (path, state.path),
-                    path=path,
+                    file=path,
                 )
         self._validate(host, state, after)
         host.make_dir(os.path.dirname(BACKUP), mode=0o755)
@@ -1031,7 +1045,7 @@ class DockerDaemon(Resource[DaemonState]):
             "daemon_config_rejected",
             "Changing %s failed: dockerd would refuse it: %s. The file was left as it is; correct the wanted options."
             % (state.path, redact(cause).rstrip(".")),
-            path=state.path,
+            file=state.path,
         )
 
     def _reload(self, host: Host, state: DaemonState, keys: t.Sequence[str], *, finished: bool = True) -> None:
@@ -1053,7 +1067,7 @@ class DockerDaemon(Resource[DaemonState]):
                     "daemon_reload_rejected",
                     "Reloading Docker had no effect: the daemon did not take %s over (%s)."
                     % (", ".join(keys) or state.path, _daemon_log(host)),
-                    path=state.path,
+                    file=state.path,
                 )
             host.sleep(0.1)
         if finished:
@@ -1112,7 +1126,7 @@ def restart_blocked(state: DaemonState, *, live_restore: bool, keys: t.Sequence[
         return None
     names = ", ".join(sorted(container.name for container in state.running))
     swarm = str((state.info.get("Swarm") or {}).get("LocalNodeState", "inactive"))
-    if not live_restore and not state.info.get("LiveRestoreEnabled"):
+    if not live_restore:
         return (
             "it would stop the running containers (%s) because live-restore is off; allow live_restore, or stop them first"
             % names

@@ -72,6 +72,9 @@ def run_resource(
         answer = result(outcome.state)
     except FleetError as error:
         fail(module, error)
+    if outcome.blocked:
+        # Read by people when a task is failed because of it.
+        answer["msg"] = "; ".join("%s: %s was left out: %s" % (c.resource, c.what, c.blocked) for c in outcome.blocked)
     module.exit_json(
         changed=outcome.changed,
         changes=[change.as_dict() for change in outcome.changes],

@@ -139,6 +139,7 @@ class FakeDockerd(DockerApi):
                 "LiveRestoreEnabled": self.live.get("live-restore", False),
                 "LoggingDriver": self.live.get("log-driver", "json-file"),
                 "CgroupDriver": "systemd",
+                "Plugins": {"Log": ["json-file", "journald", "local", "rejected"]},
                 "Debug": self.live.get("debug", False),
                 "Labels": self.live.get("labels", []),
                 "CDISpecDirs": ["/etc/cdi"] if self.live.get("features", {}).get("cdi") else [],

@@ -199,6 +199,22 @@ def test_absolute_spelling_of_the_same_program_is_no_difference(host: FakeHost, 
     assert not run(host, dockerd, options=NVIDIA).changed
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("x", "/usr/bin/x", True),
+        ("/usr/bin/x", "x", True),
+        ("x", "/opt/x", False),
+        ("/usr/bin/x", "/opt/x", False),
+        ("a", "/usr/bin/a", True),
+        ("a", "/usr/local/bin/a", False),
+    ],
+)
+def test_same_program(left: str, right: str, same: bool) -> None:
+    programs = {"x": None, "a": "/usr/bin/a", "/usr/bin/a": "/usr/bin/a", "/usr/local/bin/a": "/usr/local/bin/a"}
+    assert dd.same_program(left, right, programs) is same
+
+
 def test_file_right_but_daemon_not_told(host: FakeHost, dockerd: FakeDockerd) -> None:
     host.files[CONFIG] = json.dumps(NVIDIA).encode()
     (change,) = converged(host, dockerd, options=NVIDIA)
@@ -232,6 +248,16 @@ def test_restart_is_refused_without_live_restore(host: FakeHost, dockerd: FakeDo
         assert json.loads(host.files[CONFIG]) == {"debug": True}
     assert dockerd.restarts == 0
     assert dockerd.reloads == 1
+
+
+def test_live_restore_that_goes_off_does_not_carry_a_restart(host: FakeHost, dockerd: FakeDockerd) -> None:
+    dockerd.add_container("nim-llama")
+    host.files[CONFIG] = b'{"live-restore": true}'
+    dockerd.live = {"live-restore": True}
+    outcome = run(host, dockerd, options={"log-driver": "journald"}, live_restore=False)
+    assert "live-restore is off" in (outcome.blocked[0].blocked or "")
+    assert json.loads(host.files[CONFIG]) == {"live-restore": False}
+    assert dockerd.restarts == 0
 
 
 @pytest.mark.parametrize(
@@ -268,10 +294,10 @@ def test_rejected_reload_puts_the_file_back(host: FakeHost, dockerd: FakeDockerd
 
 
 def test_daemon_that_does_not_start_gets_its_file_back(host: FakeHost, dockerd: FakeDockerd) -> None:
-    dockerd.refuse_start = lambda document: document.get("log-driver") == "nonsense"
+    dockerd.refuse_start = lambda document: document.get("log-driver") == "rejected"
     host.files[CONFIG] = b'{"debug": false}'
     with pytest.raises(FleetError) as caught:
-        run(host, dockerd, options={"log-driver": "nonsense"})
+        run(host, dockerd, options={"log-driver": "rejected"})
     assert caught.value.reason == "daemon_restart_failed"
     assert "unknown log driver" in caught.value.message
     assert host.files[CONFIG] == b'{"debug": false}'
@@ -390,6 +416,7 @@ def test_config_file_of_the_command_line(host: FakeHost) -> None:
     [
         ({"options": {"default-runtime": "nvidia"}}, "undefined_runtime"),
         ({"options": {"runtimes": {"kata": {"path": "/opt/kata/bin/kata-runtime"}}}}, "missing_runtime"),
+        ({"options": {"log-driver": "nonsense"}}, "unknown_log_driver"),
         ({"options": {"runtimes": {"runc": {"path": "/x"}}}}, "invalid_option"),
         ({"options": {"runtimes": {"x": {}}}}, "invalid_option"),
         ({"options": {"runtimes": []}}, "invalid_option"),
