@@ -55,6 +55,9 @@ def profiles_1x(memory_gb: int) -> list[dict[str, Any]]:
             "tensorrt_llm-h100-fp8-tp1-pp1-throughput", half, precision="fp8", gpu="H100", gpu_device="2330:10de", **trt
         ),
         profile(
+            "tensorrt_llm-h200-fp8-tp1-pp1-throughput", half, precision="fp8", gpu="H200", gpu_device="2335:10de", **trt
+        ),
+        profile(
             "tensorrt_llm-l40s-fp8-tp1-pp1-throughput", half, precision="fp8", gpu="L40S", gpu_device="26b9:10de", **trt
         ),
         profile("tensorrt_llm-h100-bf16-tp2-pp1-latency", half, gpu="H100", gpu_device="2330:10de", tp="2", **trt),

@@ -37,6 +37,15 @@ from failures import FAILURES
 CONFIG_PATH = os.environ.get("STANDIN_CONFIG", "/opt/nim/etc/default/standin.json")
 LOG_LEVELS = ("DEFAULT", "TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 RANKS = {"TRACE": 5, "DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+PCI_IDS = {
+    "H200": "2335",
+    "H100 80GB HBM3": "2330",
+    "L40S": "26b9",
+    "L40": "26b5",
+    "L4": "27b8",
+    "A10": "2236",
+    "4090": "2684",
+}
 CHAT_TEMPLATE_TEXT = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template if the"
     " tokenizer does not define one."
@@ -134,6 +143,10 @@ class Log:
 class Gpu:
     def __init__(self, index: int, name: str, total: int, used: int) -> None:
         self.index, self.name, self.total, self.used = index, name, total, used
+
+    @property
+    def pci_id(self) -> str:
+        return next((device for name, device in PCI_IDS.items() if self.name.endswith(name)), "26b9")
 
     @property
     def free_gb(self) -> float:
@@ -271,7 +284,9 @@ def listing(image: dict, profiles: Profiles) -> str:
         lines.append("- %s:" % title)
         for gpu in gpus:
             percent = int(100 * gpu.used / gpu.total) if gpu.total else 0
-            lines.append("  -  [26b9:10de] (%d) %s [current utilization: %d%%]" % (gpu.index, gpu.name, percent))
+            lines.append(
+                "  -  [%s:10de] (%d) %s [current utilization: %d%%]" % (gpu.pci_id, gpu.index, gpu.name, percent)
+            )
 
     free = [gpu for gpu in profiles.gpus if gpu.used * 10 < gpu.total]
     busy = [gpu for gpu in profiles.gpus if gpu not in free]
