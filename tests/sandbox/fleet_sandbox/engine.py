@@ -23,8 +23,10 @@ from .common import (
     GATEWAY,
     NETWORK,
     ROOT,
+    SOURCE,
     SUBNET,
     SandboxError,
+    digest,
     output_of,
     read_json,
     run,
@@ -145,8 +147,6 @@ def cgroup() -> pathlib.Path:
 
 
 def _tag() -> str:
-    from .common import digest
-
     return digest([], str(ROOT))[:6]
 
 
@@ -186,16 +186,9 @@ def start() -> None:
         "--containerd-plugins-namespace=gpu-fleet-sandbox-plugins",
     ]
     write_text(ROOT / "daemon.json", "{}\n")
-    # A pure cgroup2 of its own for everything below, also on machines with cgroup v1 controllers.
-    # dockerd and containerd write a few files to fixed places; in their view of the machine these are empty and their own.
-    inside = (
-        "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && "
-        "for place in /run /opt /etc/docker; do test ! -d $place || mount -t tmpfs none $place; done && exec %s"
-    ) % " ".join(dockerd)
-    outside = "echo $$ > %s/cgroup.procs && exec unshare --cgroup --mount sh -c '%s'" % (group, inside)
     with step("starting the private Docker Engine"), LOG.open("ab") as log:
         process = subprocess.Popen(
-            ["sh", "-c", outside],
+            [str(SOURCE / "fleet_sandbox" / "engine.sh"), "start", str(group), *dockerd],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

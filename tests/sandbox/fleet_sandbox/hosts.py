@@ -127,7 +127,8 @@ def add(
         table = inventory.load()
         found = states()
         for short, name in zip(names, wanted):
-            if name in table and name in found:
+            # "created": an earlier command was interrupted before the host was complete.
+            if name in table and found.get(name, "created") != "created":
                 continue
             if name in table:
                 del table[name]

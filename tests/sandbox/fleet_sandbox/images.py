@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 import platform
@@ -65,7 +66,7 @@ def exists(reference: str) -> bool:
 
 def base() -> str:
     """Reference of the Debian base image, built now if need be. Also the world is made from it."""
-    reference = "gpu-fleet/base:%s" % digest([], SUITE, " ".join(packages()))
+    reference = "gpu-fleet/base:%s" % digest([FILES / "packages.txt"], SUITE, inspect.getsource(_bootstrap))
     with _LOCK:
         if not exists(reference):
             with step("image base (Debian %s, %d packages)" % (SUITE, len(packages()))):
@@ -80,6 +81,8 @@ def _bootstrap(reference: str) -> None:
         "--variant=minbase",
         "--include=%s" % ",".join(packages()),
         '--aptopt=Acquire::Languages "none"',
+        # Stays in the image: hosts that live for minutes need no file flushed to the disk.
+        "--dpkgopt=force-unsafe-io",
         "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/doc/*",
         "--dpkgopt=path-include=/usr/share/doc/*/copyright",
