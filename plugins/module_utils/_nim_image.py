@@ -14,6 +14,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import ipaddress
 import json
 import os
@@ -436,6 +437,7 @@ class DockerPuller:
             import docker
             import docker.errors
             import requests
+            import urllib3
         except ImportError as error:
             raise FleetError(
                 "missing_library",
@@ -445,6 +447,9 @@ class DockerPuller:
         self._errors: t.Tuple[t.Type[Exception], ...] = (
             docker.errors.DockerException,
             requests.exceptions.RequestException,
+            # The SDK reads the stream past requests, so these come unwrapped.
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
             OSError,
         )
         self._api_error: t.Any = docker.errors.APIError
@@ -780,7 +785,17 @@ class NimImages(Resource[ImagesState]):
         for change in changes:
             image: ImageState = change.data["image"]
             self._check_engine(info, change.data["reference"])
-            found = image.newer or self.resolve(host, change.data["reference"])
+            try:
+                found = image.newer or self.resolve(host, change.data["reference"])
+            except FleetError as error:
+                if error.reason != "no_such_tag" or image.pinned is None or not image.wanted.reference.tag:
+                    raise
+                raise FleetError(
+                    "no_such_tag",
+                    "%s is pinned to %s, which is neither on the host nor at the registry any more; set pull to newer "
+                    "once, to pin it to what the tag stands for now." % (image.wanted.reference, image.pinned.digest),
+                    **error.facts,
+                ) from None
             tasks.append(PullTask(image.wanted, image.source, found))
         inventory = observe_gpus(host) if tasks else GpuInventory()
         for task in tasks:

@@ -273,6 +273,7 @@ def main() -> None:
             done = advance(host, resource, params["resume"], interval if interval > 0 else None)
             if done.state is None:
                 module.exit_json(changed=False, finished=False, progress=done.progress, resume=done.resume)
+                return
             changes, blocked = done.changes, done.blocked
             answer = resource.result(done.state)
     except FleetError as error:

@@ -261,6 +261,16 @@ def test_an_image_that_was_pruned_comes_back_as_it_was(world: World) -> None:
     assert change.why == "it is no longer on the host"
 
 
+def test_a_pin_that_the_registry_has_forgotten(world: World) -> None:
+    world.run()
+    world.docker.images.clear()
+    FakeClient.tags["%s@%s" % (_name(LLAMA), DIGEST)] = FleetError("no_such_tag", "Gone.")
+    FakeClient.tags[LLAMA] = NEWER
+    with pytest.raises(FleetError, match="set pull to newer"):
+        world.run()
+    assert world.run(pull="newer").finished
+
+
 def test_what_was_pulled_by_hand_is_pinned(world: World) -> None:
     world.docker.add(LLAMA, digests=["other.example/x@" + NEWER, "%s@%s" % (_name(LLAMA), DIGEST)])
     (change,) = world.run().changes
