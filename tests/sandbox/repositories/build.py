@@ -36,8 +36,12 @@ def say(text: str) -> None:
 def fingerprint(part: str) -> str:
     """Of everything that decides what a part looks like."""
     found = hashlib.sha256(part.encode())
-    shared = [HERE / "deb.py", HERE / "build.py", HERE / f"{part}.py", CAPTURE]
-    for path in [*shared, *sorted((HERE / "standins").iterdir())]:
+    inputs = {
+        "driver": [CAPTURE, *sorted((HERE / "standins").glob("*.c"))],
+        "toolkit": [HERE / "standins/container-toolkit.py"],
+        "engine": [],
+    }
+    for path in [HERE / "deb.py", HERE / "build.py", HERE / f"{part}.py", *inputs[part]]:
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

@@ -109,7 +109,7 @@ def pin_file() -> bytes:
 
 def _pinning(what: str, pattern: str, revision: str) -> Package:
     path = "/etc/apt/preferences.d/nvidia-driver-pinning"
-    text = "Package: *nvidia* cuda-drivers* libnvsdm*\nPin: version %s\nPin-Priority: 1000\n" % pattern
+    text = "Package: *nvidia* cuda-drivers* libcuda1* libnvsdm*\nPin: version %s\nPin-Priority: 1000\n" % pattern
     return Package(
         f"nvidia-driver-pinning-{what}",
         f"{what}-{revision}",

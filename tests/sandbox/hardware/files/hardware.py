@@ -46,6 +46,8 @@ DEVICES = {
     "nvidia_uvm": r"/dev/nvidia-uvm(-tools)?",
     "nvidia_modeset": r"/dev/nvidia-modeset",
 }
+#: Compute capabilities of GPUs that can be divided.
+MIG = (8.0, 9.0, 10.0)
 SIZES = {"nvidia": 14299136, "nvidia_uvm": 1830912, "nvidia_modeset": 1638400, "nvidia_drm": 135168, "nouveau": 3096576}
 
 
@@ -86,7 +88,19 @@ def description() -> dict:
         gpu.setdefault("class", "0x030000" if gpu["brand"] in ("GeForce", "TITAN", "Quadro") else "0x030200")
         gpu.setdefault("serial", "15%011d" % index)
         gpu["minor"] = index
+        gpu.setdefault("compute_cap", compute_capability(gpu))
+        # What the product does not have; the capture that nvidia-smi starts from is of one that has everything.
+        absent = ["mig_mode/current_mig", "mig_mode/pending_mig"] if float(gpu["compute_cap"] or 0) not in MIG else []
+        absent += ["ecc_mode/current_ecc", "ecc_mode/pending_ecc"] if gpu["brand"] in ("GeForce", "TITAN") else []
+        gpu["xml"] = {**dict.fromkeys(absent, "N/A"), **gpu.get("xml", {})}
     return found
+
+
+def compute_capability(gpu: dict) -> str:
+    """Of the architecture, with the consumer and small boards of a generation told apart from its largest."""
+    known = ARCHITECTURES.get(gpu["architecture"], ("", ""))[0]
+    small = gpu["brand"] in ("GeForce", "TITAN", "Quadro") or re.search(r"A(2|10|16|40)$|RTX", gpu["name"])
+    return {"8.0": "8.6", "10.0": "12.0"}.get(known, known) if small else known
 
 
 # -- module files ------------------------------------------------------------------------------------------------------
@@ -229,11 +243,7 @@ def remove_nodes(pattern: str) -> None:
 def refuse(machine: dict, name: str, info: dict[str, str]) -> str:
     """Why the kernel does not take this module, as errno's text; empty when it does."""
     if machine.get("secure_boot") and not machine.get("mok_enrolled"):
-        log(
-            "Loading of unsigned module is rejected"
-            if name != "nvidia"
-            else "Lockdown: modprobe: unsigned module loading is restricted; see man kernel_lockdown.7"
-        )
+        log("Loading of module with unavailable key is rejected")
         return "Key was rejected by service"
     if not info.get("vermagic", "").startswith(RELEASE + " "):
         return "Exec format error"
@@ -338,12 +348,12 @@ def load_nvidia(machine: dict, version: str, is_open: bool) -> None:
             key: gpu[key]
             for key in ("minor", "bdf", "uuid", "name", "brand", "architecture", "device_id", "memory_mib", "serial")
         }
-        values["compute_cap"] = gpu.get("compute_cap") or ARCHITECTURES.get(gpu["architecture"], ("N/A", ""))[0]
+        values["compute_cap"] = gpu["compute_cap"] or "N/A"
         values["gsp"] = "yes" if gsp else "no"
         values["fabric"] = "yes" if machine.get("fabric") else "no"
         values["lost"] = "yes" if gpu.get("lost") else "no"
         text += "gpu\n" + "".join("%s=%s\n" % pair for pair in values.items())
-        text += "".join("xml.%s=%s\n" % pair for pair in gpu.get("xml", {}).items())
+        text += "".join("xml.%s=%s\n" % pair for pair in gpu["xml"].items())
         node("nvidia%d" % gpu["minor"])
     node("nvidiactl")
     if machine.get("fabric"):

@@ -32,6 +32,17 @@ static int loaded_version(char *version, size_t room) {
     return ok;
 }
 
+static void user_space_version(char *version, size_t room) {
+    char target[128];
+    ssize_t length = readlink("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", target, sizeof target - 1);
+    char *found;
+    if (length < 0)
+        return;
+    target[length] = 0;
+    if ((found = strstr(target, ".so.")))
+        snprintf(version, room, "%s", found + 4);
+}
+
 static void stop(int signal_number) {
     (void)signal_number;
     if (is_fabric)
@@ -43,7 +54,7 @@ static void stop(int signal_number) {
 int main(int argc, char **argv) {
     (void)argc;
     const char *name = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
-    char version[64] = "", directory[96];
+    char version[64] = "", own[64] = VERSION, directory[96];
     is_fabric = !strcmp(name, "nv-fabricmanager");
     snprintf(directory, sizeof directory, "/run/%s", is_fabric ? "nvidia-fabricmanager" : name);
     snprintf(pid_file, sizeof pid_file, "%s/%s.pid", directory, name);
@@ -55,11 +66,14 @@ int main(int argc, char **argv) {
         fprintf(stderr, "%s failed to initialize: the NVIDIA driver is not loaded. Check syslog for more details.\n", name);
         return 1;
     }
-    if (strcmp(version, VERSION)) {
+    /* The persistence daemon takes the driver's library, whatever its own version is; the others must be the same. */
+    if (!strcmp(name, "nvidia-persistenced"))
+        user_space_version(own, sizeof own);
+    if (strcmp(version, own)) {
         if (is_fabric)
-            fprintf(stderr, "fabric manager NVIDIA GPU driver interface version %s don't match with driver version %s. Please update with matching NVIDIA driver package.\n", VERSION, version);
+            fprintf(stderr, "fabric manager NVIDIA GPU driver interface version %s don't match with driver version %s. Please update with matching NVIDIA driver package.\n", own, version);
         else
-            fprintf(stderr, "%s failed to initialize. Check syslog for more details. (version %s, driver %s)\n", name, VERSION, version);
+            fprintf(stderr, "%s failed to initialize. Check syslog for more details. (version %s, driver %s)\n", name, own, version);
         return 1;
     }
     if (is_fabric && access("/proc/driver/nvidia-nvswitch/devices", F_OK) != 0) {
