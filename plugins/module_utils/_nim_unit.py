@@ -529,9 +529,11 @@ class Unit:
         if not os.environ.get("MAINPID"):
             return 0
         stop_timeout = 60
+        loaded = False
         with contextlib.suppress(BadConfigurationError):
             self.load()
             stop_timeout = self.stop_timeout
+            loaded = True
         with contextlib.suppress(OSError):
             write_atomically(self.stop_file, os.environ.get("INVOCATION_ID", ""))
         try:
@@ -543,6 +545,9 @@ class Unit:
         if done.returncode != 0 and "no such" not in done.stderr.lower():
             say("%s may still run: %s" % (self.container, complaint(done.stderr)))
             return 1
+        if loaded:
+            # systemd may end the main process before it can say so itself.
+            self.note("stopped", 0)
         return 0
 
 
