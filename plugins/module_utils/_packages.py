@@ -534,7 +534,7 @@ class Apt(PackageManager):
             if path == own_path or not path.endswith((".list", ".sources")):
                 continue
             text = self.host.read_text(path)
-            if text and repository.url.split("://")[1] in text and without_repository(path, text, repository) != text:
+            if text and without_repository(path, text, repository) != text:
                 rivals.append(path)
         return rivals
 
