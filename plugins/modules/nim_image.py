@@ -66,7 +66,7 @@ options:
     default: missing
   registry_mirrors:
     description:
-      - Where to pull from in place of a registry, for example C({"nvcr.io": "mirror.example:5000/ngc"}).
+      - 'Where to pull from in place of a registry, for example C({"nvcr.io": "mirror.example:5000/ngc"}).'
       - Registries and mirrors are hosts with optional port and path, without scheme. The longest match wins.
     type: dict
     default: {}
