@@ -345,26 +345,30 @@ class PackageManager:
         """Changes (action ``repository``, data ``repository``) that configure a repository; empty when it stands."""
         path, content = self.repository_content(repository)
         changes: t.List[Change] = []
-        if state.content != content or not state.key_present or state.rivals:
-            why = "the packages come from there"
-            if state.content == content and state.key_present:
-                why = "%s names the same repository, and two definitions with different keys stop the package tool" % (
-                    " and ".join(state.rivals)
-                )
-            elif state.content == content:
+        if state.content == content and state.key_present and not state.rivals:
+            return changes
+        before: t.Optional[str] = None if state.content is None else path
+        why = "the packages come from there"
+        diff: t.Optional[FileDiff] = FileDiff(path, state.content or "", content)
+        if state.content == content:
+            diff = None
+            if state.key_present:
+                before = " and ".join([path, *state.rivals])
+                why = "two definitions of one repository, each with its key, stop the package tool"
+            else:
                 why = "its signing key is missing"
-            changes.append(
-                Change(
-                    resource,
-                    "repository %s" % repository.name,
-                    None if state.content is None else path,
-                    repository.url,
-                    why,
-                    action="repository",
-                    data={"repository": repository},
-                    diff=FileDiff(path, state.content or "", content),
-                )
+        changes.append(
+            Change(
+                resource,
+                "repository %s" % repository.name,
+                before,
+                repository.url,
+                why,
+                action="repository",
+                data={"repository": repository},
+                diff=diff,
             )
+        )
         return changes
 
     # changes
@@ -547,8 +551,11 @@ class Apt(PackageManager):
     def apply_repository(self, repository: Repository) -> None:
         path, keyring = self._paths(repository)
         content = self.repository_content(repository)[1]
-        # Key and reachability first: a definition without either would break every later apt run of this host.
-        if not is_binary_key(self.host.read_bytes(keyring)):
+        before = self.host.read_text(path)
+        key_before = self.host.read_bytes(keyring)
+        # The key first: a definition without it would break every later apt run of this host. Another URL may well be
+        # signed with another key.
+        if before != content or not is_binary_key(key_before):
             key = dearmor(self.fetch(repository.key_url), repository.key_url)
             self.host.make_dir(APT_KEYRINGS, mode=0o755)
             self.host.write_file(keyring, key, mode=0o644)
@@ -558,16 +565,16 @@ class Apt(PackageManager):
                 self.host.write_file(rival, text, mode=0o644)
             else:
                 self.host.remove(rival)
-        before = self.host.read_text(path)
         if before != content:
             self.host.write_file(path, content, mode=0o644)
         try:
             self.refresh(repository)
         except FleetError:
-            if before is None:
-                self.host.remove(path)
-            elif before != content:
-                self.host.write_file(path, before, mode=0o644)
+            for name, old in ((path, before), (keyring, key_before)):
+                if old is None:
+                    self.host.remove(name)
+                elif self.host.read_bytes(name) != (old.encode("utf-8") if isinstance(old, str) else old):
+                    self.host.write_file(name, old, mode=0o644)
             raise
 
     def refresh(self, repository: t.Optional[Repository] = None) -> None:
