@@ -1,0 +1,572 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The driver resource: every plan, every refusal, interrupted runs."""
+
+from __future__ import annotations
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import (
+    BLACKLIST,
+    NON_FREE,
+    PREFERENCES,
+    UNATTENDED,
+    NvidiaDriver,
+    debian_source,
+    secure_boot_enabled,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import OsRelease
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
+from driver_world import KERNEL, URL, DriverWorld
+from fake_host import FakeHost
+
+SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+BOOKWORM = OsRelease("debian", "12", 12, "bookworm", (), "Debian 12")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> DriverWorld:
+    monkeypatch.setattr(_packages, "download", lambda _url: b"\x99\x01key")
+    return DriverWorld()
+
+
+def run(world: DriverWorld, *, check: bool = False, **options: object) -> Outcome:  # type: ignore[type-arg]
+    return converge(world, NvidiaDriver(**options), check_mode=check)  # type: ignore[arg-type]
+
+
+def actions(outcome: Outcome) -> list[str]:  # type: ignore[type-arg]
+    return [change.action for change in outcome.changes]
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"branch": "581"}, "nvidia_driver_branch = '581'"),
+        ({"branch": "580", "version": "570.124.06"}, "not in branch 580"),
+        ({"branch": "620", "flavour": "proprietary"}, "no proprietary kernel modules"),
+        ({"repository_url": "mirror.example.org/cuda"}, "nvidia_driver_repository_url"),
+        ({"repository_url": "file:///srv"}, "nvidia_driver_repository_url"),
+        ({"source": "runfile"}, "nvidia_driver_source"),
+        ({"flavour": "closed"}, "nvidia_driver_flavour"),
+        ({"fabric_manager": "yes"}, "nvidia_driver_fabric_manager"),
+        ({"imex": "yes"}, "nvidia_driver_imex"),
+        ({"secure_boot": "off"}, "nvidia_driver_secure_boot"),
+    ],
+)
+def test_options_that_are_wrong_on_every_host(options: dict[str, str], words: str) -> None:
+    with pytest.raises(FleetError) as caught:
+        NvidiaDriver(**options)  # type: ignore[arg-type]
+    assert caught.value.reason == "invalid_option"
+    assert words in caught.value.message
+
+
+# -- no GPU
+
+
+def test_a_host_without_a_gpu_is_left_alone() -> None:
+    world = DriverWorld(gpus=0)
+    outcome = run(world)
+    assert not outcome.changed
+    assert world.calls == []
+    answer = NvidiaDriver().result(outcome.state)
+    assert answer["message"] == "This host has no NVIDIA GPU on its PCI bus; it was left alone."
+    assert answer["gpus"] == []
+
+
+def test_a_host_without_a_gpu_may_run_anything() -> None:
+    world = DriverWorld(gpus=0)
+    world.files["/etc/os-release"] = b"ID=arch\n"
+    assert not run(world).changed
+
+
+# -- fresh host: check, run, check, run
+
+
+def test_fresh_host(world: DriverWorld) -> None:
+    planned = run(world, check=True)
+    expected = ["repository", "file", "headers", "blacklist", "packages", "hold", "file"]
+    assert actions(planned) == expected
+    assert world.packages == {}
+    assert PREFERENCES not in world.files
+    assert max(change.disruption for change in planned.changes) == Disruption.NONE
+
+    done = run(world)
+    assert actions(done) == expected
+    assert [change.as_dict() for change in done.changes] == [change.as_dict() for change in planned.changes]
+    assert world.packages["nvidia-open-580"] == ["580.95.05-0ubuntu1", "hi"]
+    assert world.packages["libnvidia-compute-580"][1] == "hi"
+    assert world.packages["linux-headers-" + KERNEL][1] == "ii"
+    assert b"URIs: %s\n" % URL.encode() in world.files["/etc/apt/sources.list.d/nvidia-cuda.sources"]
+    assert b"Package-Blacklist" in world.files[UNATTENDED]
+    assert b"blacklist nouveau" in world.files[BLACKLIST]
+    assert world.ran("update-initramfs -u -k all")
+    answer = NvidiaDriver().result(done.state)
+    assert answer["flavour"] == "open"
+    assert answer["cuda_version"] == "13.0"
+    assert answer["on_disk"] == answer["user_space"] == "580.95.05"
+    assert answer["reload_required"]
+
+    assert not run(world, check=True).changed
+    before = dict(world.packages)
+    assert not run(world).changed
+    assert world.packages == before
+
+
+def test_downloads_come_before_the_installation(world: DriverWorld) -> None:
+    run(world)
+    transactions = world.ran(r"apt-get .*install.*nvidia-open-580=")
+    assert "--download-only" in transactions[0]
+    assert "--download-only" not in transactions[1]
+
+
+def test_branch_590_and_later_pin_first(world: DriverWorld) -> None:
+    outcome = run(world, branch="595")
+    assert PREFERENCES not in world.files
+    assert world.packages["nvidia-driver-pinning-595"][1] == "hi"
+    installs = [line for line in world.ran("apt-get .*install ") if "--download-only" not in line]
+    assert "nvidia-driver-pinning-595=595-1" in installs[-2]
+    assert "nvidia-open=595.45.04-1ubuntu1" in installs[-1]
+    assert not run(world, branch="595").changed
+    assert "file" in actions(outcome)
+
+
+# -- the loaded driver
+
+
+def test_a_branch_change_unloads_first_and_stops_only_the_drivers_own_services(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="")
+    world.unit_state = {
+        "nvidia-persistenced.service": ["active", "enabled"],
+        "nvidia-cdi-refresh.path": ["active", "enabled"],
+    }
+    world.hold_gpu(91, "nvidia-persistenced.service", "nvidia-persistenced")
+
+    def stop_persistenced(*arguments: object) -> object:
+        world.release_gpu(91)
+        del world.commands["systemctl stop nvidia-persistenced.service"]
+        return world._systemctl(*arguments)  # type: ignore[arg-type]
+
+    world.commands = {"systemctl stop nvidia-persistenced.service": stop_persistenced, **world.commands}
+    outcome = run(world)
+    packages = next(change for change in outcome.changes if change.action == "packages")
+    assert packages.disruption == Disruption.UNLOAD_DRIVER
+    assert packages.before == "535.183.06"
+    assert packages.why == "another branch is installed"
+    lines = world.ran(r"systemctl stop|rmmod|apt-get .*(purge|install) .*nvidia|apt-get -q -y -o .* purge")
+    order = [
+        re_first(lines, words)
+        for words in (
+            "--download-only",
+            "stop nvidia-cdi-refresh.path",
+            "stop nvidia-persistenced",
+            "rmmod nvidia_modeset",
+            "rmmod nvidia_uvm",
+            "rmmod nvidia$",
+            "Timeout=600 purge",
+            "nvidia-open-580=580.95.05-0ubuntu1$",
+        )
+    ]
+    assert order == sorted(order)
+    assert not [name for name in world.packages if "535" in name]
+    assert outcome.state.loaded_version == ""
+
+
+def re_first(lines: list[str], pattern: str) -> int:
+    import re
+
+    found = [
+        index
+        for index, line in enumerate(lines)
+        if re.search(pattern, line) and ("--download-only" in line) == (pattern == "--download-only")
+    ]
+    assert found, (pattern, lines)
+    return found[-1] if pattern.endswith("ubuntu1$") else found[0]
+
+
+def test_a_gpu_in_use_blocks_everything(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="")
+    container = "ab" * 32
+    world.hold_gpu(812, "docker-%s.scope" % container)
+    world.files["/var/lib/docker/containers/%s/config.v2.json" % container] = b'{"Name": "/nim-llama"}'
+    world.hold_gpu(900, "trainer.service", "/opt/train --token=secret")
+    before = (dict(world.packages), dict(world.files))
+    outcome = run(world)
+    assert not outcome.changed
+    assert outcome.blocked
+    assert (dict(world.packages), dict(world.files)) == before
+    with pytest.raises(FleetError) as caught:
+        NvidiaDriver().result(outcome.state)
+    assert caught.value.reason == "gpu_in_use"
+    assert "pid 812 (python3) in container nim-llama" in caught.value.message
+    assert "pid 900 (/opt/train) of unit trainer.service" in caught.value.message
+    assert "secret" not in caught.value.message
+    assert caught.value.facts["holders"][0]["container"] == "nim-llama"
+    world.release_gpu(812)
+    world.release_gpu(900)
+    assert run(world).changed
+
+
+def test_somebody_who_comes_between_look_and_change(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="")
+
+    def download(*_arguments: object) -> str:
+        world.hold_gpu(77, "late.service")
+        return ""
+
+    world.commands = {"apt-get * --download-only *": download, **world.commands}
+    with pytest.raises(FleetError, match="pid 77"):
+        run(world)
+    assert world.packages["libnvidia-compute-535"][1] == "hi"
+    assert world.ran("rmmod") == []
+
+
+def test_in_use_does_not_matter_when_the_packages_stay(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.configured()
+    world.hold_gpu(812, "nim-llama.service")
+    outcome = run(world)
+    assert not outcome.changed
+    assert NvidiaDriver().result(outcome.state)["message"] == "Driver 580.95.05: loaded = on disk = user space."
+
+
+def test_a_kernel_that_cannot_unload_gets_the_packages_and_keeps_its_services(world: DriverWorld) -> None:
+    world.can_unload = False
+    world.install_driver("535.183.06", flavour="")
+    world.unit_state = {"nvidia-persistenced.service": ["active", "enabled"]}
+    outcome = run(world)
+    assert world.packages["nvidia-open-580"][0] == "580.95.05-0ubuntu1"
+    assert world.unit_state["nvidia-persistenced.service"][0] == "active"
+    answer = NvidiaDriver().result(outcome.state)
+    assert answer["reload_required"]
+    assert answer["message"] == "Driver 580.95.05 is installed; 535.183.06 is still loaded."
+
+
+def test_without_unload_the_module_stays(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="")
+    run(world, unload=False)
+    assert world.ran("rmmod") == []
+
+
+# -- versions
+
+
+def test_a_newer_version_of_the_branch_is_not_taken_by_itself(world: DriverWorld) -> None:
+    world.install_driver("580.65.06")
+    world.configured()
+    assert not run(world).changed
+
+
+def test_an_exact_version_upgrades_and_downgrades(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.configured()
+    outcome = run(world, version="580.65.06")
+    assert "packages" in actions(outcome)
+    assert world.packages["nvidia-open-580"] == ["580.65.06-0ubuntu1", "hi"]
+    assert world.ran("purge") == []
+    assert b"Pin: version 580.65.06-*" in world.files[PREFERENCES]
+    assert not run(world, version="580.65.06").changed
+    assert "packages" not in actions(run(world))
+
+
+def test_flavour_change(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    outcome = run(world, flavour="proprietary")
+    assert "packages" in actions(outcome)
+    assert "nvidia-open-580" not in world.packages
+    assert world.packages["cuda-drivers-580"][0] == "580.95.05-0ubuntu1"
+
+
+def test_an_old_gpu_gets_the_proprietary_modules_and_no_newer_branch() -> None:
+    world = DriverWorld(device="0x1db4")
+    planned = NvidiaDriver().package_plan(NvidiaDriver().observe(world))
+    assert planned.choices[0].names[0] == "cuda-drivers-580"
+    with pytest.raises(FleetError, match="the last branch that does is 580"):
+        run(world, branch="595")
+    with pytest.raises(FleetError, match="proprietary kernel modules only"):
+        run(world, flavour="open")
+
+
+def test_other_package_sets_of_the_same_driver_are_accepted(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.configured()
+    del world.packages["nvidia-open-580"]
+    assert not run(world).changed
+
+
+# -- Secure Boot
+
+
+def test_secure_boot_without_an_enrolled_key_installs_nothing(world: DriverWorld) -> None:
+    world.files[SECURE_BOOT] = b"\x06\x00\x00\x00\x01"
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "secure_boot_key_not_enrolled"
+    assert "mokutil --import /var/lib/shim-signed/mok/MOK.der" in caught.value.message
+    assert "nothing was installed" in caught.value.message
+    assert world.packages == {}
+    assert world.ran("apt-get|update-initramfs") == []
+
+
+def test_secure_boot_with_the_key(world: DriverWorld) -> None:
+    world.files[SECURE_BOOT] = b"\x06\x00\x00\x00\x01"
+    world.files["/var/lib/dkms/mok.pub"] = b"key"
+    world.commands["mokutil --test-key *"] = (1, "/var/lib/dkms/mok.pub is already enrolled\n", "")
+    assert run(world).changed
+
+
+def test_secure_boot_on_the_operators_word(world: DriverWorld) -> None:
+    world.files[SECURE_BOOT] = b"\x06\x00\x00\x00\x01"
+    assert run(world, secure_boot="enrolled").changed
+
+
+def test_secure_boot_off_or_absent(host: FakeHost) -> None:
+    assert not secure_boot_enabled(host)
+    host.files[SECURE_BOOT] = b"\x06\x00\x00\x00\x00"
+    assert not secure_boot_enabled(host)
+    host.files[SECURE_BOOT] = b"\x06\x00\x00\x00\x01"
+    assert secure_boot_enabled(host)
+    del host.files[SECURE_BOOT]
+    host.dirs.add("/sys/firmware/efi")
+    host.commands["mokutil --sb-state"] = "SecureBoot enabled\n"
+    assert secure_boot_enabled(host)
+
+
+# -- interrupted and broken
+
+
+def test_repository_written_but_packages_missing(world: DriverWorld) -> None:
+    world.configured()
+    outcome = run(world)
+    assert actions(outcome) == ["headers", "packages", "hold"]
+
+
+def test_interrupted_dpkg_is_finished_first(world: DriverWorld) -> None:
+    world.install_driver("580.95.05", loaded=False)
+    world.configured()
+    world.packages["nvidia-dkms-580-open"][1] = "hF"
+    outcome = run(world)
+    assert actions(outcome) == ["repair"]
+    assert world.ran("dpkg .*--configure -a")
+    assert world.packages["nvidia-dkms-580-open"][1] == "hi"
+
+
+def test_a_half_installed_branch_that_cannot_be_finished_is_replaced(world: DriverWorld) -> None:
+    world.build_fails = "580.82.07"
+    with pytest.raises(FleetError) as caught:
+        run(world, version="580.82.07")
+    assert caught.value.reason == "dkms_build_failed"
+    assert "error: implicit declaration of function 'follow_pfn'" in caught.value.message
+    assert "make.log" in caught.value.message
+    outcome = run(world, version="580.95.05")
+    assert actions(outcome)[0] == "repair"
+    assert world.packages["nvidia-open-580"] == ["580.95.05-0ubuntu1", "hi"]
+    assert not run(world, version="580.95.05").changed
+
+
+def test_strangers_that_cannot_be_finished_are_left(world: DriverWorld) -> None:
+    world.packages["postfix"] = ["3.8-1", "iF"]
+    world.commands["dpkg --force-confdef *"] = (1, "", "dpkg: error processing package postfix\n")
+    with pytest.raises(FleetError, match="interrupted installation failed"):
+        run(world)
+    assert "postfix" in world.packages
+
+
+def test_installation_that_fails_after_unloading_says_so_and_continues_later(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="")
+    world.unit_state = {"nvidia-persistenced.service": ["active", "enabled"]}
+    world.fail_install = 2  # headers are there; the driver's transaction and its retry
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert "running the role again continues here" in caught.value.message
+    assert caught.value.facts["changes"]
+    world.fail_install = 0
+    run(world)
+    assert world.packages["nvidia-open-580"][0] == "580.95.05-0ubuntu1"
+    assert b"nvidia-persistenced" in world.files["/run/gpu_fleet/driver-clients.json"]
+
+
+def test_broken_holds_are_mended(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.configured()
+    world.packages["libnvidia-compute-580"][1] = "ii"
+    outcome = run(world)
+    assert actions(outcome) == ["hold"]
+    assert outcome.changes[0].before == "not held: libnvidia-compute-580"
+    assert world.ran("apt-mark hold") == ["apt-mark hold libnvidia-compute-580"]
+
+
+def test_holds_are_released_when_they_are_ours(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.configured()
+    outcome = run(world, hold=False)
+    assert actions(outcome) == ["unhold", "file"]
+    assert world.packages["nvidia-open-580"][1] == "ii"
+    assert UNATTENDED not in world.files
+    # Holds that somebody else set are left.
+    world.packages["nvidia-open-580"][1] = "hi"
+    assert not run(world, hold=False).changed
+
+
+def test_the_module_is_rebuilt_after_a_kernel_upgrade(world: DriverWorld) -> None:
+    world.install_driver("580.95.05", loaded=False)
+    world.configured()
+    world.module = ""
+    outcome = run(world)
+    assert actions(outcome) == ["build"]
+    assert outcome.state.on_disk == "580.95.05"
+
+
+def test_missing_headers_are_installed_and_named_when_they_cannot_be(world: DriverWorld) -> None:
+    world.commands = {
+        "apt-get * linux-headers-*": (100, "", "E: Unable to locate package linux-headers-%s\n" % KERNEL),
+        **world.commands,
+    }
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "kernel_headers_unavailable"
+    assert KERNEL in caught.value.message
+    assert "nvidia-open-580" not in world.packages
+
+
+def test_a_build_without_headers_says_so(world: DriverWorld) -> None:
+    world.install_driver("580.95.05", loaded=False)
+    world.configured()
+    world.module = ""
+    world.dirs.discard("/lib/modules/%s/build" % KERNEL)
+    with pytest.raises(FleetError, match="the headers of kernel %s are missing" % KERNEL):
+        run(world, kernel_headers=False)
+
+
+def test_initramfs_failure_leaves_no_blacklist_behind(world: DriverWorld) -> None:
+    world.commands["update-initramfs *"] = (1, "", "update-initramfs: failed: No space left on device")
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "initramfs_failed"
+    assert BLACKLIST not in world.files
+
+
+def test_a_runfile_driver_is_not_fought(world: DriverWorld) -> None:
+    world.files["/usr/bin/nvidia-uninstall"] = b""
+    world.load("580.95.05")
+    with pytest.raises(FleetError, match="nvidia-uninstall"):
+        run(world)
+
+
+def test_packages_of_others_are_not_removed_along(world: DriverWorld) -> None:
+    world.install_driver("535.183.06", flavour="", loaded=False)
+    world.commands = {"apt-get -s *": "Purg nvidia-driver-535 [535]\nRemv my-cuda-app [1.0]\n", **world.commands}
+    with pytest.raises(FleetError, match="would remove my-cuda-app"):
+        run(world)
+    assert "nvidia-driver-535" in world.packages
+
+
+def test_version_not_available(world: DriverWorld) -> None:
+    with pytest.raises(FleetError, match=r"on offer: 580\.95\.05-0ubuntu1, 580\.82\.07-0ubuntu1, 580\.65\.06-0ubuntu1"):
+        run(world, version="580.11.11")
+
+
+# -- hardware that asks for more
+
+
+def test_fabric_manager_where_switches_are(world: DriverWorld) -> None:
+    world.files["/sys/bus/pci/devices/0000:c0:00.0/vendor"] = b"0x10de\n"
+    world.files["/sys/bus/pci/devices/0000:c0:00.0/class"] = b"0x068000\n"
+    world.unit_state["nvidia-fabricmanager.service"] = ["inactive", "disabled"]
+    run(world)
+    assert world.packages["nvidia-fabricmanager"] == ["580.95.05-1", "hi"]
+    assert world.packages["libnvidia-nscq"][0] == "580.95.05-1"
+    assert world.unit_state["nvidia-fabricmanager.service"] == ["inactive", "enabled"]
+    world.unit_state["nvidia-fabricmanager.service"][1] = "disabled"
+    assert actions(run(world)) == ["enable"]
+    assert not run(world).changed
+    # A different version of it is an outage: the driver and Fabric Manager must agree exactly.
+    world.packages["nvidia-fabricmanager"][0] = "580.65.06-1"
+    assert "packages" in actions(run(world))
+    assert world.packages["nvidia-fabricmanager"][0] == "580.95.05-1"
+    assert "nvidia-fabricmanager" not in {
+        name
+        for choice in NvidiaDriver(fabric_manager="absent").package_plan(NvidiaDriver().observe(world)).choices
+        for name in choice.names
+    }
+
+
+# -- Debian's own packages
+
+
+def test_components_of_debian() -> None:
+    world = DriverWorld()
+    world.files["/etc/os-release"] = b"ID=debian\nVERSION_ID=12\nVERSION_CODENAME=bookworm\nPRETTY_NAME=Debian 12\n"
+    world.files["/etc/apt/sources.list"] = b"deb [signed-by=/k.gpg] http://deb.test/debian bookworm main contrib\n"
+    planned = run(world, check=True, source="distribution", branch="535")
+    change = next(change for change in planned.changes if change.action == "components")
+    assert change.before == "contrib main"
+    assert change.data["components"] == ["non-free", "non-free-firmware"]
+    NvidiaDriver(source="distribution", branch="535").apply(world, change)
+    assert world.files[NON_FREE].decode().splitlines()[1:] == [
+        "Types: deb",
+        "URIs: http://deb.test/debian",
+        "Suites: bookworm",
+        "Components: non-free non-free-firmware",
+        "Signed-By: /k.gpg",
+    ]
+    assert "components" not in actions(run(world, check=True, source="distribution", branch="535"))
+
+
+def test_debian_source_copies_what_is_there(host: FakeHost) -> None:
+    host.files["/etc/apt/sources.list.d/debian.sources"] = (
+        b"Types: deb\nURIs: http://mirror.test/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"
+        b"Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    text = debian_source(host, BOOKWORM, ["non-free"])
+    assert "URIs: http://mirror.test/debian\n" in text
+    assert "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n" in text
+    host.files["/etc/apt/sources.list.d/debian.sources"] = b""
+    assert "URIs: http://deb.debian.org/debian\n" in debian_source(host, BOOKWORM, ["non-free"])
+    host.files["/etc/apt/sources.list"] = b"deb http://plain.test/debian bookworm main\n"
+    assert "Signed-By" not in debian_source(host, BOOKWORM, ["non-free"])
+
+
+# -- EL
+
+
+def el_host() -> DriverWorld:
+    world = DriverWorld()
+    world.files["/etc/os-release"] = (
+        b'ID=rocky\nVERSION_ID=9.4\nID_LIKE="rhel centos fedora"\nPRETTY_NAME="Rocky Linux 9.4"\n'
+    )
+    world.commands = {
+        "rpm -qa *": "",
+        "modinfo *": (1, "", ""),
+        "systemctl *": "",
+        "dnf *": "",
+    }
+    return world
+
+
+def test_streams_are_reset_before_another_is_enabled() -> None:
+    world = el_host()
+    world.files["/etc/dnf/modules.d/nvidia-driver.module"] = (
+        b"[nvidia-driver]\nname=nvidia-driver\nstream=570-open\nprofiles=\nstate=enabled\n"
+    )
+    planned = run(world, check=True)
+    change = next(change for change in planned.changes if change.action == "stream")
+    assert (change.before, change.after) == ("570-open", "580-open")
+    NvidiaDriver().apply(world, change)
+    assert world.ran("^dnf") == [
+        "dnf -q -y module reset nvidia-driver",
+        "dnf -q -y module enable nvidia-driver:580-open",
+    ]
+    world.files["/etc/dnf/modules.d/nvidia-driver.module"] = b"[nvidia-driver]\nstream=580-open\nstate=enabled\n"
+    assert "stream" not in actions(run(world, check=True))
+
+
+def test_el_needs_no_apt_files() -> None:
+    planned = run(el_host(), check=True)
+    paths = {change.what for change in planned.changes}
+    assert UNATTENDED not in paths
+    assert PREFERENCES not in paths
+    assert any("kernel-devel-" + KERNEL in path for path in paths)
