@@ -130,6 +130,7 @@ def services(host: Host, api: DockerApi) -> list[Json]:
                 "gpus": [str(gpu) for gpu in found.get("gpus") or []],
                 "port": target.port,
                 "family": str(found.get("family") or ""),
+                "cache_directory": str(found.get("cache_directory") or ""),
             }
         )
     outcome = HealthCheck(host, api, targets).run(None, interval=0, wait=False, record=False)
