@@ -113,8 +113,8 @@ KillMode=mixed
 Restart=always
 # The wrapper waits longer after a failure; a stop during this pause would leave the container running.
 RestartSec=200ms
-RestartPreventExitStatus=78
-SuccessExitStatus=143
+RestartPreventExitStatus=77 78
+SuccessExitStatus=77 143
 RuntimeDirectory=nim
 RuntimeDirectoryPreserve=yes
 NoNewPrivileges=yes
@@ -221,12 +221,16 @@ class Listener:
     pid: int | None
     command: str
     container: str
+    unit: str = ""
 
     def describe(self) -> str:
-        process = "a process that cannot be seen" if self.pid is None else "%s (pid %d)" % (self.command, self.pid)
+        """``docker-proxy (pid 812) of container old-nim``, ``nginx (pid 977) of unit nginx.service``."""
         if self.container and self.pid is None:
             return "container %s" % self.container
-        return "%s of container %s" % (process, self.container) if self.container else process
+        process = "a process that cannot be seen" if self.pid is None else "%s (pid %d)" % (self.command, self.pid)
+        if self.container:
+            return "%s of container %s" % (process, self.container)
+        return "%s of unit %s" % (process, self.unit) if self.unit else process
 
 
 @dataclass(frozen=True)
@@ -451,14 +455,14 @@ class NimService(Resource[HostState]):
         names = {str(entry.get("Id", "")): str((entry.get("Names") or [""])[0]).lstrip("/") for entry in containers}
         found = []
         for address, port, inode in sockets:
-            pid, command, container_id = owners.get(inode, (None, "", ""))
+            pid, command, unit, container_id = owners.get(inode, (None, "", "", ""))
             container = names.get(container_id, "")
             if not container:
                 # docker-proxy listens outside of the container that it serves.
                 container = next(
                     (name for ip, public, name in published if public == port and addresses_overlap(ip, address)), ""
                 )
-            found.append(Listener(address, port, pid, command, container))
+            found.append(Listener(address, port, pid, command, container, unit))
         for address, port, name in published:
             # Without docker-proxy a published port is a rule of the packet filter only.
             if not any(known.port == port and known.container == name for known in found):
@@ -1178,10 +1182,10 @@ def _unreadable(option: str, path: str | None, model: NimModel, state: HostState
     return ""
 
 
-def _socket_owners(host: Host, inodes: set[str]) -> dict[str, tuple[int, str, str]]:
-    """Process id, command and container id by socket inode."""
+def _socket_owners(host: Host, inodes: set[str]) -> dict[str, tuple[int, str, str, str]]:
+    """Process id, command, unit and container id by socket inode."""
     wanted = {"socket:[%s]" % inode: inode for inode in inodes}
-    found: dict[str, tuple[int, str, str]] = {}
+    found: dict[str, tuple[int, str, str, str]] = {}
     for entry in host.list_dir("/proc"):
         if not entry.isdigit():
             continue
@@ -1189,8 +1193,8 @@ def _socket_owners(host: Host, inodes: set[str]) -> dict[str, tuple[int, str, st
             inode = wanted.get(host.read_link("/proc/%s/fd/%s" % (entry, descriptor)) or "")
             if inode is not None and inode not in found:
                 command = (host.read_text("/proc/%s/comm" % entry) or "?").strip()
-                _unit, container_id = parse_cgroup(host.read_text("/proc/%s/cgroup" % entry) or "")
-                found[inode] = (int(entry), command, container_id)
+                unit, container_id = parse_cgroup(host.read_text("/proc/%s/cgroup" % entry) or "")
+                found[inode] = (int(entry), command, unit, container_id)
         if len(found) == len(wanted):
             break
     return found

@@ -11,8 +11,9 @@ A container that already runs what is wanted is adopted, so that neither a resta
 program makes a model load again. The container's end ends this program, and systemd starts it again.
 
 Exit codes: 0 the container ended by itself after it had been ready, or was stopped; 75 the Docker daemon stayed away
-(systemd tries again); 78 the configuration cannot work (systemd does not try again); anything else: the container's own
-code, or 1 where that was 0 although the service had never been ready.
+(systemd tries again); 77 the host is under maintenance (the unit ends without a failure); 78 the configuration cannot
+work (systemd does not try again); anything else: the container's own code, or 1 where that was 0 although the service
+had never been ready.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import typing as t
 import urllib.parse
 
 EX_TEMPFAIL = 75
+EX_MAINTENANCE = 77
 EX_CONFIG = 78
 
 #: Label that says what a container runs; a container with another value is replaced.
@@ -246,8 +248,9 @@ class Unit:
 
     def run(self) -> int:
         if os.path.exists(self.maintenance_file):
+            # systemd checks ConditionPathExists= at a start, but not when it restarts a service by itself.
             say("%s exists: not started" % self.maintenance_file)
-            return 0
+            return EX_MAINTENANCE
         with contextlib.suppress(OSError):
             os.unlink(self.stop_file)
         try:
@@ -450,14 +453,18 @@ class Unit:
         if self.ready:
             say("%s %s" % (self.container, reason))
             self.note("ended", 0, reason)
-            # 78 would tell systemd never to start again, and that is for this program to say.
-            return code if code != EX_CONFIG else 1
+            return self.exit_code(code)
         say("%s %s before it was ready" % (self.container, reason))
         self.note("failed", self.failures() + 1, reason)
         if read_json(self.marker_file).get("status") == "complete":
             # Files that never served may be incomplete: let the download look again.
             self.mark("incomplete")
-        return code if code not in (0, EX_CONFIG) else 1
+        return self.exit_code(code) or 1
+
+    @staticmethod
+    def exit_code(code: int) -> int:
+        """The container's code, unless systemd would take it for a word of this program."""
+        return 1 if code in (EX_MAINTENANCE, EX_CONFIG) else code
 
     # -- the download -----------------------------------------------------------------------------------
 

@@ -214,7 +214,8 @@ class Machine:
         ).encode()
         self.host.links["/proc/%d/fd/3" % pid] = "socket:[4242]"
         self.host.files["/proc/%d/comm" % pid] = command.encode() + b"\n"
-        self.host.files["/proc/%d/cgroup" % pid] = b"0::/system.slice/docker-%s.scope" % container_id.encode()
+        scope = "docker-%s.scope" % container_id if container_id else command + ".service"
+        self.host.files["/proc/%d/cgroup" % pid] = b"0::/system.slice/" + scope.encode()
 
 
 @pytest.fixture
@@ -598,7 +599,7 @@ def test_a_port_held_by_a_process_is_named_before_anything_is_done(machine: Mach
     machine.listen(8000, 977, "nginx")
     error = failure(machine, llama())
     assert error.reason == "port_in_use"
-    assert "port 8000 on 0.0.0.0: it is held by nginx (pid 977)" in error.message
+    assert "port 8000 on 0.0.0.0: it is held by nginx (pid 977) of unit nginx.service;" in error.message
     assert machine.host.dirs == {UNIT_DIRECTORY, "/run/nim"}
 
 
@@ -608,6 +609,12 @@ def test_a_leftover_docker_proxy_is_named_with_its_container(machine: Machine) -
     error = failure(machine, llama())
     assert "held by docker-proxy (pid 1212) of container old-nim" in error.message
     assert error.facts["container"] == "old-nim"
+    machine.api.list.clear()
+    machine.api.put("web")
+    machine.listen(8000, 1213, "nginx", machine.api.list["web"]["Id"])
+    assert "held by nginx (pid 1213) of container web" in failure(machine, llama()).message
+    machine.api.list.clear()
+    machine.api.put("old-nim", port=8000)
     del machine.host.files["/proc/net/tcp"]
     assert "held by container old-nim" in failure(machine, llama()).message
 
@@ -706,7 +713,8 @@ def test_unit_text_follows_the_timeouts() -> None:
         "TimeoutStopSec=75",
         "RestartSec=200ms",
         "Restart=always",
-        "RestartPreventExitStatus=78",
+        "RestartPreventExitStatus=77 78",
+        "SuccessExitStatus=77 143",
         "ConditionPathExists=!/var/lib/nim/maintenance",
         "ExecStart=/usr/local/libexec/nim/nim-unit run llama",
         "WantedBy=nim.target multi-user.target",
