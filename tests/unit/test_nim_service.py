@@ -611,6 +611,7 @@ def test_a_leftover_docker_proxy_is_named_with_its_container(machine: Machine) -
     assert error.facts["container"] == "old-nim"
     machine.api.list.clear()
     machine.api.put("web")
+    machine.host.links.clear()
     machine.listen(8000, 1213, "nginx", machine.api.list["web"]["Id"])
     assert "held by nginx (pid 1213) of container web" in failure(machine, llama()).message
     machine.api.list.clear()
