@@ -163,8 +163,11 @@ def start() -> None:
             "network interface %s exists already: another sandbox runs on this machine; stop it there first "
             "(sandbox.py down), or remove the interface (ip link del %s)" % (BRIDGE, BRIDGE)
         )
+    # What a dockerd that died (or the machine, without warning) left behind would be taken for living.
+    _end_cgroup()
+    shutil.rmtree(EXEC_ROOT, ignore_errors=True)
     group = cgroup()
-    group.mkdir(exist_ok=True)
+    group.mkdir()
     for directory in (DATA, EXEC_ROOT, ROOT / "docker-config"):
         directory.mkdir(parents=True, exist_ok=True)
     PIDFILE.unlink(missing_ok=True)
