@@ -46,6 +46,8 @@ _RECORD_SCHEMA = 1
 #: Only root and short: two jobs that end together must not lose each other's entry.
 _RECORD_LOCK = "/run/gpu_fleet/images.lock"
 
+_TOOLKIT_CONFIGURATION = "/etc/nvidia-container-runtime/config.toml"
+
 #: Disk space of an unpacked image per byte of download; NVIDIA's image for DGX Spark takes 32 GB from 9.88 GB.
 DISK_FACTOR = 3.3
 #: Tries of one pull in all; the pauses between them are 2, 4, 8 … seconds, at most 60.
@@ -69,17 +71,19 @@ class WantedImage:
     Attributes:
         reference: As the user wrote it, normalised.
         state: ``present`` or ``absent``.
-        disk_space: Bytes that the model's files will take in ``cache_directory``.
+        spaces: Bytes that model files will take in a directory, for each model that runs this image; an empty directory
+            stands for Docker's disk.
+        check_requirement: Whether the image's NVIDIA_REQUIRE_* must be met by the driver.
     """
 
     reference: ImageReference
     state: str = "present"
-    disk_space: int = 0
-    cache_directory: str = ""
+    spaces: t.Tuple[t.Tuple[str, int], ...] = ()
+    check_requirement: bool = True
 
 
 def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
-    """Read the list of images; the same image twice counts once, with the larger disk space.
+    """Read the list of images; an image that several models run is one image, with the disk space of them all.
 
     Raises:
         FleetError: ``invalid_option``.
@@ -105,18 +109,18 @@ def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
                 "%s.cache_directory = %s: not an absolute path; begin it with a slash." % (where, directory),
             )
         state = entry.get("state") or "present"
-        wanted = WantedImage(reference, state, size, directory)
         known = found.get(str(reference))
-        if known is not None:
-            if known.state != state:
-                raise FleetError(
-                    "invalid_option",
-                    "%s.image = %s: the image is wanted both present and absent; remove one entry."
-                    % (where, reference),
-                )
-            if known.disk_space > size:
-                wanted = known
-        found[str(reference)] = wanted
+        if known is not None and known.state != state:
+            raise FleetError(
+                "invalid_option",
+                "%s.image = %s: the image is wanted both present and absent; remove one entry." % (where, reference),
+            )
+        spaces = known.spaces if known else ()
+        if size and (directory, size) not in spaces:
+            spaces += ((directory, size),)
+        # One model that insists is enough.
+        insists = entry.get("check_requirement") is not False or (known is not None and known.check_requirement)
+        found[str(reference)] = WantedImage(reference, state, spaces, insists)
     return list(found.values())
 
 
@@ -797,9 +801,11 @@ class NimImages(Resource[ImagesState]):
                     **error.facts,
                 ) from None
             tasks.append(PullTask(image.wanted, image.source, found))
-        inventory = observe_gpus(host) if tasks else GpuInventory()
-        for task in tasks:
-            self.check_requirement(task.found, inventory, str(task.wanted.reference))
+        insistent = [task for task in tasks if task.wanted.check_requirement]
+        if insistent and not _requirements_off(host):
+            inventory = observe_gpus(host)
+            for task in insistent:
+                self.check_requirement(task.found, inventory, str(task.wanted.reference))
         self._check_disk(host, str(info.get("DockerRootDir") or "/var/lib/docker"), tasks)
         return tasks
 
@@ -842,15 +848,11 @@ class NimImages(Resource[ImagesState]):
                     "image %s (%s packed)" % (task.wanted.reference, _amount(size)),
                 )
             )
-            if task.wanted.disk_space:
-                directory = task.wanted.cache_directory or docker_root
-                there = _used(host, task.wanted.cache_directory)
-                needs.setdefault(mount_of(directory, mounts), []).append(
-                    (
-                        directory,
-                        max(0, task.wanted.disk_space - there),
-                        "model of %s" % task.wanted.reference,
-                    )
+            for directory, wanted in task.wanted.spaces:
+                missing = max(0, wanted - _used(host, directory))
+                path = directory or docker_root
+                needs.setdefault(mount_of(path, mounts), []).append(
+                    (path, missing, "model of %s" % task.wanted.reference)
                 )
         for mount, entries in needs.items():
             free, needed = host.free_bytes(entries[0][0]), sum(entry[1] for entry in entries)
@@ -921,7 +923,7 @@ class NimImages(Resource[ImagesState]):
     def _remove(self, host: Host, image: ImageState) -> None:
         puller = self._puller()
         names = [str(image.wanted.reference)] if image.wanted.reference.tag else []
-        if image.pinned is not None:
+        if image.pinned is not None and image.pinned.digest:
             names.append(image.pinned.run)
         elif image.wanted.reference.digest:
             names.append(str(image.source))
@@ -1273,6 +1275,12 @@ def _used(host: Host, directory: str) -> int:
     answer = host.run(["du", "-s", "-B1", directory], timeout=20)
     first = answer.stdout.split("\t")[0].strip()
     return int(first) if answer.ok and first.isdigit() else 0
+
+
+def _requirements_off(host: Host) -> bool:
+    """Whether the container toolkit was told not to enforce NVIDIA_REQUIRE_* (``disable-require`` in its config.toml)."""
+    text = host.read_text(_TOOLKIT_CONFIGURATION) or ""
+    return bool(re.search(r"(?m)^\s*disable-require\s*=\s*true\b", text))
 
 
 def _insecure(info: t.Mapping[str, t.Any], registry: str) -> t.Optional[bool]:

@@ -52,10 +52,18 @@ options:
         description:
           - Space that the model's files will take in O(images[].cache_directory), for example V(20GB).
           - What is in that directory already is subtracted.
+          - An image that several models run may be listed several times; the space of all of them is asked for.
         type: str
       cache_directory:
         description: Directory for the model's files, absolute. Without it, O(images[].disk_space) is asked of Docker's disk.
         type: path
+      check_requirement:
+        description:
+          - Whether the loaded driver must meet what the image requires in C(NVIDIA_REQUIRE_CUDA).
+          - Set it to V(false) only for a container that is started with C(NVIDIA_DISABLE_REQUIRE=1).
+          - Nothing is required either where the container toolkit's C(config.toml) says C(disable-require = true).
+        type: bool
+        default: true
   pull:
     description:
       - V(missing) pulls only what is not on the host, and keeps the digest that a tag was pinned to.
@@ -235,6 +243,7 @@ def main() -> None:
                     "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
                     "disk_space": {"type": "str"},
                     "cache_directory": {"type": "path"},
+                    "check_requirement": {"type": "bool", "default": True},
                 },
             },
             "pull": {"type": "str", "choices": ["missing", "newer", "never"], "default": "missing"},

@@ -367,6 +367,19 @@ def test_the_driver_is_too_old(world: World, monkeypatch: pytest.MonkeyPatch) ->
     assert "needs a driver of branch 555 or newer; gpu01 runs 535.183.01" in error.message
 
 
+def test_the_requirement_can_be_switched_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = GpuInventory(driver=LoadedDriver("535.183.01", "open", True), cuda_version="12.2")
+    monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: old)
+    off = {"image": LLAMA, "check_requirement": False}
+    assert _refused(world, [off, {"image": LLAMA}]).reason == "requirement"
+    path = "/etc/nvidia-container-runtime/config.toml"
+    world.host.files[path] = b"#disable-require = true\n"
+    assert _refused(world).reason == "requirement"
+    assert world.run([off, off]).finished
+    world.host.files[path] = b"supported = 1\ndisable-require = true\n"
+    assert world.run(NANO).finished
+
+
 def test_the_cuda_version_follows_from_the_branch_where_nvidia_smi_is_silent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -788,8 +801,10 @@ def test_bad_images(entry: dict[str, str], part: str) -> None:
 def test_the_same_image_twice() -> None:
     one = {"image": LLAMA, "disk_space": "1GB"}
     two = {"image": LLAMA, "disk_space": "3GB"}
-    assert [image.disk_space for image in parse_images([one, two])] == [3 * 1024**3]
-    assert [image.disk_space for image in parse_images([two, one])] == [3 * 1024**3]
+    (image,) = parse_images(
+        [dict(one, cache_directory="/a"), dict(two, cache_directory="/b"), {"image": LLAMA}, two, two]
+    )
+    assert image.spaces == (("/a", 1024**3), ("/b", 3 * 1024**3), ("", 3 * 1024**3))
     with pytest.raises(FleetError, match="both present and absent"):
         parse_images([one, dict(two, state="absent")])
 
