@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -117,9 +116,8 @@ def status(options: argparse.Namespace) -> None:
 def execute(options: argparse.Namespace) -> None:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
-    os.environ.update(engine.environment())
     container = "world" if options.name == "world" else hosts.PREFIX + options.name
-    command = ["docker", "exec", "--interactive", *terminal, container, *(command or ["bash", "-l"])]
+    command = [engine.client(), "exec", "--interactive", *terminal, container, *(command or ["bash", "-l"])]
     sys.exit(subprocess.run(command, check=False).returncode)
 
 

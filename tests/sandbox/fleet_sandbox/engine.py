@@ -89,7 +89,7 @@ def install_needs() -> None:
 
 def docker(*arguments: str, check: bool = True, stdin: bytes | None = None) -> str:
     """Call the docker client on the private engine and return its standard output."""
-    return run([_client(), *arguments], check=check, stdin=stdin).stdout.decode(errors="replace").strip()
+    return run([client(), *arguments], check=check, stdin=stdin).stdout.decode(errors="replace").strip()
 
 
 def environment() -> dict[str, str]:
@@ -97,7 +97,8 @@ def environment() -> dict[str, str]:
     return {"DOCKER_HOST": "unix://%s" % SOCKET, "DOCKER_CONFIG": str(ROOT / "docker-config")}
 
 
-def _client() -> str:
+def client() -> str:
+    """Path of the docker client; its environment is set to the private engine."""
     os.environ.update(environment())
     for candidate in ("/usr/bin/docker", "docker"):
         found = shutil.which(candidate)

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import threading
 
-from .common import CHECKOUT, ROOT, SOURCE, SandboxError, digest, output_of, run, step
+from .common import CHECKOUT, ROOT, SOURCE, SandboxError, digest, run, step
 from .engine import docker, environment
 
 FILES = SOURCE / "hosts"
@@ -148,6 +148,11 @@ def _build_host(image: str, below: str, reference: str) -> None:
         )
     finally:
         docker("rm", "--force", "--volumes", container, check=False)
+    # Earlier ones that no host uses any more; the engine refuses to remove those in use.
+    repository, newest = reference.split(":")
+    for tag in docker("images", "--format={{.Tag}}", repository).split():
+        if tag != newest:
+            docker("rmi", "%s:%s" % (repository, tag), check=False)
 
 
 def _fill(rootfs: pathlib.Path, image: str, container: str) -> None:
@@ -185,12 +190,3 @@ def _fill(rootfs: pathlib.Path, image: str, container: str) -> None:
     docker("exec", container, "sh", "-ec", script)
     if (HARDWARE / "install.sh").exists():
         run([str(HARDWARE / "install.sh"), str(rootfs)], cwd=CHECKOUT)
-
-
-def prune() -> None:
-    """Remove host images that no file of this checkout leads to any more."""
-    wanted = {base().split(":")[1]} | {host(image).split(":")[1] for image in HOST_IMAGES}
-    for line in output_of(["docker", "images", "--format={{.Repository}}:{{.Tag}}", "gpu-fleet/*"]).splitlines():
-        repository, tag = line.rsplit(":", 1)
-        if repository in {"gpu-fleet/base", *("gpu-fleet/%s" % image for image in HOST_IMAGES)} and tag not in wanted:
-            docker("rmi", line, check=False)
