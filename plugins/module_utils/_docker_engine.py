@@ -450,6 +450,7 @@ class DockerEngine(Resource[EngineState]):
             self._install(host, manager, release)
         elif change.action == "client":
             self._install_client(manager, release)
+            self._hold_again(manager, release)
         elif change.action == "sdk":
             manager.install({_SDK: None})
         elif change.action in ("hold", "unhold"):
@@ -500,9 +501,12 @@ class DockerEngine(Resource[EngineState]):
         if self.package_source == "distribution" and manager.available("docker-cli"):
             wanted["docker-cli"] = None
         manager.install(wanted)
+        self._hold_again(manager, release)
+
+    def _hold_again(self, manager: PackageManager, release: OsRelease) -> None:
+        """apt forgets the hold of a package that it was told to change all the same."""
         if self.hold:
-            # apt forgets the hold of a package that it was told to change all the same.
-            manager.hold(*manager.installed(*names, "docker-cli", "containerd"))
+            manager.hold(*manager.installed(*self.engine_packages(release), "docker-cli", "containerd"))
 
     def _install_client(self, manager: PackageManager, release: OsRelease) -> None:
         if self.package_source == "distribution":

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._packages import Package
 from fake_host import FakeHost
 
 CONFIG = "/etc/docker/daemon.json"
@@ -155,3 +157,74 @@ class FakeDockerd(DockerApi):
         if path.startswith("/containers/"):
             return self.running.get(path.split("/")[2])
         return None
+
+
+class FakeApt:
+    """dpkg and apt in memory: what is installed, what is on offer, and the lists that an update brings."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self.host = host
+        self.packages: dict[str, Package] = {}
+        self.offers: dict[str, list[str]] = {}
+        self.update: tuple[int, str, str] = (0, "", "")
+        self.install_answer: tuple[int, str, str] | None = None
+        self.installed_hook: t.Callable[[str, str], None] = lambda name, version: None
+        host.dirs |= {"/etc/apt", "/etc/apt/sources.list.d", "/var/lib/apt/lists"}
+        # Looks into files under patterns of their own first: the order of patterns decides.
+        host.commands.update(
+            {
+                "dpkg-query -W *": lambda _, argv, *__: self._query(argv),
+                "dpkg *--configure -a": lambda *_: self._configure(),
+                "apt-cache madison *": lambda _, argv, *__: self._madison(argv[2:]),
+                "apt-get * update *": lambda *_: self.update,
+                "apt-get * install *": lambda _, argv, *__: self._install(argv),
+                "apt-mark hold *": lambda _, argv, *__: self._mark(argv[2:], True),
+                "apt-mark unhold *": lambda _, argv, *__: self._mark(argv[2:], False),
+            }
+        )
+
+    def put(self, name: str, version: str, held: bool = False, complete: bool = True) -> None:
+        self.packages[name] = Package(name, version, "amd64", complete, held)
+
+    def _query(self, argv: tuple[str, ...]) -> str:
+        form, wanted = argv[2], argv[3:]
+        lines = []
+        for package in self.packages.values():
+            if wanted and not any(fnmatch.fnmatchcase(package.name, pattern) for pattern in wanted):
+                continue
+            status = "%s%s " % ("h" if package.held else "i", "i" if package.complete else "U")
+            fields = [package.name, package.version, package.architecture, status]
+            lines.append("\t".join(fields if "Version" in form else [fields[0], fields[3]]) + "\n")
+        return "".join(lines)
+
+    def _configure(self) -> str:
+        for name, package in list(self.packages.items()):
+            self.put(name, package.version, package.held)
+        return ""
+
+    def _madison(self, names: tuple[str, ...]) -> str:
+        return "".join(
+            " %s | %s | https://somewhere noble/stable amd64 Packages\n" % (name, version)
+            for name in names
+            for version in self.offers.get(name, [])
+        )
+
+    def _install(self, argv: tuple[str, ...]) -> tuple[int, str, str]:
+        if self.install_answer:
+            return self.install_answer
+        for word in argv[argv.index("install") + 1 :]:
+            if word.startswith("-") or "::" in word:
+                continue
+            name, _, version = word.partition("=")
+            if name not in self.offers:
+                return 100, "", "E: Unable to locate package %s" % name
+            # Like apt: whoever is told to change a held package loses its hold.
+            self.put(name, version or self.offers[name][0])
+            self.installed_hook(name, version or self.offers[name][0])
+        return 0, "", ""
+
+    def _mark(self, names: tuple[str, ...], held: bool) -> str:
+        for name in names:
+            package = self.packages[name]
+            self.put(name, package.version, held, package.complete)
+        return ""
