@@ -224,6 +224,7 @@ class HostCleanup(Resource[CleanupState]):
         if change.action == "target":
             # Fails when systemd does not know it any more; the file goes in any case.
             host.run(["systemctl", "disable", "--now", "nim.target"], timeout=60)
+            host.run(["systemctl", "stop", "nim.slice"], timeout=60)
             host.remove(path)
             host.remove(UNIT_DIRECTORY + "/nim.slice")
             host.check(["systemctl", "daemon-reload"], reason="systemd", doing="Telling systemd about removed units")

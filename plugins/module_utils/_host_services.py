@@ -159,5 +159,5 @@ def state_of(model: t.Mapping[str, t.Any], failures: int) -> str:
     if model["reason"]:
         return _STATES.get(str(model["reason"]), str(model["reason"]).replace("_", " "))
     if failures:
-        return "failing (%d failed starts)" % failures
+        return "failing (%d failed start%s)" % (failures, "" if failures == 1 else "s")
     return PHASE_WORDS.get(str(model["phase"]), str(model["phase"]))

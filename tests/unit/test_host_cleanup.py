@@ -1,0 +1,165 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Taking back what the collection put on a host: everything of ours, nothing of others, nothing in use."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.gpu_fleet.nim.plugins.filter.removal import FilterModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_cleanup import (
+    CleanupState,
+    HostCleanup,
+    removal_of,
+    unknown_caches,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._packages import Package
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
+from fake_host import FakeHost
+
+MANAGED = "# Managed by gpu_fleet.nim.\nTypes: deb\n"
+
+
+class NoDocker(DockerApi):
+    def get(self, path: str, parameters: t.Mapping[str, str] | None = None) -> t.Any:
+        raise FleetError("docker_unavailable", "no daemon")
+
+
+def cleanup(**options: t.Any) -> HostCleanup:
+    return HostCleanup(api=NoDocker("/nowhere"), **options)
+
+
+def package(name: str) -> Package:
+    return Package(name=name, version="1")
+
+
+def test_own_files_go_and_caches_stay() -> None:
+    host = FakeHost(
+        {
+            "/etc/systemd/system/nim.target": "x",
+            "/etc/systemd/system/nim.slice": "x",
+            "/usr/local/libexec/nim/nim-unit": "x",
+            "/etc/nim/ngc.env": "x",
+            "/var/lib/nim/state/a.download.json": "x",
+            "/var/lib/nim/cache/llama/model": "x",
+            "/var/lib/gpu_fleet/images.json": "x",
+            "/run/gpu_fleet/health/a.json": "x",
+            "/etc/hosts": "theirs",
+        },
+        {"systemctl *": ""},
+    )
+    outcome = converge(host, cleanup(), check_mode=False)
+    assert outcome.changed
+    assert sorted(host.files) == ["/etc/hosts", "/var/lib/nim/cache/llama/model"]
+    assert ("systemctl", "disable", "--now", "nim.target") in host.calls
+    assert ("systemctl", "daemon-reload") in host.calls
+    assert not converge(host, cleanup(), check_mode=False).changed
+
+
+def test_named_cache_goes_and_empty_directories_with_it() -> None:
+    host = FakeHost({"/var/lib/nim/cache/llama/model": "x", "/srv/other/model": "x"})
+    host.dirs |= {"/var/lib/nim", "/var/lib/nim/cache", "/var/lib/nim/cache/llama"}
+    resource = cleanup(caches=["/var/lib/nim/cache/llama"])
+    assert [change.what for change in converge(host, resource, check_mode=True).changes] == [
+        "/var/lib/nim/cache/llama",
+        "/var/lib/nim/cache",
+        "/var/lib/nim",
+    ]
+    converge(host, resource, check_mode=False)
+    assert sorted(host.files) == ["/srv/other/model"]
+    assert not host.exists("/var/lib/nim")
+
+
+@pytest.mark.parametrize(
+    "path", ["cache", "/", "/etc", "/var/lib", "/var/lib/", "/srv", "/home", "/srv/../etc", "/srv/x/../../etc", ""]
+)
+def test_directories_that_are_no_cache(path: str) -> None:
+    with pytest.raises(FleetError) as caught:
+        cleanup(caches=[path])
+    assert caught.value.reason == "invalid_option"
+
+
+def test_nothing_goes_while_services_are_there() -> None:
+    host = FakeHost({"/etc/nim/llama.json": "{}", "/usr/local/libexec/nim/nim-unit": "x"})
+    outcome = converge(host, cleanup(), check_mode=False)
+    assert not outcome.changed
+    assert all("NIM services llama are still on the host" in str(change.blocked) for change in outcome.blocked)
+    assert "/etc/nim/llama.json" in host.files
+
+
+def test_only_repositories_of_ours_go() -> None:
+    host = FakeHost(
+        {
+            "/etc/os-release": 'ID=debian\nVERSION_ID="13"\nVERSION_CODENAME=trixie\n',
+            "/etc/apt/sources.list.d/docker.sources": MANAGED + "Signed-By: /etc/apt/keyrings/docker.gpg\n",
+            "/etc/apt/keyrings/docker.gpg": "key",
+            "/etc/apt/sources.list.d/nvidia-container-toolkit.sources": "Types: deb\n",
+            "/etc/apt/sources.list.d/debian.sources": MANAGED,
+        },
+        {"dpkg-query *": "", "apt-mark *": ""},
+    )
+    converge(host, cleanup(parts=["docker", "toolkit"]), check_mode=False)
+    assert sorted(host.files) == [
+        "/etc/apt/sources.list.d/debian.sources",
+        "/etc/apt/sources.list.d/nvidia-container-toolkit.sources",
+        "/etc/os-release",
+    ]
+
+
+def test_parts_in_use_are_left() -> None:
+    resource = cleanup(parts=["toolkit", "docker", "driver"])
+    state = CleanupState(
+        packages={
+            "toolkit": {"nvidia-container-toolkit": package("nvidia-container-toolkit")},
+            "docker": {"docker-ce": package("docker-ce")},
+            "driver": {"nvidia-driver": package("nvidia-driver")},
+        },
+        repositories={"docker": ("/etc/apt/sources.list.d/docker.sources",)},
+        paths=("/etc/modprobe.d/gpu-fleet-nouveau.conf", "/etc/nim"),
+        containers=("postgres",),
+        holders=("python3 (pid 7)",),
+    )
+    changes = {change.what: change for change in resource.plan(state)}
+    assert changes["packages of toolkit"].blocked is None
+    assert changes["packages of docker"].blocked == "containers postgres still run; stop them first"
+    assert changes["packages of driver"].blocked == "python3 (pid 7) still use the GPUs; stop them first"
+    assert set(changes) == {"packages of toolkit", "packages of docker", "packages of driver", "/etc/nim"}
+
+
+def test_reboot_is_due_while_the_module_is_loaded() -> None:
+    assert cleanup(parts=["driver"]).result(CleanupState(driver_loaded=True)) == {"reboot_required": True}
+    assert cleanup().result(CleanupState(driver_loaded=True)) == {"reboot_required": False}
+
+
+MODELS = [
+    {"name": "a", "image": "nvcr.io/nim/x:1", "cache_directory": "/srv/a"},
+    {"name": "b", "image": "nvcr.io/nim/x:1"},
+]
+SERVICES = [{"name": "b", "image": "nvcr.io/nim/x:0", "cache_directory": "/srv/b"}, {"name": "broken"}]
+
+
+def test_removal_of_a_host() -> None:
+    found = removal_of(MODELS, SERVICES, "a, b,c,/srv/else")
+    assert found["models"] == [
+        {"name": "a", "image": "nvcr.io/nim/x:1", "state": "absent"},
+        {"name": "b", "image": "nvcr.io/nim/x:0", "state": "absent"},
+        {"name": "broken", "image": "registry.invalid/removed:removed", "state": "absent"},
+    ]
+    assert [entry["image"] for entry in found["images"]] == ["nvcr.io/nim/x:1", "nvcr.io/nim/x:0"]
+    assert found["caches"] == ["/srv/a", "/srv/b", "/srv/else"]
+    assert removal_of([{"name": "d", "image": "x"}], [], ["d"])["caches"] == ["/var/lib/nim/cache/d"]
+    assert removal_of(MODELS, [], None)["caches"] == []
+
+
+def test_filters() -> None:
+    filters = FilterModule().filters()
+    hosts = [{"look": {"nim": SERVICES}, "nim_models": MODELS}, {"other": 1}]
+    assert filters["unknown_caches"](["a", "x", "/y"], hosts, "look") == ["x"]
+    assert filters["removal"](None, None)["models"] == []
+    with pytest.raises(AnsibleFilterError, match="write names of models with commas"):
+        filters["removal"]([], {}, {"a": 1})
+    assert unknown_caches(None, []) == []
