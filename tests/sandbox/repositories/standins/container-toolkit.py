@@ -87,7 +87,7 @@ def read(path):
 def library_version():
     """Version of the user space, by the file that libnvidia-ml.so.1 leads to."""
     try:
-        return os.readlink(LIBRARIES + "/libnvidia-ml.so.1").split(".so.")[1]
+        return os.path.realpath(LIBRARIES + "/libnvidia-ml.so.1", strict=True).split(".so.")[1]
     except (OSError, IndexError):
         raise RefusedError("failed to initialize NVML: ERROR_LIBRARY_NOT_FOUND") from None
 
@@ -133,8 +133,8 @@ def select(request):
 
 def library_files():
     version = library_version()
-    names = sorted(name for name in os.listdir(LIBRARIES) if name.endswith(".so." + version))
-    return ["%s/%s" % (LIBRARIES, name) for name in names]
+    directory = os.path.dirname(os.path.realpath(LIBRARIES + "/libnvidia-ml.so.1"))
+    return ["%s/%s" % (directory, name) for name in sorted(os.listdir(directory)) if name.endswith(".so." + version)]
 
 
 def node_of(path):
