@@ -149,7 +149,7 @@ def configured_mode(text: t.Optional[str]) -> t.Optional[str]:
 
 def spec_is_for(spec: str, driver_version: str) -> bool:
     """Whether a CDI specification mounts the libraries of a driver version (their names carry it)."""
-    return re.search(r"lib[\w-]+\.so\.%s\b" % re.escape(driver_version), spec) is not None
+    return re.search(r"lib[\w-]+\.so\.%s(?![\w.])" % re.escape(driver_version), spec) is not None
 
 
 def parse_gpu_list(text: str) -> t.Tuple[str, ...]:
