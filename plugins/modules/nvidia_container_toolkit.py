@@ -19,7 +19,8 @@ description:
     removes a stale one from C(/etc/cdi).
   - Runs C(nvidia-smi -L) in a container made of the host's own files, in the way the NIM containers ask for GPUs, and compares
     the UUIDs with the host's. It does so again only when driver, toolkit, Docker or mode have changed, or after a reboot.
-  - The three causes of C(could not select device driver "" with capabilities: [[gpu]]) (toolkit absent, never registered,
+  - >-
+    The three causes of C(could not select device driver "" with capabilities: [[gpu]]) (toolkit absent, never registered,
     daemon not told) appear as such in the changes and are mended without restarting other containers.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
