@@ -14,12 +14,17 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, GpuInventory, LoadedDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import (
+    DockerPuller,
+    PullProgress,
+    progress_text,
+    pull_error,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import (
     RECORD,
     NimImages,
     PinnedImage,
-    PullProgress,
     advance,
     forecast,
     look_up,
@@ -27,8 +32,6 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import (
     mount_points,
     parse_images,
     pinned_image,
-    progress_text,
-    pull_error,
     pull_job_id,
     read_record,
 )
@@ -367,6 +370,17 @@ def test_the_driver_is_too_old(world: World, monkeypatch: pytest.MonkeyPatch) ->
     assert "needs a driver of branch 555 or newer; gpu01 runs 535.183.01" in error.message
 
 
+def test_what_is_on_the_host_already_must_run_on_the_driver_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = GpuInventory(driver=LoadedDriver("535.183.01", "open", True), cuda_version="12.2")
+    monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: old)
+    world.docker.add(LLAMA)
+    world.docker.images[LLAMA]["Config"] = {"Env": ["PATH=/bin", "NVIDIA_REQUIRE_CUDA=cuda>=12.5"]}
+    assert _refused(world).facts["smallest_branch"] == "555"
+    assert RECORD not in world.host.files
+    assert "branch 555" in str(forecast(world.host, world.images()).blocked[0].blocked)
+    assert world.run([{"image": LLAMA, "check_requirement": False}]).finished
+
+
 def test_the_requirement_can_be_switched_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     old = GpuInventory(driver=LoadedDriver("535.183.01", "open", True), cuda_version="12.2")
     monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: old)
@@ -650,14 +664,14 @@ def test_errors_of_the_daemon(text: str, reason: str) -> None:
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(t.cast(t.Any, __import__("sys").modules), "docker", None)
     with pytest.raises(FleetError) as error:
-        _nim_image.DockerPuller("/nowhere")
+        DockerPuller("/nowhere")
     assert error.value.reason == "missing_library"
     assert "python3-docker" in error.value.message
 
 
 def test_the_sdk_without_a_daemon(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FleetError) as error:
-        _nim_image.DockerPuller(str(tmp_path / "docker.sock"))
+        DockerPuller(str(tmp_path / "docker.sock"))
     assert error.value.reason == "docker_unavailable"
 
 

@@ -1,0 +1,355 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""One pull: the Docker SDK that makes it, the sum of its events, and its errors told apart by the daemon's words."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import re
+import signal
+import typing as t
+
+from ._docker_api import SOCKET
+from ._errors import FleetError
+from ._image_reference import ImageReference
+from ._registry import TRANSIENT
+
+#: Seconds without any event from the daemon until a pull counts as stuck.
+STALLED_AFTER = 600
+
+
+# -- progress of one pull -------------------------------------------------------------------------------
+
+
+class PullProgress:
+    """Adds up the events of ``docker pull``.
+
+    Args:
+        layers: Size in bytes of each layer by its digest, from the registry: the events name a total only when a
+            layer's download begins, and a percentage must not fall back whenever one does.
+    """
+
+    _RATE_WINDOW = 15.0
+
+    def __init__(self, layers: t.Mapping[str, int]) -> None:
+        # Events name a layer by the first 12 digits of its digest.
+        self._size = {digest.split(":")[-1][:12]: size for digest, size in layers.items()}
+        self._done: t.Dict[str, int] = {}
+        self._unpacked: t.Dict[str, int] = {}
+        self._phase: t.Dict[str, str] = {}
+        #: Layers that were there before the first event of this pull.
+        self._existing: t.Set[str] = set()
+        self._samples: t.Deque[t.Tuple[float, int]] = collections.deque()
+
+    def restart(self) -> None:
+        """A new try: what is complete stays with the daemon, the rest begins again."""
+        for layer, phase in self._phase.items():
+            if phase in ("waiting", "downloading"):
+                self._done[layer] = 0
+        self._samples.clear()
+
+    def feed(self, event: t.Mapping[str, t.Any]) -> None:
+        """Take in one event of the daemon."""
+        layer, status = str(event.get("id") or ""), str(event.get("status") or "")
+        if not re.fullmatch(r"[0-9a-f]{12}", layer):
+            return
+        detail = event.get("progressDetail") or {}
+        # The containerd image store counts seconds of unpacking, not bytes.
+        current = int(detail.get("current") or 0) if not detail.get("units") else 0
+        total = int(detail.get("total") or 0) if not detail.get("units") else 0
+        if status == "Already exists":
+            # In a second try this is also said of a layer that the first one brought.
+            if not self._phase.get(layer):
+                self._existing.add(layer)
+            self._finish(layer)
+        elif status in ("Pulling fs layer", "Waiting"):
+            self._phase.setdefault(layer, "waiting")
+        elif status == "Downloading":
+            self._phase[layer] = "downloading"
+            if total:
+                self._size.setdefault(layer, total)
+            self._done[layer] = min(current, self._size.get(layer, current))
+        elif status in ("Verifying Checksum", "Download complete"):
+            self._phase[layer] = "downloaded"
+            self._done[layer] = self._size.get(layer, self._done.get(layer, 0))
+        elif status == "Extracting":
+            self._phase[layer] = "unpacking"
+            self._done[layer] = self._size.get(layer, self._done.get(layer, 0))
+            self._unpacked[layer] = min(current, self._size.get(layer, current))
+        elif status == "Pull complete":
+            self._finish(layer)
+
+    def _finish(self, layer: str) -> None:
+        self._phase[layer] = "done"
+        size = self._size.get(layer, self._done.get(layer, 0))
+        self._done[layer] = self._unpacked[layer] = size
+
+    def snapshot(self, now: float) -> t.Dict[str, t.Any]:
+        """State at a moment.
+
+        Args:
+            now: Seconds of a monotonic clock.
+
+        Returns:
+            ``bytes_done``, ``bytes_total`` (layers that were there already are in neither), ``percent`` (0 to 100),
+            ``rate`` (bytes per second, None until known), ``eta`` (seconds, None until known), ``phase`` (waiting,
+            downloading, unpacking or done), ``unpacked_percent``, and ``layers`` with the number of layers per phase.
+        """
+        counted = [layer for layer in self._size if layer not in self._existing]
+        total = sum(self._size[layer] for layer in counted)
+        done = sum(self._done.get(layer, 0) for layer in counted)
+        unpacked = sum(self._unpacked.get(layer, 0) for layer in counted)
+        phases = collections.Counter(self._phase.get(layer, "waiting") for layer in self._size)
+        self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > self._RATE_WINDOW:
+            self._samples.popleft()
+        first_time, first_done = self._samples[0]
+        rate = (done - first_done) / (now - first_time) if now - first_time >= 1.0 else None
+        if phases["done"] == len(self._size):
+            phase = "done"
+        elif done >= total:
+            phase = "unpacking"
+        elif phases["waiting"] + phases["done"] == len(self._size) and not done:
+            phase = "waiting"
+        else:
+            phase = "downloading"
+        return {
+            "bytes_done": done,
+            "bytes_total": total,
+            "percent": 100 * done // total if total else 100,
+            "unpacked_percent": 100 * unpacked // total if total else 100,
+            "rate": rate if phase == "downloading" else None,
+            "eta": (total - done) / rate if rate and phase == "downloading" else None,
+            "phase": phase,
+            "layers": dict(phases),
+        }
+
+
+def amount(size: float) -> str:
+    """``2.8 GB``, in the decimal units that registries and disks are sold in."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= step:
+            return "%.1f %s" % (size / step, unit) if size < 100 * step else "%.0f %s" % (size / step, unit)
+    return "%d B" % size
+
+
+def progress_text(name: str, progress: t.Mapping[str, t.Any]) -> str:
+    """One line about one pull: ``nim/meta/x 43% 1.2 of 2.8 GB, 95 MB/s, 0:17 left``."""
+    if progress.get("phase") == "retrying":
+        return "%s: %s, try %s of %s follows" % (
+            name,
+            progress.get("why", "interrupted"),
+            progress.get("attempt", "?"),
+            progress.get("attempts", "?"),
+        )
+    total, done = int(progress.get("bytes_total") or 0), int(progress.get("bytes_done") or 0)
+    if progress.get("phase") in ("unpacking", "done"):
+        return "%s unpacking %d%% of %s" % (name, int(progress.get("unpacked_percent") or 0), amount(total))
+    if progress.get("phase") != "downloading":
+        return "%s: waiting for the first bytes of %s" % (name, amount(total)) if total else "%s: waiting" % name
+    amounts = amount(done).split(" "), amount(total).split(" ")
+    have = amounts[0][0] if amounts[0][1] == amounts[1][1] else " ".join(amounts[0])
+    text = "%s %d%% %s of %s" % (name, int(progress.get("percent") or 0), have, amount(total))
+    if progress.get("rate"):
+        text += ", %s/s" % amount(progress["rate"])
+    if progress.get("eta") is not None:
+        minutes, seconds = divmod(int(progress["eta"] + 0.5), 60)
+        hours, minutes = divmod(minutes, 60)
+        text += ", %d:%02d:%02d left" % (hours, minutes, seconds) if hours else ", %d:%02d left" % (minutes, seconds)
+    return text
+
+
+# -- errors of the daemon -------------------------------------------------------------------------------
+
+#: Pattern, reason, what to do. The first that matches decides. Texts: moby, containerd, distribution, nvcr.io.
+_PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
+    (
+        r"no space left on device",
+        "disk_full",
+        "free space (docker system df, docker image prune) or move Docker's data-root to a larger disk",
+    ),
+    (
+        r"Incorrect Repository Format",
+        "engine_cannot_pull",
+        "Docker Engine 29.5 cannot pull from nvcr.io: install an older or newer engine, or switch the containerd image "
+        "store off in daemon.json (features, containerd-snapshotter)",
+    ),
+    (
+        r"no matching manifest for|exec format error|does not match the specified platform",
+        "architecture",
+        "use a tag or repository for this host's architecture",
+    ),
+    (
+        r"x509:|tls: (?!.*handshake timeout)|certificate",
+        "tls_error",
+        "put the CA certificate into the host's store (update-ca-certificates or update-ca-trust) and restart Docker, or "
+        "into /etc/docker/certs.d/REGISTRY/ca.crt",
+    ),
+    (r"toomanyrequests|429 Too Many Requests", "rate_limit", "try again later, log in, or use a mirror"),
+    (
+        r"402 Payment Required",
+        "no_entitlement",
+        "activate an NVIDIA AI Enterprise licence or trial for the key's organisation",
+    ),
+    (r"\b451\b", "legal", "use another model: the registry may not hand it out here"),
+    (r"manifest unknown|manifest for .* not found", "no_such_tag", "name a tag that exists"),
+    (
+        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access",
+        "no_entitlement",
+        "accept the terms of the image on its NGC page and check the key's organisation and its NGC Catalog service",
+    ),
+    (
+        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials",
+        "bad_key",
+        "check the API key and the name of the repository",
+    ),
+    (r"name unknown|repository .* not found", "no_such_repository", "check the name of the repository"),
+    (
+        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|Error while fetching server",
+        "docker_unavailable",
+        "see 'systemctl status docker' and 'journalctl -u docker'",
+    ),
+    (
+        r"no such host|i/o timeout|connection refused|connection reset|handshake timeout|unexpected EOF|\bEOF\b|"
+        r"context deadline exceeded|request canceled|network is unreachable|no route to host|"
+        r"\b50[0-9] |server misbehaving|proxyconnect|filesystem layer verification failed|unexpected commit digest|"
+        r"short read|stream error|http2:",
+        "registry_unreachable",
+        "check the network, DNS and the proxy settings of the Docker service",
+    ),
+)
+#: Worth another try without anybody doing anything.
+PULL_TRANSIENT = TRANSIENT | {"docker_unavailable", "pull_stalled"}
+
+
+def pull_error(image: str, text: str) -> FleetError:
+    """Tell the errors of a pull apart by the daemon's text."""
+    reason, remedy = next(
+        ((reason, remedy) for pattern, reason, remedy in _PULL_ERRORS if re.search(pattern, text)),
+        ("pull_failed", "see 'journalctl -u docker'"),
+    )
+    said = " ".join(text.split())[:400].rstrip(".")
+    return FleetError(reason, "Pulling %s failed: %s; %s." % (image, said, remedy), image=image)
+
+
+class _StalledError(Exception):
+    """Nothing came from the daemon for too long."""
+
+
+class DockerPuller:
+    """The few changes that are made through the Docker SDK for Python.
+
+    Raises:
+        FleetError: ``missing_library`` when it is not installed, ``docker_unavailable``, and the reasons of
+            :func:`pull_error`.
+    """
+
+    def __init__(self, socket_path: str = SOCKET) -> None:
+        try:
+            import docker
+            import docker.errors
+            import requests
+            import urllib3
+        except ImportError as error:
+            raise FleetError(
+                "missing_library",
+                "Pulling needs the Docker SDK for Python on the host (%s); install python3-docker." % error,
+            ) from None
+        # All that a pull can raise: the daemon's answer, and a connection that breaks in the middle of the stream.
+        self._errors: t.Tuple[t.Type[Exception], ...] = (
+            docker.errors.DockerException,
+            requests.exceptions.RequestException,
+            # The SDK reads the stream past requests, so these come unwrapped.
+            urllib3.exceptions.HTTPError,
+            http.client.HTTPException,
+            OSError,
+        )
+        self._api_error: t.Any = docker.errors.APIError
+        try:
+            self._client: t.Any = docker.APIClient(base_url="unix://" + socket_path, version="auto", timeout=60)
+        except self._errors as failed:
+            raise FleetError(
+                "docker_unavailable",
+                "Connecting to Docker at %s failed: %s; see 'systemctl status docker'." % (socket_path, failed),
+                socket=socket_path,
+            ) from None
+
+    def close(self) -> None:
+        """Close the connection to the daemon."""
+        self._client.close()
+
+    def pull(
+        self,
+        source: str,
+        digest: str,
+        credentials: t.Optional[t.Tuple[str, str]],
+        on_event: t.Callable[[t.Mapping[str, t.Any]], None],
+        stalled_after: int = STALLED_AFTER,
+    ) -> None:
+        """Pull by digest; must run in the main thread of its process, whose alarm signal it uses."""
+        image = "%s@%s" % (source, digest)
+        auth = {"username": credentials[0], "password": credentials[1]} if credentials else {}
+
+        def alarm(_number: int, _frame: t.Any) -> None:
+            raise _StalledError
+
+        before = signal.signal(signal.SIGALRM, alarm)
+        signal.alarm(stalled_after)
+        try:
+            # Without auth_config the SDK would look for credentials itself; an empty one is anonymous.
+            for event in self._client.pull(source, tag=digest, auth_config=auth, stream=True, decode=True):
+                signal.alarm(stalled_after)
+                if event.get("error") or event.get("errorDetail"):
+                    detail = event.get("errorDetail") or {}
+                    raise pull_error(image, str(detail.get("message") or event.get("error")))
+                on_event(event)
+        except _StalledError:
+            raise FleetError(
+                "pull_stalled",
+                "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
+                % (image, stalled_after),
+                image=image,
+            ) from None
+        except self._errors as error:
+            raise self._translate(image, error) from None
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+
+    def tag(self, image_id: str, reference: ImageReference) -> None:
+        """Give an image its human name, which also keeps ``docker image prune`` away from it."""
+        try:
+            self._client.tag(image_id, reference.name, reference.tag)
+        except self._errors as error:
+            raise self._translate(str(reference), error) from None
+
+    def remove(self, name: str) -> None:
+        """Remove one name of an image, and the image with its last name; absent is fine."""
+        try:
+            self._client.remove_image(name)
+        except self._api_error as error:
+            if error.status_code == 404:
+                return
+            if error.status_code == 409:
+                raise FleetError(
+                    "image_in_use",
+                    "Removing %s failed: %s; remove the container first." % (name, error.explanation),
+                    image=name,
+                ) from None
+            raise self._translate(name, error) from None
+        except self._errors as error:
+            raise self._translate(name, error) from None
+
+    def _translate(self, image: str, error: Exception) -> FleetError:
+        if isinstance(error, self._api_error):
+            return pull_error(image, str(getattr(error, "explanation", "") or error))
+        # No answer of the daemon at all, or one that broke off: it was stopped or restarted.
+        return FleetError(
+            "docker_unavailable",
+            "Docker's answer about %s broke off (%s); see 'systemctl status docker' and 'journalctl -u docker'."
+            % (image, type(error).__name__),
+            image=image,
+        )
