@@ -6,6 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export MOLECULE_GLOB='molecule/*/molecule.yml'
 
+NGC_API_KEY=$(PYTHONPATH=tests/sandbox/world python -c 'import control; print(control.KEY_VALID)')
+export NGC_API_KEY
+
 python tests/sandbox/sandbox.py up -n 0
 passed=() failed=()
 for scenario in "$@"; do

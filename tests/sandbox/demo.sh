@@ -13,7 +13,7 @@ python tests/sandbox/sandbox.py up --hosts gpu01,gpu02
 # The README's inventory is what runs; the sandbox adds, beside it, how its hosts are reached.
 python tests/sandbox/readme.py inventory --output .sandbox/demo
 export ANSIBLE_CONFIG=$PWD/.sandbox/ansible.cfg
-NGC_API_KEY=$(python tests/sandbox/world/control.py --state .sandbox key)
+NGC_API_KEY=$(PYTHONPATH=tests/sandbox/world python -c 'import control; print(control.KEY_VALID)')
 export NGC_API_KEY
 cd .sandbox/demo
 

@@ -182,6 +182,8 @@ def _fill(rootfs: pathlib.Path, image: str, container: str) -> None:
     script = "rm -f /etc/ssh/ssh_host_*; systemctl mask --quiet %s; systemctl set-default --quiet multi-user.target" % (
         " ".join(MASKED)
     )
+    # The operator's account of the README's inventory.
+    script += "; useradd --create-home --shell /bin/bash ops"
     if CA.exists():
         certificate = rootfs / "usr/local/share/ca-certificates/gpu-fleet-sandbox.crt"
         certificate.parent.mkdir(parents=True, exist_ok=True)
