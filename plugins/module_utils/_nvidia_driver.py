@@ -616,7 +616,13 @@ class NvidiaDriver(Resource[DriverState]):
     def _plan_holds(self, plan: PackagePlan, state: DriverState, packages_change: bool) -> list[Change]:
         changes: list[Change] = []
         loose = [name for name in to_hold(state.installed) if not state.installed[name].held]
-        if self.hold and (loose or packages_change):
+        # Half installed now, and complete once the interrupted transaction is finished.
+        coming = [
+            name
+            for name, package in state.installed.items()
+            if is_driver_package(name) and not package.complete and not package.held
+        ]
+        if self.hold and (loose or coming or packages_change):
             changes.append(
                 Change(
                     self.name,
@@ -651,6 +657,7 @@ class NvidiaDriver(Resource[DriverState]):
         manager = package_manager(host, os_release)
         if change.action == "repair":
             self._repair(host, manager)
+            self._enable(host)
         elif change.action == "repository":
             manager.apply_repository(change.data["repository"])
         elif change.action == "components":
@@ -842,12 +849,13 @@ class NvidiaDriver(Resource[DriverState]):
         state = self.observe(host)
         plan = self.package_plan(state)
         if self._plan_packages(plan, state) is None:
+            # Finishing an interrupted transaction was enough.
+            self._finish(host)
             return
         self._prerequisites(host, manager, state, plan)
         resolved = self.resolve(manager, plan, state.installed)
         foreign = foreign_packages(plan, state.installed, self.branch)
         held = [name for name, package in state.installed.items() if package.held and is_driver_package(name)]
-        manager.unhold(*held)
         if foreign:
             self._guard_removal(host, plan, foreign)
         pinning = {name: version for name, version in resolved.items() if name == plan.pinning}
@@ -857,7 +865,6 @@ class NvidiaDriver(Resource[DriverState]):
         if state.inventory.driver is not None:
             late = foreign_holders(driver_holders(host))
             if late:
-                manager.hold(*held)
                 raise in_use_error(late, "Changing the driver packages")
             if self.unload:
                 stop_clients(host)
@@ -865,13 +872,13 @@ class NvidiaDriver(Resource[DriverState]):
                 late = foreign_holders(driver_holders(host))
                 if late:
                     start_clients(host)
-                    manager.hold(*held)
                     raise in_use_error(late, "Changing the driver packages")
                 if unload_modules(host):
                     # It stays until the next boot; the reload says so. The clients go on with the old module.
                     start_clients(host)
                     stopped = False
         try:
+            manager.unhold(*held)
             if foreign:
                 manager.remove(*foreign, purge=True)
             # First: it changes what the resolver takes for the rest.
@@ -887,8 +894,12 @@ class NvidiaDriver(Resource[DriverState]):
                 else ""
             )
             raise
+        self._finish(host)
+
+    def _finish(self, host: Host) -> None:
+        """What the packages' own scripts may have left open."""
         self._enable(host)
-        if self.kernel_module and not on_disk_version(host, state.kernel):
+        if self.kernel_module and not on_disk_version(host, host.kernel_release()):
             self._build(host)
 
     def _enable(self, host: Host) -> None:

@@ -354,6 +354,21 @@ def test_interrupted_dpkg_is_finished_first(world: DriverWorld) -> None:
     assert world.packages["nvidia-dkms-580-open"][1] == "hi"
 
 
+def test_interrupted_everywhere(world: DriverWorld) -> None:
+    """Power went while packages were configured: nothing held yet, a service not enabled yet."""
+    world.install_driver("580.95.05", loaded=False, held=False)
+    world.configured()
+    for name in world.packages:
+        world.packages[name][1] = "iU"
+    world.module = ""
+    world.unit_state["nvidia-persistenced.service"] = ["inactive", "disabled"]
+    outcome = run(world)
+    assert actions(outcome)[0] == "repair"
+    assert world.packages["nvidia-open-580"][1] == "hi"
+    assert world.unit_state["nvidia-persistenced.service"][1] == "enabled"
+    assert not run(world).changed
+
+
 def test_a_half_installed_branch_that_cannot_be_finished_is_replaced(world: DriverWorld) -> None:
     world.build_fails = "580.82.07"
     with pytest.raises(FleetError) as caught:
