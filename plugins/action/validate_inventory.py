@@ -20,8 +20,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import (
     validate,
 )
 
-#: ansible-core before 2.19 hands out the template itself where it cannot be resolved; later ones raise an error.
-_HANDS_OUT_TEMPLATES = tuple(int(part) for part in core_version.split(".")[:2]) < (2, 19)
+#: Before 2.19 ansible-core hands out the template itself where it cannot be resolved, in place of an error, and prints
+#: the message of a failed task with its line breaks escaped.
+_BEFORE_2_19 = tuple(int(part) for part in core_version.split(".")[:2]) < (2, 19)
 
 _ROLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "roles")
 
@@ -50,7 +51,7 @@ def plain(value: t.Any) -> t.Any:
         return [plain(entry) for entry in value]
     if isinstance(value, str):
         text = str(value)
-        if _HANDS_OUT_TEMPLATES and "{{" in text and "}}" in text:
+        if _BEFORE_2_19 and "{{" in text and "}}" in text:
             raise AnsibleError("something in it is undefined")
         return text
     if isinstance(value, (bool, int, float)) or value is None:
@@ -108,6 +109,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                 count,
                 "\n".join("  " + line for line in lines),
             )
+            if _BEFORE_2_19:
+                self._display.display(result["msg"], color="red", stderr=True)
         else:
             result["msg"] = "The variables of %d hosts are sound." % len(hosts)
         return result

@@ -57,7 +57,7 @@ def test_plain_and_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ngc_x"] is None
     assert isinstance(found["nim_broken"], Unresolved)
     assert set(found) == {"nim_models", "nim_broken", "ngc_x"}
-    monkeypatch.setattr(action, "_HANDS_OUT_TEMPLATES", True)
+    monkeypatch.setattr(action, "_BEFORE_2_19", True)
     assert isinstance(action.resolve({"nim_models": ["{{ x }}"]})["nim_models"], Unresolved)
 
 
