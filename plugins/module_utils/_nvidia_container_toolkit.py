@@ -70,6 +70,7 @@ VALIDATION = "/run/gpu_fleet/validations/nvidia_container_toolkit.json"
 
 _SMOKE_NAME = "gpu-fleet-smoke-test"
 _SMOKE_DIRECTORY = "/run/gpu_fleet/smoke_test"
+_C_LIBRARY = ("libdl.so.2", "libm.so.6", "libpthread.so.0", "librt.so.1")
 #: Seconds for the container: on a large host without persistence mode the first NVML call alone takes most of a minute.
 _SMOKE_TIMEOUT = 180
 
@@ -758,8 +759,13 @@ def build_archive(host: Host, programs: t.Sequence[str]) -> bytes:
             # "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)" and "/lib64/ld-linux-x86-64.so.2 (0x…)"
             found = re.search(r"(?:=>\s*)?(/\S+)\s+\(0x", line)
             # The driver's own libraries are injected with it.
-            if found and "nvidia" not in found.group(1) and "libcuda" not in found.group(1):
-                paths[found.group(1)] = None
+            if not found or "nvidia" in found.group(1) or "libcuda" in found.group(1):
+                continue
+            paths[found.group(1)] = None
+            if os.path.basename(found.group(1)) == "libc.so.6":
+                # The rest of the C library: where nvidia-smi is a wrapper script, ldd does not see what the program needs.
+                for name in _C_LIBRARY:
+                    paths[os.path.join(os.path.dirname(found.group(1)), name)] = None
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         made: t.Set[str] = set()

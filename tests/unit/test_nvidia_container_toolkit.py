@@ -489,11 +489,12 @@ def test_broken_record_counts_for_nothing(machine: Machine) -> None:
 
 
 def test_image_holds_a_shell_and_libraries_only(machine: Machine) -> None:
+    machine.host.files["/lib/libm.so.6"] = b"\x7fELF m"
     archive = tk.build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
     with tarfile.open(fileobj=io.BytesIO(archive)) as content:
         files = sorted("/" + entry.name for entry in content if entry.isfile())
         assert {"etc", "proc", "tmp", "usr/bin", "lib"} <= {entry.name for entry in content if entry.isdir()}
-    assert files == ["/bin/sh", "/lib/libc.so.6"]
+    assert files == ["/bin/sh", "/lib/libc.so.6", "/lib/libm.so.6"]
     assert archive == tk.build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
 
 
