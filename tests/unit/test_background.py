@@ -105,19 +105,21 @@ def test_a_killed_job_is_lost_and_can_be_started_again(jobs: Jobs) -> None:
     assert jobs.wait(["a"], 10)[0].result == {"ok": True}
 
 
-def test_waiting_ends_with_the_first_failure(jobs: Jobs) -> None:
+def test_waiting_ends_with_the_first_failure(jobs: Jobs, tmp_path: pathlib.Path) -> None:
+    gate = tmp_path / "gate"
+
     def fails(report: object) -> dict[str, object]:
         raise FleetError("x", "y")
 
     def sleeps(report: object) -> dict[str, object]:
-        time.sleep(3)
+        _until(gate.exists, 30)
         return {}
 
     jobs.start("slow", sleeps)
     jobs.start("bad", fails)
-    began = time.monotonic()
     assert {status.state for status in jobs.wait(["slow", "bad"], 20)} == {"running", "failed"}
-    assert time.monotonic() - began < 2
+    gate.touch()
+    assert jobs.wait(["slow"], 20)[0].state == "done"
 
 
 def test_it_survives_its_parent_and_frees_its_output(tmp_path: pathlib.Path) -> None:
@@ -127,15 +129,20 @@ def test_it_survives_its_parent_and_frees_its_output(tmp_path: pathlib.Path) -> 
         "import os, sys, time\n"
         "from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs\n"
         "def work(report):\n"
-        "    time.sleep(1)\n"
+        "    while not os.path.exists(sys.argv[2]):\n"
+        "        time.sleep(0.02)\n"
         "    return {'session': os.getsid(0), 'parent': os.getppid()}\n"
         "Jobs(sys.argv[1]).start('a', work)\n"
         "print('started', os.getsid(0))\n"
     )
-    directory = str(tmp_path / "jobs")
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, str(script), directory], stdout=subprocess.PIPE, text=True, check=True)
-    assert time.monotonic() - began < 0.9
+    directory, gate = str(tmp_path / "jobs"), tmp_path / "gate"
+    # Returns only when every holder of its standard output is gone: a job that held it would block here.
+    done = subprocess.run(
+        [sys.executable, str(script), directory, str(gate)], stdout=subprocess.PIPE, text=True, check=True, timeout=60
+    )
+    (status,) = Jobs(directory).wait(["a"], 0)
+    assert status.state == "running"
+    gate.touch()
     (status,) = Jobs(directory).wait(["a"], 10)
     assert status.state == "done"
     assert str(status.result["session"]) != done.stdout.split()[1]

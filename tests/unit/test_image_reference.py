@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference, check_mirrors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -68,6 +68,7 @@ def test_malformed(text: object, part: str) -> None:
 _component = st.from_regex(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*", fullmatch=True).filter(lambda x: len(x) < 30)
 
 
+@settings(deadline=None)
 @given(
     registry=st.sampled_from(["nvcr.io", "a-b.example:5000", "localhost", "[::1]:5000"]),
     path=st.lists(_component, min_size=1, max_size=4),
@@ -79,6 +80,7 @@ def test_round_trip(registry: str, path: list[str], tag: str | None, digest: str
     assert ImageReference.parse(str(reference)) == reference
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_is_a_reference_or_an_invalid_option(text: str) -> None:
     try:

@@ -38,7 +38,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import (
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import RegistryImage
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
 from fake_host import FakeHost
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 KEY = "nvapi-very-secret-0123456789"
@@ -760,6 +760,7 @@ _events = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(_events)
 def test_progress_stays_in_its_bounds(events: list[dict[str, t.Any]]) -> None:
     tracker = PullProgress({"sha256:" + letter * 64: 100 for letter in "ab"})

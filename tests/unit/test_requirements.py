@@ -14,7 +14,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import
     requirements_of,
     satisfied,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TESLA = [("Tesla", "7.5")]
@@ -94,6 +94,7 @@ _condition = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(_version, _version)
 def test_comparisons_are_a_total_order(left: str, right: str) -> None:
     less, equal, greater = (compare_versions(left, operator, right) for operator in ("<", "=", ">"))
@@ -104,27 +105,32 @@ def test_comparisons_are_a_total_order(left: str, right: str) -> None:
     assert compare_versions(right, "<", left) is greater
 
 
+@settings(deadline=None)
 @given(_version)
 def test_trailing_zeros_do_not_count(version: str) -> None:
     assert compare_versions(version + ".0", "=", version)
 
 
+@settings(deadline=None)
 @given(st.lists(_condition, min_size=1, max_size=5), _version, _version)
 def test_a_group_is_a_conjunction(terms: list[str], driver: str, cuda: str) -> None:
     assert satisfied(",".join(terms), driver, cuda, TESLA) is all(satisfied(x, driver, cuda, TESLA) for x in terms)
 
 
+@settings(deadline=None)
 @given(st.lists(_condition, min_size=1, max_size=5), _version, _version)
 def test_groups_are_alternatives(groups: list[str], driver: str, cuda: str) -> None:
     assert satisfied(" ".join(groups), driver, cuda, TESLA) is any(satisfied(x, driver, cuda, TESLA) for x in groups)
 
 
+@settings(deadline=None)
 @given(_condition, _version, st.integers(0, 999))
 def test_more_gpus_never_satisfy_more(condition: str, driver: str, minor: int) -> None:
     more = [*TESLA, ("GeForce", "%d.0" % minor)]
     assert satisfied(condition, driver, "12.0", more) <= satisfied(condition, driver, "12.0", TESLA)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="cudabrniveh=!<>,. 0189", max_size=60))
 def test_any_text_is_judged_or_refused(expression: str) -> None:
     try:
