@@ -492,8 +492,9 @@ class RegistryClient:
                 )
             return FleetError(
                 "no_such_tag",
-                "%s has no %s in an existing repository; name a tag that its NGC page lists (many repositories have no "
-                "tag latest)." % (self.registry, name),
+                "%s has the repository %s, but nothing in it under %s; name a tag that its NGC page lists (many "
+                "repositories have no tag latest)."
+                % (self.registry, repository, name[name.rfind(repository) + len(repository) :] or "that name"),
                 **facts,
             )
         if status == 451:
