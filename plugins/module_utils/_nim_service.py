@@ -286,6 +286,8 @@ class NimService(Resource[HostState]):
         key: NGC key; None leaves the stored one alone.
         key_state: ``absent`` removes the stored key.
         injection: How containers get their GPUs: ``runtime``, ``cdi`` or ``gpus``.
+        remove_all: Take away every service of the host, listed or not, and all that this resource has written.
+            Model caches stay.
     """
 
     name = "nim_service"
@@ -297,12 +299,14 @@ class NimService(Resource[HostState]):
         key: str | None = None,
         key_state: str = "present",
         injection: str = "runtime",
+        remove_all: bool = False,
         api: DockerApi | None = None,
     ) -> None:
         self.models = list(models)
         self.key = key or None
         self.key_state = key_state
         self.injection = injection
+        self.remove_all = remove_all
         self.api = api or DockerApi()
         self.warnings: list[str] = []
         self._restarted: set[str] = set()
@@ -322,7 +326,7 @@ class NimService(Resource[HostState]):
 
     def observe(self, host: Host) -> HostState:
         problem, info, version, containers, inspected = self._look_at_docker(host)
-        wanted = [model for model in self.models if model.state != "absent"]
+        wanted = [model for model in self.models if model.state != "absent" and not self.remove_all]
         inventory = observe_gpus(host) if wanted else None
         names = self._names(host)
         units = self._units(host, names)
@@ -478,6 +482,8 @@ class NimService(Resource[HostState]):
             FleetError: ``gpus_unavailable``, ``port_in_use``, ``unit_masked``: nothing may be touched before these
                 are settled.
         """
+        if self.remove_all:
+            return self._plan_removal(state)
         prerequisites = self._missing_prerequisites(state)
         if prerequisites:
             return prerequisites
@@ -693,34 +699,36 @@ class NimService(Resource[HostState]):
 
     def _plan_stop(self, model: NimModel, state: HostState) -> list[Change]:
         service = _service_state(state, model.name)
+        return self._stop_changes(service, "state is %s" % model.state, model.stop_timeout, model.state == "absent")
+
+    def _stop_changes(self, service: ServiceState, why: str, stop_timeout: int, remove: bool) -> list[Change]:
+        unit = unit_name(service.name)
         changes = []
         if service.alive or service.running or service.downloading:
+            data = {"name": service.name, "stop_timeout": stop_timeout}
+            changes.append(Change(self.name, unit, "started", "stopped", why, Disruption.RESTART_NIM, "stop", data))
+        if remove and service.exists:
+            why += "; its model cache is kept"
             changes.append(
-                Change(
-                    self.name,
-                    model.unit,
-                    "started",
-                    "stopped",
-                    "state is %s" % model.state,
-                    Disruption.RESTART_NIM,
-                    "stop",
-                    {"name": model.name, "stop_timeout": model.stop_timeout},
-                )
-            )
-        if model.state == "absent" and service.exists:
-            changes.append(
-                Change(
-                    self.name,
-                    model.unit,
-                    "present",
-                    None,
-                    "state is absent; its cache %s is kept" % model.cache_directory,
-                    Disruption.NONE,
-                    "remove",
-                    {"name": model.name},
-                )
+                Change(self.name, unit, "present", None, why, Disruption.NONE, "remove", {"name": service.name})
             )
         return changes
+
+    def _plan_removal(self, state: HostState) -> list[Change]:
+        why = "everything is to be removed"
+        changes = []
+        for service in state.services.values():
+            timeout = service.configuration.get("stop_timeout")
+            changes += self._stop_changes(service, why, timeout if isinstance(timeout, int) else 60, True)
+        target = UNIT_DIRECTORY + "/nim.target"
+        if state.files.get(target) is not None:
+            changes.append(Change(self.name, "nim.target", "present", None, why, Disruption.NONE, "remove_target", {}))
+        for path in (UNIT_DIRECTORY + "/nim.slice", os.path.dirname(WRAPPER), STATE_DIRECTORY, CONFIGURATION_DIRECTORY):
+            if state.files.get(path) is not None or state.paths.get(path) is not None:
+                changes.append(
+                    Change(self.name, path, "present", None, why, Disruption.NONE, "remove_path", {"path": path})
+                )
+        return changes + self._plan_reload(changes, state)
 
     def _plan_service_files(self, model: NimModel, configuration: Json, state: HostState) -> list[Change]:
         service = _service_state(state, model.name)
@@ -743,12 +751,14 @@ class NimService(Resource[HostState]):
 
     def _plan_reload(self, changes: t.Sequence[Change], state: HostState) -> list[Change]:
         written = any(
-            change.action in ("remove", "enable", "disable")
+            change.action in ("remove", "remove_target", "enable", "disable")
             or (change.action == "file" and str(change.data["path"]).startswith(UNIT_DIRECTORY + "/"))
             for change in changes
         )
-        stale = state.target_need_reload or any(
-            _service_state(state, model.name).need_reload for model in self.models if model.state != "absent"
+        stale = (state.target_need_reload and not self.remove_all) or any(
+            _service_state(state, model.name).need_reload
+            for model in self.models
+            if model.state != "absent" and not self.remove_all
         )
         if not written and not stale:
             return []
@@ -847,6 +857,11 @@ class NimService(Resource[HostState]):
             self._stop(host, data["name"], data["stop_timeout"])
         elif change.action == "remove":
             self._remove(host, data["name"])
+        elif change.action == "remove_target":
+            self._systemctl(host, "disable", ["nim.target"], "--now", "--no-reload")
+            host.remove(UNIT_DIRECTORY + "/nim.target")
+        elif change.action == "remove_path":
+            host.remove(data["path"])
         elif change.action == "daemon_reload":
             self._daemon_reload(host, data["endangered"])
         elif change.action in ("enable", "disable"):
@@ -965,7 +980,7 @@ class NimService(Resource[HostState]):
 
     def result(self, state: HostState) -> Json:
         """Return values of the module: every service, what is there beside the list, and warnings."""
-        known = not self._missing_prerequisites(state)
+        known = not self.remove_all and not self._missing_prerequisites(state)
         configurations: t.Mapping[str, Json] = self.configurations(state) if known else {}
         listed = {model.name for model in self.models}
         warnings = list(self.warnings)

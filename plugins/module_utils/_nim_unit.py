@@ -360,8 +360,7 @@ class Unit:
 
     def watch(self) -> int:
         self.watching = True
-        if not self.ready:
-            self.note("starting")
+        self.note("ready" if self.ready else "starting")
         while True:
             code = self.wait(self.container, probe=True)
             if code is None:

@@ -144,6 +144,13 @@ options:
     type: str
     choices: [present, absent]
     default: present
+  state:
+    description:
+      - V(absent) stops and removes every service of the host, listed in O(models) or not, and everything that this module
+        has written, the stored key too. Model caches stay.
+    type: str
+    choices: [present, absent]
+    default: present
   gpu_injection:
     description:
       - How containers get their GPUs. V(runtime) uses the C(nvidia) runtime with C(NVIDIA_VISIBLE_DEVICES).
@@ -180,6 +187,12 @@ EXAMPLES = r"""
         weights_directory: /srv/models/support-bot
         served_model_name: support-bot
         start_timeout: 3600
+  become: true
+
+- name: Take every NIM service off the host, but not the model caches
+  gpu_fleet.nim.nim_service:
+    models: []
+    state: absent
   become: true
 """
 
@@ -256,6 +269,7 @@ def main() -> None:
             "models": {"type": "list", "elements": "dict", "required": True, "options": NIM_MODEL_OPTIONS},
             "ngc_api_key": {"type": "str", "no_log": True},
             "ngc_key_state": {"type": "str", "choices": ["present", "absent"], "default": "present", "no_log": False},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "gpu_injection": {"type": "str", "choices": ["runtime", "cdi", "gpus"], "default": "runtime"},
         },
         supports_check_mode=True,
@@ -269,6 +283,7 @@ def main() -> None:
                 key=module.params["ngc_api_key"],
                 key_state=module.params["ngc_key_state"],
                 injection=module.params["gpu_injection"],
+                remove_all=module.params["state"] == "absent",
             )
         )
         return made[0]

@@ -491,6 +491,22 @@ def test_absent_removes_everything_but_the_cache(machine: Machine) -> None:
     assert machine.plan(llama(state="absent")) == []
 
 
+def test_remove_all_leaves_nothing_but_caches(machine: Machine) -> None:
+    before = set(machine.host.files)
+    machine.converge(llama(), nemo(), key=KEY)
+    outcome = machine.converge(remove_all=True)
+    assert [change.what for change in outcome.changes if change.action == "stop"] == [
+        "nim-llama.service",
+        "nim-nemo.service",
+    ]
+    assert set(machine.host.files) == before
+    assert machine.api.list == {}
+    assert "/var/lib/nim/cache/llama" in machine.host.dirs
+    assert machine.enabled == set()
+    assert machine.converge(remove_all=True).changes == []
+    assert machine.answer["services"] == machine.answer["orphans"] == []
+
+
 def test_services_outside_the_list_are_reported_and_keep_their_gpus(machine: Machine) -> None:
     machine.converge(llama(), nemo())
     assert machine.converge(nemo()).changes == []

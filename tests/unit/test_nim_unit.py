@@ -145,7 +145,7 @@ class Machine:
         self.running.append(process)
         return process
 
-    def finish(self, process: subprocess.Popen[str], seconds: float = 20) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
         output, _nothing = process.communicate(timeout=seconds)
         return process.returncode, output
 
@@ -166,7 +166,7 @@ class Machine:
         path = self.root / "run/llama.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def until(self, condition: t.Callable[[], t.Any], seconds: float = 15) -> None:
+    def until(self, condition: t.Callable[[], t.Any], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, (self.bin / "calls").read_text()
@@ -206,8 +206,8 @@ def service() -> t.Iterator[str]:
 
 def test_a_fresh_start_creates_without_pull_and_without_restart_policy(machine: Machine) -> None:
     process = machine.start()
-    machine.until(machine.container)
-    machine.phase("starting")
+    machine.until(lambda: machine.calls("wait"))
+    assert machine.runtime()["phase"] == "starting"
     assert machine.calls("create") == [
         "create --name nim-llama --pull=never --restart=no --label %s=one --env=A=b image@sha256:0" % LABEL
     ]
@@ -303,13 +303,15 @@ def test_stop_without_a_container_is_fine_and_without_docker_is_not(machine: Mac
     assert "may still run" in output
 
 
-def test_a_restart_of_docker_with_live_restore_changes_nothing(machine: Machine) -> None:
+def test_a_restart_of_docker_with_live_restore_changes_nothing(machine: Machine, service: str) -> None:
+    machine.configure(ready_url=service)
     process = machine.start()
-    machine.until(lambda: machine.calls("wait"))
+    machine.phase("ready")
     (machine.bin / "away").touch()
     machine.phase("waiting_for_docker")
     (machine.bin / "away").unlink()
     machine.until(lambda: len(machine.calls("wait")) > 1)
+    machine.phase("ready")
     assert process.poll() is None
     assert len(machine.calls("create")) == 1
 
