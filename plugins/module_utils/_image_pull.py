@@ -100,8 +100,9 @@ class PullProgress:
         """
         counted = [layer for layer in self._size if layer not in self._existing]
         total = sum(self._size[layer] for layer in counted)
-        done = sum(self._done.get(layer, 0) for layer in counted)
-        unpacked = sum(self._unpacked.get(layer, 0) for layer in counted)
+        # A layer's size may become known only after its first bytes.
+        done = sum(min(self._size[layer], self._done.get(layer, 0)) for layer in counted)
+        unpacked = sum(min(self._size[layer], self._unpacked.get(layer, 0)) for layer in counted)
         phases = collections.Counter(self._phase.get(layer, "waiting") for layer in self._size)
         self._samples.append((now, done))
         while len(self._samples) > 2 and now - self._samples[0][0] > self._RATE_WINDOW:

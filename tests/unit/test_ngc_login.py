@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import typing as t
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
@@ -20,6 +22,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
     stored_credentials,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
+from ansible_collections.gpu_fleet.nim.plugins.modules import ngc_login
 from fake_host import FakeHost
 
 KEY = "nvapi-AbC_def-0123456789"
@@ -357,3 +360,60 @@ def test_precheck(host: FakeHost, registry: type[FakeRegistry]) -> None:
     registry.refuse = "bad_key"
     with pytest.raises(FleetError):
         _login(NEW).precheck(host)
+
+
+# -- the module -------------------------------------------------------------------------------------------
+
+
+def _module(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], check: bool, **options: t.Any
+) -> dict[str, t.Any]:
+    monkeypatch.setattr(ngc_login, "Host", lambda: host)
+    monkeypatch.setattr(ngc_login, "NgcLogin", functools.partial(NgcLogin, client=t.cast(t.Any, FakeRegistry)))
+    arguments = dict(options, _ansible_check_mode=check, _ansible_diff=True)
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        ngc_login.main()
+    printed = capsys.readouterr().out
+    for secret in (KEY, NEW, _auth("$oauthtoken", KEY), _auth("$oauthtoken", NEW)):
+        assert secret not in printed
+    return t.cast("dict[str, t.Any]", json.loads(printed))
+
+
+def test_module_check_real_check_real(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], registry: type[FakeRegistry]
+) -> None:
+    run = functools.partial(_module, host, monkeypatch, capsys, api_key=KEY)
+    check_1 = run(check=True)
+    assert PATH not in host.files
+    real_1 = run(check=False)
+    check_2, real_2 = run(check=True), run(check=False)
+    registry.refuse = "bad_key"
+    bad = _module(host, monkeypatch, capsys, False, api_key=NEW)
+    bad_check = _module(host, monkeypatch, capsys, True, api_key=NEW)
+    after = "nvcr.io: $oauthtoken %s\n" % fingerprint(KEY)
+    assert (check_1["changed"], real_1["changed"], check_2["changed"], real_2["changed"]) == (True, True, False, False)
+    assert check_1["diff"] == real_1["diff"]
+    assert real_1["diff"] == [{"before_header": PATH, "after_header": PATH, "before": "", "after": after}]
+    assert check_2["diff"] == real_2["diff"] == []
+    assert check_1["changes"] == real_1["changes"]
+    assert real_2["login"]["fingerprint"] == fingerprint(KEY)
+    assert check_1["login"]["fingerprint"] is None
+    for result in (bad, bad_check):
+        assert result["failed"] is True
+        assert result["changed"] is False
+        assert result["reason"] == "bad_key"
+        assert result["msg"] == "The registry refuses."
+    assert json.loads(host.files[PATH])["auths"]["nvcr.io"]["auth"] == _auth("$oauthtoken", KEY)
+
+
+def test_module_without_a_key(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _module(host, monkeypatch, capsys, False)
+    assert result["changed"] is False
+    assert "only public images" in result["message"]
+    bad = _module(host, monkeypatch, capsys, False, api_key=KEY + "\n")
+    assert bad["reason"] == "invalid_option"
+    assert bad["msg"] == (
+        "api_key = (not shown): there is a line break in the key; store it without one (printf %s instead of echo)."
+    )

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import types
 import typing as t
 
 import pytest
+from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -37,6 +39,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import (
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import RegistryImage
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
+from ansible_collections.gpu_fleet.nim.plugins.modules import nim_image, nim_image_info
 from fake_host import FakeHost
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -862,3 +865,87 @@ def test_look_up(world: World) -> None:
     assert found["require_cuda"] == "cuda>=12.5"
     assert found["cuda_version"] == "12.5.0"
     assert KEY not in repr(found)
+
+
+# -- the modules ------------------------------------------------------------------------------------------
+
+
+def _module(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    check: bool = False,
+    **options: t.Any,
+) -> dict[str, t.Any]:
+    def build(images: t.Any, **given: t.Any) -> NimImages:
+        given.pop("host_name")
+        return world.images(images, **given)
+
+    monkeypatch.setattr(nim_image, "Host", lambda: world.host)
+    monkeypatch.setattr(nim_image, "NimImages", build)
+    arguments = dict({"images": [{"image": LLAMA}], "api_key": KEY}, **options)
+    arguments.update(_ansible_check_mode=check, _ansible_diff=True)
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        nim_image.main()
+    printed = capsys.readouterr().out
+    assert KEY not in printed
+    return t.cast("dict[str, t.Any]", json.loads(printed))
+
+
+def test_module_check_real_check_real(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_1, real_1, check_2, real_2 = (
+        _module(world, monkeypatch, capsys, check) for check in (True, False, True, False)
+    )
+    assert [result["changed"] for result in (check_1, real_1, check_2, real_2)] == [True, True, False, False]
+    assert check_1["diff"] == real_1["diff"]
+    assert real_1["diff"][0]["after"] == "image %s: %s\n" % (LLAMA, DIGEST)
+    assert check_2["diff"] == real_2["diff"] == []
+    assert check_1["changes"] == real_1["changes"]
+    assert all(result["finished"] for result in (check_1, real_1, check_2, real_2))
+    assert check_1["images"][0]["present"] is False
+    assert real_1["images"] == real_2["images"]
+    assert real_1["images"][0]["digest"] == DIGEST
+
+
+def test_module_in_slices(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    world.jobs.hold = True
+    first = _module(world, monkeypatch, capsys)
+    assert (first["finished"], first["changed"]) == (False, False)
+    assert first["progress"]["text"] == "nim/x: waiting"
+    job_id = first["resume"]["jobs"][0]
+    world.jobs.found[job_id] = JobStatus(
+        job_id, "failed", error={"reason": "disk_full", "message": "No room.", "facts": {"image": LLAMA}}
+    )
+    failed = _module(world, monkeypatch, capsys, resume=first["resume"])
+    assert (failed["failed"], failed["reason"], failed["msg"]) == (True, "disk_full", "No room.")
+
+
+def test_module_in_check_mode_on_a_fresh_host(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.docker.up = False
+    result = _module(world, monkeypatch, capsys, check=True)
+    assert result["changed"] is True
+    assert "Not checked before the pull" in str(result["warnings"][0])
+
+
+@pytest.mark.parametrize("reason", ["bad_key", "no_such_tag", "tls_error", ""])
+def test_info_module(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    if reason:
+        FakeClient.tags[LLAMA] = FleetError(reason, "Because.")
+    monkeypatch.setattr(nim_image_info, "Host", lambda: world.host)
+    monkeypatch.setattr(nim_image_info, "look_up", functools.partial(look_up, client=t.cast(t.Any, FakeClient)))
+    with patch_module_args({"image": LLAMA, "api_key": KEY}), pytest.raises(SystemExit):
+        nim_image_info.main()
+    printed = capsys.readouterr().out
+    assert KEY not in printed
+    result = json.loads(printed)
+    assert result["changed"] is False
+    assert result["exists"] is not bool(reason)
+    assert result["reason"] == (reason or None)
+    assert (result["image"] is None) is bool(reason)
+    assert result["message"] == ("Because." if reason else "")
