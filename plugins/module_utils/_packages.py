@@ -644,14 +644,19 @@ class Apt(PackageManager):
             )
 
     def repair(self) -> None:
-        if self.interrupted():
+        deadline = self.host.monotonic() + LOCK_TIMEOUT
+        while self.interrupted():
             result = self.host.run(
                 ["dpkg", "--force-confdef", "--force-confold", "--configure", "-a"],
                 env=self._ENVIRONMENT,
                 timeout=TRANSACTION_TIMEOUT,
             )
-            if not result.ok:
+            if result.ok:
+                return
+            # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
+            if "lock" not in result.stderr or self.host.monotonic() >= deadline:
                 raise _transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
+            self.host.sleep(2)
 
 
 def without_repository(path: str, text: str, repository: Repository) -> str:
@@ -988,7 +993,7 @@ def _listing(wanted: t.Mapping[str, t.Optional[str]]) -> str:
 def _transaction_failed(doing: str, result: CommandResult, cause: str) -> FleetError:
     reason = "package_failed"
     remedy = "Mend what it says and run again; what was finished stays."
-    if "lock" in cause.lower() and "Could not get" in cause:
+    if "Could not get lock" in cause or "lock was locked" in cause:
         reason = "package_lock"
         remedy = "Another package tool is running on this host; wait for it and run again."
     elif "No space left" in cause:

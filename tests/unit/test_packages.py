@@ -186,6 +186,22 @@ def test_install_finishes_an_interrupted_run_first(host: FakeHost, apt: pk.Apt) 
     assert [call[0] for call in host.calls] == ["dpkg-query", "dpkg", "apt-get"]
 
 
+def test_repair_waits_for_another_tool(host: FakeHost, apt: pk.Apt) -> None:
+    host.commands["dpkg-query -W *"] = "half\tiU \n"
+    answers = [(2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")] * 3 + [(0, "", "")]
+    host.commands["dpkg *"] = lambda *_: answers.pop(0)
+    before = host.clock
+    apt.repair()
+    assert host.clock - before == 6
+    host.commands["dpkg *"] = (2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")
+    with pytest.raises(FleetError) as caught:
+        apt.repair()
+    assert caught.value.reason == "package_lock"
+    host.commands["dpkg *"] = (1, "", "dpkg: error processing package half (--configure): subprocess failed")
+    with pytest.raises(FleetError, match="processing package half"):
+        apt.repair()
+
+
 def test_install_refreshes_stale_lists_once(host: FakeHost, apt: pk.Apt) -> None:
     answers = [(100, "", "E: Unable to locate package a"), (0, "", ""), (0, "", "")]
     host.commands["apt-get *"] = lambda *_: answers.pop(0)
