@@ -35,7 +35,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802 (named by the base class)
+    def do_GET(self) -> None:
         Server.requests.append(self.path)
         status, kind, body = ANSWERS.get(urllib.parse.unquote(self.path.split("?")[0]), (404, "text/plain", "no"))
         self.send_response(status)
