@@ -86,7 +86,7 @@ lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stam
 	@echo "== ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "== mypy"; $(BIN)/mypy
 	@echo "== yamllint"; $(BIN)/yamllint --strict .
-	@echo "== reuse"; $(BIN)/reuse lint --quiet || { $(BIN)/reuse lint; exit 1; }
+	@echo "== reuse"; git ls-files -co --exclude-standard -z | xargs -0 $(BIN)/reuse lint-file
 	@echo "== ansible-lint"; ANSIBLE_COLLECTIONS_PATH=$(COLLECTIONS) $(BIN)/ansible-lint --offline --strict -q
 	@echo "== documentation"; cd $(COLLECTIONS)/ansible_collections/gpu_fleet/nim && $(BIN)/antsibull-docs lint-collection-docs --plugin-docs .
 
