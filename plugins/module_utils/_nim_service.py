@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import json
 import os
@@ -21,6 +20,7 @@ from ._gpu import Gpu, observe_gpus, parse_cgroup
 from ._gpu_placement import Wish, place
 from ._host import FileStat, Host
 from ._image_reference import ImageReference
+from ._ngc_login import check_api_key, fingerprint, key_in_environment, render_environment
 from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family, family_of_image
 from ._nim_image import PinnedImage, read_record
 from ._nim_models import NimModel, addresses_overlap, container_name, unit_name
@@ -143,10 +143,6 @@ def wrapper_text() -> str:
     """The program that the units run, with a Python that is there whatever Ansible was told to use."""
     python = sys.executable if sys.executable.startswith(("/usr/bin/", "/usr/libexec/")) else "/usr/bin/python3"
     return "#!%s\n%s" % (python, source())
-
-
-def fingerprint(secret: str) -> str:
-    return "sha256:" + hashlib.sha256(secret.encode("utf-8")).hexdigest()[:12]
 
 
 # -- what is there --------------------------------------------------------------------------------
@@ -303,19 +299,13 @@ class NimService(Resource[HostState]):
         api: DockerApi | None = None,
     ) -> None:
         self.models = list(models)
-        self.key = key or None
+        self.key = check_api_key(key, "ngc_api_key") if key else None
         self.key_state = key_state
         self.injection = injection
         self.remove_all = remove_all
         self.api = api or DockerApi()
         self.warnings: list[str] = []
         self._restarted: set[str] = set()
-        if self.key is not None and not re.match(r"[\x21-\x7e]+\Z", self.key):
-            raise FleetError(
-                "invalid_option",
-                "ngc_api_key = (hidden): holds white space, a newline or another character that no key has; "
-                "copy the key again, without quotes and line ends.",
-            )
         if injection not in INJECTIONS:
             raise FleetError(
                 "invalid_option",
@@ -331,7 +321,7 @@ class NimService(Resource[HostState]):
         names = self._names(host)
         units = self._units(host, names)
         by_name = {str(name).lstrip("/"): entry for entry in containers for name in entry.get("Names") or []}
-        key = _stored_key(host)
+        key = key_in_environment(host.read_text(KEY_FILE))
         key_stat = host.stat(KEY_FILE)
         paths = [BASE_DIRECTORY, STATE_DIRECTORY, CONFIGURATION_DIRECTORY, os.path.dirname(WRAPPER)]
         for model in wanted:
@@ -850,7 +840,7 @@ class NimService(Resource[HostState]):
         elif change.action == "key":
             if host.stat(CONFIGURATION_DIRECTORY) is None:
                 host.make_dir(CONFIGURATION_DIRECTORY, mode=0o755)
-            host.write_file(KEY_FILE, "NGC_API_KEY=%s\n" % self.key, mode=0o600)
+            host.write_file(KEY_FILE, render_environment(self.key or ""), mode=0o600)
         elif change.action == "key_absent":
             host.remove(KEY_FILE)
         elif change.action == "stop":
@@ -1132,13 +1122,6 @@ def _json_object(text: str | None) -> Json:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _stored_key(host: Host) -> str | None:
-    for line in (host.read_text(KEY_FILE) or "").splitlines():
-        if line.startswith("NGC_API_KEY="):
-            return line[len("NGC_API_KEY=") :] or None
-    return None
 
 
 def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: Json) -> ImageState:

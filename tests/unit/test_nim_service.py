@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,9 +17,11 @@ import typing as t
 
 import pytest
 import yaml
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_service
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _nim_service
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import fingerprint
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS, parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import (
     KEY_FILE,
@@ -26,12 +29,12 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import 
     UNIT_DIRECTORY,
     WRAPPER,
     NimService,
-    fingerprint,
     listening_sockets,
     unit_text,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import SPEC_LABEL
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, converge
+from ansible_collections.gpu_fleet.nim.plugins.modules import nim_service
 from fake_host import FakeHost
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -424,9 +427,9 @@ def test_a_key_that_others_could_read_is_put_right_and_an_unwanted_one_removed(m
     assert KEY_FILE not in machine.host.files
 
 
-@pytest.mark.parametrize("key", ["a b", "a\n", "käse"])
+@pytest.mark.parametrize("key", ["nvapi-a b c d", "nvapi-0123456\n", "nvapi-käse-und-brot"])
 def test_a_key_that_cannot_be_one(machine: Machine, key: str) -> None:
-    with pytest.raises(FleetError, match="without quotes and line ends") as caught:
+    with pytest.raises(FleetError, match=r"ngc_api_key = .not shown.") as caught:
         machine.resource(llama(), key=key)
     assert key not in caught.value.message
 
@@ -810,6 +813,45 @@ def test_role_defaults_are_all_documented() -> None:
     for name, option in options.items():
         if "default" in option:
             assert option["default"] == defaults[name], name
+
+
+def module_run(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], check: bool, **options: t.Any
+) -> dict[str, t.Any]:
+    """Run the module as Ansible does, on the machine in memory."""
+    monkeypatch.setattr(_nim_service, "DockerApi", lambda: machine.api)
+    monkeypatch.setattr(_module, "Host", lambda: machine.host)
+    arguments = {"_ansible_check_mode": check, "_ansible_diff": True, **options}
+    with patch_module_args(arguments), pytest.raises(SystemExit):
+        nim_service.main()
+    printed = capsys.readouterr().out
+    assert KEY not in printed
+    return t.cast("dict[str, t.Any]", json.loads(printed))
+
+
+def test_module_check_real_check_real(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = functools.partial(module_run, machine, monkeypatch, capsys, models=[llama(), nemo()], ngc_api_key=KEY)
+    check_1 = run(check=True)
+    assert "/etc/nim/llama.json" not in machine.host.files
+    real_1, check_2, real_2 = run(check=False), run(check=True), run(check=False)
+    machine.listen(8002, 977, "nginx")
+    moved = [llama(port=8002), nemo()]
+    held = module_run(machine, monkeypatch, capsys, True, models=moved)
+    bad = module_run(machine, monkeypatch, capsys, False, models=[llama(), llama(port=1)])
+    assert [answer["changed"] for answer in (check_1, real_1, check_2, real_2)] == [True, True, False, False]
+    assert check_1["diff"] == real_1["diff"]
+    assert check_1["changes"] == real_1["changes"]
+    assert check_2["diff"] == real_2["diff"] == []
+    assert real_1["diff"][-1]["after"].splitlines()[-2:] == ["nim-nemo.service: started", "nim.target: active"]
+    assert KEY_FILE + ": " + fingerprint(KEY) in real_1["diff"][-1]["after"]
+    assert [service["state"] for service in check_1["services"]] == ["absent", "absent"]
+    assert [service["state"] for service in real_2["services"]] == ["started", "started"]
+    assert (held["failed"], held["reason"], held["changed"]) == (True, "port_in_use", False)
+    assert "nginx (pid 977)" in held["msg"]
+    assert (bad["reason"], bad["changed"]) == ("invalid_option", False)
+    assert "models[1].name = 'llama'" in bad["msg"]
 
 
 def test_plan_is_pure(machine: Machine) -> None:
