@@ -445,7 +445,10 @@ class NimService(Resource[HostState]):
             for found in listening_sockets(host.read_text(path) or "", ipv6)
             if found[1] in ports
         ]
-        owners = _socket_owners(host, {inode for _address, _port, inode in sockets}) if sockets else {}
+        # Looking through all processes is slow, and the ports of our own containers need no explanation.
+        own = {port for _ip, port, name in published if name in {model.container for model in models}}
+        unexplained = {inode for _address, port, inode in sockets if port not in own}
+        owners = _socket_owners(host, unexplained) if unexplained else {}
         names = {str(entry.get("Id", "")): str((entry.get("Names") or [""])[0]).lstrip("/") for entry in containers}
         found = []
         for address, port, inode in sockets:
