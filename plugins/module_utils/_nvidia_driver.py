@@ -75,6 +75,10 @@ Unattended-Upgrade::Package-Blacklist {
   "^firmware-nvidia-gsp";
 };
 """
+#: What dkms says in the output of a package transaction; its name alone is in the names of packages.
+_BUILD_SIGNS = re.compile(
+    r"Bad return status|make\.log|[Kk]ernel headers for (this )?kernel|failed to install during auto"
+)
 _BUILD_TIMEOUT = 1800.0  # seconds for dkms on a slow machine
 _APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
 
@@ -885,8 +889,8 @@ class NvidiaDriver(Resource[DriverState]):
             manager.install(pinning, allow_removal=True)
             manager.install(others, allow_removal=True)
         except FleetError as error:
-            if "dkms" in str(error.facts.get("stderr", "")) + str(error.facts.get("stdout", "")):
-                output = str(error.facts.get("stdout", "")) + str(error.facts.get("stderr", ""))
+            output = str(error.facts.get("stdout", "")) + str(error.facts.get("stderr", ""))
+            if _BUILD_SIGNS.search(output):
                 raise self._build_error(host, output) from error
             error.message += (
                 " The old driver is unloaded and its services are stopped; running the role again continues here."

@@ -404,6 +404,25 @@ def test_installation_that_fails_after_unloading_says_so_and_continues_later(wor
     assert b"nvidia-persistenced" in world.files["/run/gpu_fleet/driver-clients.json"]
 
 
+def test_a_failed_transaction_is_not_taken_for_a_failed_build(world: DriverWorld) -> None:
+    """The name dkms is in the names of packages."""
+    real = world._apt_get
+
+    def apt_get(host: object, argv: tuple[str, ...], stdin: object, env: object) -> object:
+        if any(word.startswith("nvidia-open-580=") for word in argv) and "--download-only" not in argv:
+            return (
+                100,
+                "",
+                "E: Unable to correct problems\n nvidia-dkms-580-open : Depends: dkms but it is not going to be installed\n",
+            )
+        return real(host, argv, stdin, env)
+
+    world.commands["apt-get *"] = apt_get
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason != "dkms_build_failed"
+
+
 def test_broken_holds_are_mended(world: DriverWorld) -> None:
     world.install_driver("580.95.05")
     world.configured()

@@ -1,0 +1,47 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Machines and the server of their repositories."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import typing as t
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import machines
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: t.Any) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture(scope="session")
+def server() -> t.Iterator[str]:
+    """URL of all repositories."""
+    if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
+        pytest.skip("needs root and mmdebstrap")
+    handler = functools.partial(_Quiet, directory=str(machines.public()))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield "http://127.0.0.1:%d" % http_server.server_address[1]
+        http_server.shutdown()
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest, server: str, tmp_path: pathlib.Path) -> t.Iterator[machines.Machine]:
+    """A fresh machine; the parameter is the major version of EL."""
+    directory = tmp_path / "machine"
+    made = machines.Machine(request.param, directory)
+    machines.connect(made, server)
+    yield made
+    machines.remove(directory)
