@@ -171,9 +171,11 @@ reason:
   sample: gpu_in_use
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import DriverState, NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import DEFAULT_REPOSITORY_URL
 
 
@@ -204,7 +206,10 @@ def main() -> None:
         built.append(NvidiaDriver(**module.params))
         return built[0]
 
-    run_resource(module, build, lambda state: built[0].result(state))
+    def result(state: DriverState) -> dict[str, t.Any]:
+        return built[0].result(state)
+
+    run_resource(module, build, result)
 
 
 if __name__ == "__main__":
