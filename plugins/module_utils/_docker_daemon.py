@@ -212,7 +212,7 @@ def _members(text: str, start: int) -> t.Tuple[t.List[_Member], int]:
     while text[position] != "}":
         key, after = _DECODER.raw_decode(text, position)
         value_start = skip(skip(after) + 1)
-        _, end = _DECODER.raw_decode(text, value_start)
+        dummy, end = _DECODER.raw_decode(text, value_start)
         members.append(_Member(key, position, value_start, end))
         position = skip(end)
         if text[position] == ",":
@@ -724,7 +724,7 @@ class DockerDaemon(Resource[DaemonState]):
         self._check_document(final, state)
 
         owned = _owned_paths(self.wanted)
-        told = [path for path, _ in changes]
+        told = [path for path, dummy in changes]
         differences = (
             [
                 difference
@@ -739,7 +739,7 @@ class DockerDaemon(Resource[DaemonState]):
         )
         restart_edits = [edit for edit in changes if action_for(edit[0], edit[1] is ABSENT) == "restart"]
         reload_edits = [edit for edit in changes if edit not in restart_edits]
-        restart_keys = [dotted(path) for path, _ in restart_edits]
+        restart_keys = [dotted(path) for path, dummy in restart_edits]
         untold_restart = [difference for difference in differences if difference.action == "restart"]
         untold_reload = [difference for difference in differences if difference.action == "reload"]
 
@@ -929,7 +929,7 @@ class DockerDaemon(Resource[DaemonState]):
                     {
                         "before": text,
                         "after": after,
-                        "keys": [dotted(path) for path, _ in stage],
+                        "keys": [dotted(path) for path, dummy in stage],
                         "reload": reload,
                         "restart": state.answers and any(edit in restart_edits for edit in stage),
                     },
@@ -1264,6 +1264,6 @@ def _write_pending(host: Host, state: DaemonState, keys: t.Sequence[str], action
 
 
 def _printable(document: Json, stage: t.Sequence[t.Tuple[Path, t.Any]]) -> Json:
-    found = {dotted(path): get_value(document, path) for path, _ in stage}
+    found = {dotted(path): get_value(document, path) for path, dummy in stage}
     text = redact(json.dumps({key: value for key, value in found.items() if value is not ABSENT}))
     return t.cast(Json, json.loads(text))

@@ -254,7 +254,8 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         "eng-23",
-        r"Free memory on device \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is less than desired GPU memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
+        r"Free memory on device \((?P<free>[\d.]+)/(?P<total>[\d.]+) GiB\) on startup is less than desired "
+        r"GPU memory utilization \((?P<share>[\d.]+), (?P<wanted>[\d.]+) GiB\)",
         "container",
         "another process holds memory of the same GPU",
         "stop that process, or lower NIM_KVCACHE_PERCENT",

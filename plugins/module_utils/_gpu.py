@@ -283,7 +283,7 @@ def _mib(text: str) -> int | None:
 
 def normalise_bdf(bdf: str) -> str:
     """``00000000:00:06.0`` (nvidia-smi) -> ``0000:00:06.0`` (sysfs)."""
-    domain, _, rest = bdf.strip().lower().partition(":")
+    domain, dummy, rest = bdf.strip().lower().partition(":")
     return "%s:%s" % (domain[-4:].rjust(4, "0"), rest) if rest else bdf.strip().lower()
 
 

@@ -324,7 +324,9 @@ class _Check:
                 self.take(lambda: check_api_key(content.rstrip("\r\n"), option="ngc_api_key_file"))
         registry = self.text("ngc_registry")
         if registry and "://" in registry:
-            self.add("ngc_registry", registry, "a registry has no scheme", "leave %s out" % registry.split("://")[0])
+            self.add(
+                "ngc_registry", registry, "a registry has no scheme", "leave %s out" % registry.partition("://")[0]
+            )
         elif registry and not _REGISTRY.match(registry):
             self.add("ngc_registry", registry, "is no registry", "write a host with optional port, like nvcr.io")
         user = self.text("ngc_docker_user")

@@ -226,7 +226,7 @@ def compare_rpm(left: str, right: str) -> int:
 
 def upstream_version(version: str) -> str:
     """Upstream part of a package version: ``5:28.3.3-1~debian.12`` -> ``28.3.3``, ``26.1.5+dfsg1-9`` -> ``26.1.5``."""
-    _, upstream, _ = _split_debian(version)
+    upstream = _split_debian(version)[1]
     found = re.match(r"\d+(\.\d+)*", upstream)
     return found.group() if found else upstream
 
@@ -242,9 +242,8 @@ def download(url: str) -> bytes:
     """
     request = urllib.request.Request(url, headers={"User-Agent": "gpu_fleet.nim"})  # noqa: S310 (scheme: check_url)
     try:
-        with urllib.request.urlopen(  # noqa: S310 (scheme: check_url)
-            request, timeout=KEY_TIMEOUT, context=ssl.create_default_context()
-        ) as answer:
+        opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=ssl.create_default_context()))
+        with opener.open(request, timeout=KEY_TIMEOUT) as answer:
             return t.cast(bytes, answer.read())
     except urllib.error.HTTPError as error:
         raise FleetError(
@@ -476,7 +475,7 @@ class Apt(PackageManager):
         result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${db:Status-Abbrev}\\n"])
         names = []
         for line in result.stdout.splitlines():
-            name, _, status = line.partition("\t")
+            name, dummy, status = line.partition("\t")
             if len(status) >= 2 and (status[1] in "HUFWt" or status[2:3] == "R"):
                 names.append(name)
         return names
@@ -673,7 +672,7 @@ def without_repository(path: str, text: str, repository: Repository) -> str:
         for stanza in stanzas:
             fields = {
                 name.lower(): value.strip()
-                for name, _, value in (
+                for name, dummy, value in (
                     line.partition(":") for line in stanza.splitlines() if not line.startswith(("#", " ", "\t"))
                 )
             }
@@ -828,7 +827,7 @@ class Dnf(PackageManager):
         return "%s/%s.repo" % (DNF_REPOSITORIES, repository.name), "\n".join(lines) + "\n"
 
     def repository_state(self, repository: Repository) -> RepositoryState:
-        path, _ = self.repository_content(repository)
+        path, dummy = self.repository_content(repository)
         # dnf downloads the key itself, and two definitions of one repository do not disturb it.
         return RepositoryState(content=self.host.read_text(path), key_present=True, indexed=True)
 

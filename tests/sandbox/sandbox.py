@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """GPU hosts on one machine, for the demo, the tests and a try: real systemd, sshd and Docker, stand-in GPUs."""

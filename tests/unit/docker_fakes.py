@@ -215,7 +215,7 @@ class FakeApt:
         for word in argv[argv.index("install") + 1 :]:
             if word.startswith("-") or "::" in word:
                 continue
-            name, _, version = word.partition("=")
+            name, dummy, version = word.partition("=")
             if name not in self.offers:
                 return 100, "", "E: Unable to locate package %s" % name
             # Like apt: whoever is told to change a held package loses its hold.

@@ -181,7 +181,7 @@ class DriverWorld(FakeHost):
             self.fail_install -= 1
             return (100, "", "E: Sub-process /usr/bin/dpkg returned an error code (1)\n")
         for word in wanted:
-            name, _, version = word.partition("=")
+            name, dummy, version = word.partition("=")
             self.packages[name] = [version or "1", "ii"]
             if name.startswith("linux-headers"):
                 self.dirs.add("/lib/modules/%s/build" % KERNEL)

@@ -239,7 +239,7 @@ def test_restart_without_containers_needs_no_live_restore(host: FakeHost, docker
 
 def test_restart_is_refused_without_live_restore(host: FakeHost, dockerd: FakeDockerd) -> None:
     dockerd.add_container("nim-llama")
-    for _ in range(2):
+    for dummy in range(2):
         outcome = run(host, dockerd, options={"log-driver": "journald", "debug": True})
         (blocked,) = outcome.blocked
         assert "nim-llama" in (blocked.blocked or "")

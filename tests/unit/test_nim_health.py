@@ -260,8 +260,8 @@ def test_completion_is_sent_once_for_a_start_of_the_container(world: World, nim:
     world.unit("a")
     world.box("a")
     entries = [{"name": "a", "port": nim.port}]
-    first, _ = check(world, entries)
-    second, _ = check(world, entries)
+    first, dummy = check(world, entries)
+    second, dummy = check(world, entries)
     assert nim.requests.count("/v1/chat/completions") == 1
     assert second.models == first.models
     world.box("a", box_id="c2")
@@ -273,14 +273,14 @@ def test_broken_record_is_taken_again(world: World, nim: Nim) -> None:
     world.unit("a")
     world.box("a")
     world.files["/run/gpu_fleet/health/a.json"] = b"{half"
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"]
 
 
 def test_check_mode_writes_and_sends_nothing(world: World, nim: Nim) -> None:
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], wait=False, record=False)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], wait=False, record=False)
     assert outcome.models[0]["ready"] is True
     assert outcome.models[0]["completion"] is None
     assert not any("completions" in path for path in nim.requests)
@@ -337,7 +337,7 @@ def test_docker_may_be_away_for_a_while(world: World, nim: Nim) -> None:
     world.at(3, lambda: setattr(world, "docker_down", True))
     world.at(23, lambda: setattr(world, "docker_down", False))
     world.at(30, lambda: setattr(nim, "ready", 200))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"] is True
 
 
@@ -345,7 +345,7 @@ def test_docker_that_stays_away_ends_the_wait(world: World, nim: Nim) -> None:
     nim.ready = 503
     world.unit("a")
     world.docker_down = True
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.failures[0][1].reason == "docker_unavailable"
     assert 60 <= world.clock - world.start < 70
 
@@ -357,7 +357,7 @@ def test_no_chat_template_falls_back_and_says_so(world: World, nim: Nim) -> None
     nim.chat = (400, {"object": "error", "message": NO_TEMPLATE, "code": 400})
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     completion = outcome.models[0]["completion"]
     assert completion["kind"] == "completion"
     assert completion["text"] == "world"
@@ -368,7 +368,7 @@ def test_embedding_needs_no_completion(world: World, nim: Nim) -> None:
     nim.chat = nim.plain = (404, {"detail": "Not Found"})
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["completion"]["kind"] == "none"
     assert outcome.models[0]["completion"]["note"] == "the model offers neither chat nor completions"
 
@@ -377,7 +377,7 @@ def test_service_without_model_list_is_ready(world: World, nim: Nim) -> None:
     nim.models = None
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"] is True
     assert outcome.models[0]["model_id"] is None
 
@@ -386,7 +386,7 @@ def test_completion_that_breaks_is_a_failure(world: World, nim: Nim) -> None:
     nim.chat = (500, {"error": {"message": "EngineDeadError with nvapi-abcdefghijkl"}})
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     failure = outcome.failures[0][1]
     assert failure.reason == "completion_failed"
     assert "/v1/chat/completions (HTTP 500: EngineDeadError with ***)" in failure.sentence
@@ -405,7 +405,7 @@ def test_completion_none_sends_nothing(world: World, nim: Nim) -> None:
 def test_other_model_on_the_port(world: World, nim: Nim) -> None:
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port, "served_model_name": "my-model"}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port, "served_model_name": "my-model"}])
     failure = outcome.failures[0][1]
     assert failure.reason == "wrong_model"
     assert "with the model meta/llama, but my-model was asked for" in failure.sentence
@@ -415,13 +415,13 @@ def test_lora_names_beside_the_served_name(world: World, nim: Nim) -> None:
     nim.models = ["base", "lora-1"]
     world.unit("a")
     world.box("a")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port, "served_model_name": "base"}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port, "served_model_name": "base"}])
     assert outcome.models[0]["models"] == ["base", "lora-1"]
 
 
 def test_stranger_on_the_port_is_named(world: World, nim: Nim) -> None:
     world.unit("a", ActiveState="activating", SubState="auto-restart")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     failure = outcome.failures[0][1]
     assert failure.reason == "wrong_server"
     assert "docker-proxy (pid 812)" in failure.sentence
@@ -431,7 +431,7 @@ def test_stranger_on_the_port_is_named(world: World, nim: Nim) -> None:
 def test_stranger_before_the_container_is_there_is_forgiven(world: World, nim: Nim) -> None:
     world.unit("a", ActiveState="activating", SubState="start")
     world.at(2, lambda: world.box("a"))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"] is True
 
 
@@ -455,7 +455,7 @@ def test_container_that_ends_with_code_0_fails_at_once(world: World, nim: Nim) -
         world.unit("a", ActiveState="activating", SubState="auto-restart")
 
     world.at(11, end)
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], slices=True)
     failure = outcome.failures[0][1]
     assert failure.reason == "container_ended"
     assert failure.sentence == (
@@ -482,7 +482,7 @@ def test_container_that_was_replaced_between_two_looks(world: World, nim: Nim) -
         world.journal["CONTAINER_ID_FULL=c1"] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate"]
 
     world.at(40, replace)
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], slices=True)
     failure = outcome.failures[0][1]
     assert failure.reason == "container_ended"
     assert "ended after 40 s and was started again: the model does not fit into GPU memory" in failure.sentence
@@ -495,7 +495,7 @@ def test_out_of_memory_killer(world: World, nim: Nim) -> None:
     world.box("a")
     world.log("a", "Loading model weights")
     world.at(5, lambda: world.end("a", ExitCode=137, OOMKilled=True))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert "exit code 137 after 5 s: the host ran out of memory" in outcome.failures[0][1].sentence
 
 
@@ -515,7 +515,7 @@ def test_what_an_earlier_start_left_behind_is_no_failure(world: World, nim: Nim)
 
     world.at(2, create)
     world.at(9, lambda: setattr(nim, "ready", 200))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], slices=True)
     assert outcome.models[0]["ready"] is True
 
 
@@ -525,7 +525,7 @@ def test_failed_unit_without_container_shows_what_the_wrapper_said(world: World,
     world.journal["_SYSTEMD_UNIT=nim-a.service"] = [
         'docker: could not select device driver "" with capabilities: [[gpu]]'
     ]
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     failure = outcome.failures[0][1]
     assert failure.reason == "unit_failed"
     assert (
@@ -539,7 +539,7 @@ def test_wrapper_that_loops_without_container(world: World, nim: Nim) -> None:
     world.unit("a", ActiveState="activating", SubState="auto-restart", NRestarts=5)
     world.at(20, lambda: world.unit("a", NRestarts=6))
     world.at(40, lambda: world.unit("a", NRestarts=7))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.failures[0][1].reason == "restart_loop"
     assert world.clock - world.start <= 41
 
@@ -585,7 +585,7 @@ def test_download_that_failed_is_told_by_the_wrapper(world: World, nim: Nim) -> 
         world.journal["CONTAINER_NAME=nim-a-download"] = ["Preparing model workspace.", "OSError: (os error 28)"]
 
     world.at(6, fail)
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], slices=True)
     failure = outcome.failures[0][1]
     assert failure.reason == "container_ended"
     assert "nim-a-download ended with code 1" in failure.sentence
@@ -599,7 +599,7 @@ def test_start_that_failed_before_the_first_look(world: World, nim: Nim) -> None
     world.unit("a")
     word(world, "back_off", 1, "ended with code 0", age=3)
     world.journal["CONTAINER_NAME=nim-a"] = ["ManifestDownloadError: x Authentication Error"]
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.failures[0][1].sentence.startswith(
         "NIM a did not start: its container ended with code 0: the NGC key"
     )
@@ -612,7 +612,7 @@ def test_older_failures_give_the_next_start_a_chance(world: World, nim: Nim) -> 
     word(world, "back_off", 3)
     world.at(20, lambda: (word(world, "starting", 3), world.box("a")))
     world.at(40, lambda: setattr(nim, "ready", 200))
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}])
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"] is True
 
 
@@ -643,7 +643,7 @@ def test_container_of_an_earlier_configuration_does_not_count(world: World, nim:
 )
 def test_nothing_to_wait_for(world: World, unit: dict[str, str], reason: str) -> None:
     world.unit("a", **unit)
-    outcome, _ = check(world, [{"name": "a", "port": 9}])
+    outcome, dummy = check(world, [{"name": "a", "port": 9}])
     assert outcome.failures[0][1].reason == reason
     assert world.clock == world.start
 
@@ -654,7 +654,7 @@ def test_start_timeout_is_each_models_own(world: World, nim: Nim) -> None:
     for name in ("a", "b"):
         world.unit(name)
         world.box(name, box_id=name)
-    outcome, _ = check(
+    outcome, dummy = check(
         world,
         [{"name": "a", "port": nim.port}, {"name": "b", "port": other.port, "start_timeout": 12}],
         slices=True,
@@ -671,7 +671,7 @@ def test_without_waiting_nothing_is_judged_twice(world: World, nim: Nim) -> None
     world.unit("a")
     world.box("a")
     world.log("a", "Downloading model, 40%")
-    outcome, _ = check(world, [{"name": "a", "port": nim.port}], wait=False)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}], wait=False)
     assert outcome.finished
     assert outcome.models[0]["phase"] == "download"
     assert world.clock == world.start

@@ -603,7 +603,7 @@ def test_transient_errors_are_retried_with_growing_pauses(world: World) -> None:
 
 
 def test_the_last_try_fails_with_its_reason(world: World) -> None:
-    world.docker.failures = [FleetError("registry_unreachable", "x") for _ in range(9)]
+    world.docker.failures = [FleetError("registry_unreachable", "x") for dummy in range(9)]
     slept: list[float] = []
     with pytest.raises(FleetError) as error:
         _work(world, slept, retries=3)

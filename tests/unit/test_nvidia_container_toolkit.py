@@ -355,7 +355,7 @@ def test_failed_refresh_unit_is_reset(machine: Machine) -> None:
 def test_specification_of_an_older_driver(machine: Machine) -> None:
     machine.ready()
     machine.host.files[tk.CDI_SPEC] = (SPEC % "570.1").encode()
-    (change, _) = machine.run().changes
+    (change, dummy) = machine.run().changes
     assert DRIVER in change.why
     assert not machine.run().changed
 

@@ -76,7 +76,8 @@ def test_debian_order_is_that_of_dpkg() -> None:
 )
 def test_rpm_order(left: str, right: str, order: int) -> None:
     assert pk.compare_rpm(left, right) == order
-    assert pk.compare_rpm(right, left) == -order
+    swapped = (right, left)
+    assert pk.compare_rpm(*swapped) == -order
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,8 @@ def test_dnf_unreachable_repository(host: FakeHost, dnf: pk.Dnf) -> None:
     host.commands["dnf *"] = (
         1,
         "",
-        "Errors during downloading metadata for repository 'docker':\n  - Status code: 404\nError: Failed to download metadata for repo 'docker': Cannot download repomd.xml",
+        "Errors during downloading metadata for repository 'docker':\n  - Status code: 404\n"
+        "Error: Failed to download metadata for repo 'docker': Cannot download repomd.xml",
     )
     with pytest.raises(FleetError) as caught:
         dnf.apply_repository(REPOSITORY)

@@ -144,7 +144,7 @@ def test_failures_are_counted_and_taken_away(client, world):
     token = client.bearer(PUBLIC)
     path = "/v2/%s/manifests/2.0.12" % PUBLIC
     world.fail(429, where="manifests", times=2, after=1, headers={"Retry-After": "3"})
-    answers = [client(path, bearer=token) for _ in range(4)]
+    answers = [client(path, bearer=token) for dummy in range(4)]
     assert [answer[0] for answer in answers] == [200, 429, 429, 200]
     assert answers[1][1]["Retry-After"] == "3"
     assert b"TOOMANYREQUESTS" in answers[1][2]

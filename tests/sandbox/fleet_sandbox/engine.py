@@ -200,7 +200,7 @@ def start() -> None:
             cwd="/",
             env={**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"},
         )
-        for _ in range(300):
+        for dummy in range(300):
             if answers():
                 break
             if process.poll() is not None:
@@ -220,7 +220,7 @@ def _log_tail() -> str:
 
 
 def _link_exists() -> bool:
-    return BRIDGE in {name for _, name in socket.if_nameindex()}
+    return BRIDGE in {name for dummy, name in socket.if_nameindex()}
 
 
 def start_network() -> None:
@@ -295,7 +295,7 @@ def stop(keep_images: bool) -> None:
         if number:
             with step("stopping the Docker Engine"):
                 os.kill(number, signal.SIGTERM)
-                for _ in range(100):
+                for dummy in range(100):
                     if pid() is None:
                         break
                     time.sleep(0.1)

@@ -17,7 +17,8 @@ mount -t cgroup2 none /sys/fs/cgroup
 # Controllers can be handed to containers only by a group that has no process itself.
 mkdir -p /sys/fs/cgroup/engine
 echo $$ > /sys/fs/cgroup/engine/cgroup.procs
-for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+read -r controllers < /sys/fs/cgroup/cgroup.controllers
+for controller in $controllers; do
   echo "+$controller" > /sys/fs/cgroup/cgroup.subtree_control || true
 done
 

@@ -43,7 +43,7 @@ def parse_gpus(host: str, specification: str) -> list[dict[str, Any]]:
         if name not in PRODUCTS:
             raise SandboxError("--gpus %r: unknown product; known are: %s" % (part, ", ".join(sorted(PRODUCTS))))
         brand, architecture, device = PRODUCTS[name]
-        for _ in range(count):
+        for dummy in range(count):
             # The same host has the same UUIDs each time it is made.
             number = uuid.uuid5(uuid.NAMESPACE_DNS, "%s.gpu%d.fleet.example" % (host, len(gpus)))
             gpus.append(

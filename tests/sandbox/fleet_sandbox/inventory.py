@@ -55,7 +55,7 @@ def load() -> Table:
 def save(table: Table) -> None:
     """Store the table and everything that is rendered from it."""
     write_text(TABLE, json.dumps(table, indent=2, sort_keys=True) + "\n")
-    lines = ["%s %s" % (host["address"], host["host_key"]) for _, host in sorted(table.items())]
+    lines = ["%s %s" % (host["address"], host["host_key"]) for dummy, host in sorted(table.items())]
     write_text(KNOWN_HOSTS, "".join(line + "\n" for line in lines))
     write_text(INVENTORY, render(select(table, "")))
     write_text(ANSIBLE_CFG, configuration())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The part of the distribution's archive that belongs to this machine's kernel, as a directory of packages.
@@ -21,7 +20,13 @@ RELEASE = os.uname().release
 
 
 def source(name: str) -> bytes:
-    return (HERE / "files" / name).read_bytes()
+    content = (HERE / "files" / name).read_bytes()
+    # The checkout holds Python files without a first line that names an interpreter.
+    return (
+        content
+        if content.startswith(b"#!") or b"import annotations" not in content
+        else b"#!/usr/bin/python3\n" + content
+    )
 
 
 def packages() -> list[Package]:

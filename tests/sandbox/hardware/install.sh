@@ -5,7 +5,7 @@
 # The result depends on the kernel of this machine (uname -r): rebuild the image when that changes.
 set -eu
 root=${1:?usage: install.sh ROOTFS}
-here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 archive=/usr/share/sandbox/kernel-archive
 
 python3 "$here/archive.py" "$root$archive"
@@ -19,7 +19,7 @@ Trusted: yes
 SOURCES
 
 # What a GPU server has before anything of NVIDIA's is installed. dkms and the headers are left to whoever needs them.
-if ! chroot "$root" dpkg-query -W -f '${Status}' kmod 2>/dev/null | grep -q 'install ok installed'; then
+if ! chroot "$root" dpkg-query -W -f "\${Status}" kmod 2>/dev/null | grep -q 'install ok installed'; then
     chroot "$root" apt-get update
     chroot "$root" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends kmod
 fi

@@ -58,6 +58,7 @@ def packages() -> list[Package]:
 def _release(version: str) -> list[Package]:
     revision = f"{version}-1"
     program = (HERE / "standins/container-toolkit.py").read_bytes().replace(b"@VERSION@", version.encode())
+    program = b"#!/usr/bin/python3 -IS\n" + program
     units = tuple(int(one) for one in version.split(".")[:2]) >= (1, 18)
     files: dict[str, tuple[bytes, int]] = {PROGRAM: (program, 0o755)}
     postinst = "#!/bin/sh\nset -e\nif [ \"$1\" = configure ]; then\n    mkdir -p /etc/nvidia-container-runtime\n    nvidia-ctk config --in-place\n"  # fmt: skip

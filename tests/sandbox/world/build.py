@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Builds the outside world: its CA, its container image, and the images that its registry offers.
@@ -404,7 +403,9 @@ def standin_tree() -> Tree:
         tree.directory(name, owner=1000 if name in ("model", "opt/cache") else 0)
     tree.directory("opt/nim/.cache", owner=1000)
     for name in ("standin_nim.py", "failures.py"):
-        tree.add("opt/nim/standin/" + name, (HERE / "standin" / name).read_bytes(), mode=0o755)
+        tree.add(
+            "opt/nim/standin/" + name, b"#!/usr/bin/python3\n" + (HERE / "standin" / name).read_bytes(), mode=0o755
+        )
     tree.add("opt/nvidia/nvidia_entrypoint.sh", ENTRYPOINT.encode(), mode=0o755)
     tree.add("opt/nvidia/no-driver.txt", (FAILURES["host-49"][2] + "\n\n").encode())
     tree.add("opt/nim/start_server.sh", b'#!/bin/sh\nexec nim-run "$@"\n', mode=0o755)

@@ -248,7 +248,7 @@ def catalogue() -> dict[str, Any]:
         repositories[entry["repository"]] = {"access": "public" if entry["public"] else "private"}
         if entry["dialect"] == "cuda":
             continue
-        name, _, version = entry["model_store"].partition(":")
+        name, dummy, version = entry["model_store"].partition(":")
         model = models.setdefault(name, {"access": "public" if entry["public"] else "private", "versions": {}})
         model["versions"][version] = [
             {"path": "config.json", "sizeInBytes": 1024},

@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stand-in GPU hardware of a sandbox host, and the kernel's side of it. Runs on the host under several names:

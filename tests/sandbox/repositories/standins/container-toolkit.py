@@ -1,4 +1,3 @@
-#!/usr/bin/python3 -IS
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stand-in for the NVIDIA Container Toolkit's programs, told apart by the name they are called by.
@@ -10,6 +9,7 @@ their devices and their errors are those of the stand-in driver; what is done to
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -315,6 +315,11 @@ def modify(bundle):
     if request in ("", "void"):
         return
     qualified = [name for name in request.split(",") if "=" in name]
+    # The sandbox's hosts may lack the capability that lets the Docker of a real host raise limits.
+    for limit in spec.get("process", {}).get("rlimits") or []:
+        hard = resource.getrlimit(getattr(resource, limit["type"]))[1]
+        if hard != resource.RLIM_INFINITY:
+            limit["hard"], limit["soft"] = min(limit["hard"], hard), min(limit["soft"], hard)
     mode = option("nvidia-container-runtime", "mode", "auto")
     if mode == "auto":
         mode = "cdi" if qualified else AUTO_MODE

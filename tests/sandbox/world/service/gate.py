@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Decides every request to the outside world: who may have it, and whether it is to fail.
@@ -254,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
                 length, data = int(reply.headers["Content-Length"]), reply.read(limit)
         else:
             roots = {"/@models": os.path.join(self.server.state, "models"), "/@static": self.server.static}
-            head, _, rest = urllib.parse.unquote(location)[1:].partition("/")
+            head, dummy, rest = urllib.parse.unquote(location)[1:].partition("/")
             path = os.path.join(roots["/" + head], rest)
             with open(path, "rb") as handle:
                 length, data = os.path.getsize(path), handle.read(limit)
@@ -313,10 +312,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def credentials(self) -> tuple[str, str]:
         """(scheme, secret): the password of Basic, the token of Bearer."""
-        scheme, _, value = self.headers.get("Authorization", "").partition(" ")
+        scheme, dummy, value = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "basic":
             try:
-                user, _, password = base64.b64decode(value).decode().partition(":")
+                user, dummy, password = base64.b64decode(value).decode().partition(":")
             except ValueError:
                 return "basic", ""
             # Any other user name is refused as a wrong key is.
@@ -510,7 +509,7 @@ def main() -> None:
     parser.add_argument("--registry", default="http://127.0.0.1:5000")
     parser.add_argument("--static", default="/srv/repositories")
     options = parser.parse_args()
-    address, _, port = options.listen.rpartition(":")
+    address, dummy, port = options.listen.rpartition(":")
     Gate((address, int(port)), options.state, options.registry, options.static).serve_forever()
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A container that keeps NIM's contract without running a model: log texts, HTTP, utilities, signals, exit codes.
@@ -344,7 +343,7 @@ class Cache:
         self.root = os.environ.get("NIM_CACHE_PATH") or "/opt/nim/.cache"
         self.base = (os.environ.get("NIM_REPOSITORY_OVERRIDE") or "https://api.ngc.nvidia.com").rstrip("/")
         store = image["model_store"]  # "nim/meta/llama-3_1-8b-instruct:hf-1"
-        self.store, _, self.version = store.partition(":")
+        self.store, dummy, self.version = store.partition(":")
         self.directory = os.path.join(self.root, "ngc", "hub", "models--" + self.store.replace("/", "--"))
         self.snapshot = os.path.join(self.directory, "snapshots", self.version)
         self.context = None  # type: ssl.SSLContext | None
@@ -583,7 +582,7 @@ class Service:
         self.engine_options = {}  # type: dict[str, str]
         position = 0
         while position < len(engine):
-            name, _, value = engine[position].partition("=")
+            name, dummy, value = engine[position].partition("=")
             if not name.startswith("--") or name[2:].replace("_", "-") not in ENGINE_ARGUMENTS.split():
                 raise FatalError(2, "nim-serve: error: unrecognized arguments: %s" % " ".join(engine[position:]))
             if not value and position + 1 < len(engine) and not engine[position + 1].startswith("--"):
@@ -625,7 +624,7 @@ class Service:
         address = "0.0.0.0"
         bind = os.environ.get("NIM_SERVER_BIND_ADDR") or os.environ.get("NIM_BIND_ADDR") or ""
         if self.dialect == "native" and bind:
-            address, _, port = bind.rpartition(":")
+            address, dummy, port = bind.rpartition(":")
         self.address, self.port = address, int(port)
 
     @staticmethod
@@ -686,8 +685,8 @@ class Service:
         title = {"embedding": "NVIDIA Retriever Text Embedding NIM", "native": "NVIDIA Retriever NIM"}.get(
             self.dialect, "NVIDIA Inference Microservice LLM NIM"
         )
-        bar = "=" * (len(title) + 6)
-        for line in ["", bar, "== %s ==" % title, bar, "", "%s Version %s" % (title, self.image["version"])]:
+        rule = "=" * (len(title) + 6)
+        for line in ["", rule, "== %s ==" % title, rule, "", "%s Version %s" % (title, self.image["version"])]:
             self.log.raw(line)
         self.log.raw("Model: %s" % self.image["model"])
         self.log.raw("This is the sandbox's stand-in: no model is run.")
