@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 import pytest
+from ansible.module_utils.common import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -24,3 +25,10 @@ def host() -> FakeHost:
 def fixtures() -> pathlib.Path:
     """Real captures and recorded data."""
     return pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings() -> None:
+    """A module is a process of its own; in the tests all share one, and Ansible collects warnings by process."""
+    warnings._global_warnings.clear()
+    warnings._global_deprecations.clear()
