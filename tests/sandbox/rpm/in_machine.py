@@ -11,7 +11,6 @@ import sys
 import types
 
 
-
 # The directory as a package, so that its relative imports work.
 package = types.ModuleType("code_of_the_collection")
 package.__path__ = ["/mnt/code"]

@@ -49,7 +49,7 @@ def root(major: int) -> pathlib.Path:
     STATE.mkdir(parents=True, exist_ok=True)
     for old in STATE.glob("el%d-*" % major):
         shutil.rmtree(old)
-    partial = STATE / ("partial-el%d" % major)
+    partial = STATE / ("partial-el%d-%d" % (major, os.getpid()))
     shutil.rmtree(partial, ignore_errors=True)
     command = ["mmdebstrap", "--quiet", "--variant=apt", "--include=" + ",".join(PACKAGES)]
     command += ['--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io"]
@@ -111,6 +111,7 @@ class Machine:
 
     def __init__(self, major: int, directory: pathlib.Path) -> None:
         self.major = major
+        self.kernel = KERNELS[major]
         self.base = root(major)
         self.upper, self.scratch, self.merged = (directory / name for name in ("upper", "scratch", "merged"))
         for path in (self.upper, self.scratch, self.merged):
@@ -122,15 +123,19 @@ class Machine:
         """Run a program as root of the machine, in mount and process namespaces that end with it."""
         mounts = ["mount -t overlay overlay -o lowerdir=%s,upperdir=%s,workdir=%s %s"]
         script = mounts[0] % (self.base, self.upper, self.scratch, self.merged)
-        for source, target in {CHECKOUT / "plugins/module_utils": "/mnt/code", HERE: "/mnt/tests", **(binds or {})}.items():
+        for source, target in {
+            CHECKOUT / "plugins/module_utils": "/mnt/code",
+            HERE: "/mnt/tests",
+            **(binds or {}),
+        }.items():
             script += "\nmkdir -p %s%s\nmount --bind %s %s%s" % (self.merged, target, source, self.merged, target)
-        script += "\nmount -t proc proc %s/proc\nexec chroot %s \"$@\"" % (self.merged, self.merged)
+        script += '\nmount -t proc proc %s/proc\nexec chroot %s "$@"' % (self.merged, self.merged)
         space = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", script, "sh"]
         return _run([*space, *argv], stdin, check)
 
     def ask(self, operation: str, **arguments: t.Any) -> dict[str, t.Any]:
         """Let the collection's code do one thing in the machine (see in_machine.py)."""
-        request = {"operation": operation, "kernel": KERNELS[self.major], **arguments}
+        request = {"operation": operation, "kernel": self.kernel, **arguments}
         done = self.run("python3", "-B", "/mnt/tests/in_machine.py", stdin=json.dumps(request), check=False)
         try:
             return t.cast("dict[str, t.Any]", json.loads(done.stdout))
@@ -150,7 +155,8 @@ def connect(machine: Machine, server: str) -> None:
     machine.write("/etc/stand-in-server", server)
     machine.write(
         "/etc/yum.repos.d/rocky.repo",
-        "[baseos]\nname=Rocky\nbaseurl=%s/rocky/%d\ngpgcheck=1\ngpgkey=%s/rocky/%d/KEY\n" % (server, major, server, major),
+        "[baseos]\nname=Rocky\nbaseurl=%s/rocky/%d\ngpgcheck=1\ngpgkey=%s/rocky/%d/KEY\n"
+        % (server, major, server, major),
     )
     machine.run("dnf", "-q", "-y", "install", "rocky-release")
 

@@ -144,8 +144,11 @@ def modules(packages: t.Mapping[str, t.Sequence[Package]]) -> str:
 def dkms(major: int, hardware: pathlib.Path) -> Package:
     """The stand-in of the sandbox's hosts, as an RPM."""
     files = {
-        "/usr/sbin/dkms": (0o755, (hardware / "dkms").read_text(encoding="utf-8")),
-        "/usr/lib/sandbox-hardware/hardware.py": (0o755, (hardware / "hardware.py").read_text(encoding="utf-8")),
+        "/usr/sbin/dkms": (0o755, "#!/usr/bin/python3\n" + (hardware / "dkms").read_text(encoding="utf-8")),
+        "/usr/lib/sandbox-hardware/hardware.py": (
+            0o755,
+            "#!/usr/bin/python3\n" + (hardware / "hardware.py").read_text(encoding="utf-8"),
+        ),
     }
     return Package("dkms", "3.2.2", "1.el%d" % major, architecture="noarch", files=files)
 
@@ -153,7 +156,9 @@ def dkms(major: int, hardware: pathlib.Path) -> Package:
 def toolkit(version: str) -> list[Package]:
     names = ("libnvidia-container1", "libnvidia-container-tools", "nvidia-container-toolkit-base")
     found = [Package(name, version, "1") for name in names]
-    found.append(Package("nvidia-container-toolkit", version, "1", requires=["%s = %s-1" % (n, version) for n in names]))
+    found.append(
+        Package("nvidia-container-toolkit", version, "1", requires=["%s = %s-1" % (n, version) for n in names])
+    )
     return found
 
 
@@ -181,7 +186,7 @@ def repositories(hardware: pathlib.Path) -> dict[str, tuple[list[Package], str, 
         found[path] = (everything, modules(drivers) if major < 10 else "", KEY_FILES["cuda"])
         engines = {one.nevra: one for version in ENGINES for one in engine(version, major)}
         found["linux/centos/%d/x86_64/stable" % major] = (list(engines.values()), "", "../../../" + KEY_FILES["docker"])
-        version, _, release = kernel[: -len(".x86_64")].partition("-")
+        version, dummy, release = kernel[: -len(".x86_64")].partition("-")
         base = [
             Package("kernel-devel", version, release, files={"/lib/modules/%s/build/Makefile" % kernel: (0o644, "")}),
             # What Debian provides here, as far as the other packages ask for it.
@@ -190,11 +195,16 @@ def repositories(hardware: pathlib.Path) -> dict[str, tuple[list[Package], str, 
             Package("python3-dnf-plugin-versionlock", "4.3.0", "20.el%d" % major, architecture="noarch"),
         ]
         if major < 10:
-            epel = "[epel]\nname=EPEL\nbaseurl=@SERVER@/epel/%d\ngpgcheck=1\ngpgkey=@SERVER@/epel/%d/KEY\n" % (major, major)
-            crb = "#!/bin/sh\ntest \"$1\" = enable && touch /var/lib/crb-enabled\n"
+            epel = "[epel]\nname=EPEL\nbaseurl=@SERVER@/epel/%d\ngpgcheck=1\ngpgkey=@SERVER@/epel/%d/KEY\n" % (
+                major,
+                major,
+            )
+            crb = '#!/bin/sh\ntest "$1" = enable && touch /var/lib/crb-enabled\n'
             files = {"/etc/yum.repos.d/epel.repo": (0o644, epel), "/usr/bin/crb": (0o755, crb)}
-            post = "sed -i \"s|@SERVER@|$(cat /etc/stand-in-server)|\" /etc/yum.repos.d/epel.repo"
-            base.append(Package("epel-release", str(major), "9.el%d" % major, architecture="noarch", files=files, post=post))
+            post = 'sed -i "s|@SERVER@|$(cat /etc/stand-in-server)|" /etc/yum.repos.d/epel.repo'
+            base.append(
+                Package("epel-release", str(major), "9.el%d" % major, architecture="noarch", files=files, post=post)
+            )
             found["epel/%d" % major] = ([dkms(major, hardware)], "", "KEY")
         found["rocky/%d" % major] = (base, "", "KEY")
     kits = [one for version in TOOLKITS for one in toolkit(version)]
@@ -235,8 +245,10 @@ def build_script(repositories: t.Mapping[str, tuple[t.Sequence[Package], str, st
         " || { cat /work/log.$$ >&2; exit 255; }\n",
         encoding="utf-8",
     )
-    lines.append("xargs -P \"$(nproc)\" -L 1 sh /work/one </work/list")
-    lines.append("find /work/public -name '*.rpm' -print0 | xargs -0 rpmsign --define '_gpg_name sandbox@example.invalid' --addsign >/dev/null")
+    lines.append('xargs -P "$(nproc)" -L 1 sh /work/one </work/list')
+    lines.append(
+        "find /work/public -name '*.rpm' -print0 | xargs -0 rpmsign --define '_gpg_name sandbox@example.invalid' --addsign >/dev/null"
+    )
     for path, (_, yaml, key) in repositories.items():
         lines.append("createrepo_c --quiet /work/public/%s" % path)
         if yaml:

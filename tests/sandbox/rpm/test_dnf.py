@@ -1,0 +1,271 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Driver, toolkit and Docker Engine on look-alikes of EL 9 and EL 10: the collection's code with a real dnf and rpm.
+
+pytest tests/sandbox/rpm          (needs root, mmdebstrap and Debian's package archive; two minutes the first time)
+"""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+import pytest
+from machines import KERNELS, Machine
+
+both = pytest.mark.parametrize("machine", [9, 10], ids=["el9", "el10"], indirect=True)
+el9 = pytest.mark.parametrize("machine", [9], ids=["el9"], indirect=True)
+el10 = pytest.mark.parametrize("machine", [10], ids=["el10"], indirect=True)
+
+LOCKS = "/etc/dnf/plugins/versionlock.list"
+
+
+def driver(machine: Machine, server: str, check: bool = False, **options: t.Any) -> dict[str, t.Any]:
+    options = {"repository_url": server + "/compute/cuda/repos", **options}
+    return machine.ask("converge", name="nvidia_driver", options=options, check=check)
+
+
+def versions(machine: Machine, pattern: str = "nvidia") -> dict[str, str]:
+    """Name -> version-release of the installed packages, as rpm itself says it."""
+    form = "%{NAME} %{EPOCHNUM}:%{VERSION}-%{RELEASE}\\n"
+    lines = machine.run("rpm", "-qa", "--qf", form).stdout.splitlines()
+    return {name: version for name, version in (line.split() for line in lines) if re.search(pattern, name)}
+
+
+def driver_versions(machine: Machine) -> set[str]:
+    found = {name: one for name, one in versions(machine).items() if name.startswith(("nvidia-", "libnvidia", "kmod"))}
+    return {re.sub(r"^\d+:|-.*", "", version) for version in found.values()}
+
+
+def locks(machine: Machine) -> list[str]:
+    return [line for line in machine.read(LOCKS).splitlines() if line and not line.startswith("#")]
+
+
+def stream(machine: Machine) -> str:
+    found = re.search(r"(?m)^\*?nvidia-driver +(\S+) \[e\]", machine.run("dnf", "-q", "module", "list").stdout)
+    return found.group(1) if found else ""
+
+
+def module_version(machine: Machine) -> str:
+    return machine.run("modinfo", "-k", KERNELS[machine.major], "-F", "version", "nvidia").stdout.strip()
+
+
+def whats(answer: t.Mapping[str, t.Any]) -> list[str]:
+    assert "error" not in answer, answer
+    return [change["what"] for change in answer["changes"]]
+
+
+@both
+def test_a_branch_from_nothing(machine: Machine, server: str) -> None:
+    before = machine.run("sh", "-c", "rpm -qa | sort; ls /etc/yum.repos.d /etc/modprobe.d /etc/dnf/modules.d").stdout
+    planned = driver(machine, server, check=True, branch="570")
+    assert planned["changed"]
+    assert machine.run("sh", "-c", "rpm -qa | sort; ls /etc/yum.repos.d /etc/modprobe.d /etc/dnf/modules.d").stdout == before
+
+    done = driver(machine, server, branch="570")
+    assert whats(done) == whats(planned)
+    assert ("module stream nvidia-driver" in whats(done)) == (machine.major == 9)
+    assert done["result"]["user_space"] == done["result"]["on_disk"] == "570.195.03"
+    assert done["result"]["flavour"] == "open"
+    assert driver_versions(machine) == {"570.195.03"}
+    assert "kmod-nvidia-open-dkms" in versions(machine)
+    assert module_version(machine) == "570.195.03"
+    assert machine.run("modinfo", "-k", KERNELS[machine.major], "-F", "license", "nvidia").stdout == "Dual MIT/GPL\n"
+    assert len(locks(machine)) == len(versions(machine, "nvidia-(?!.*lock)"))
+    assert "kmod-nvidia-open-dkms-3:570.195.03-1.el%d.*" % machine.major in locks(machine)
+    if machine.major == 9:
+        assert stream(machine) == "570-open"
+        # dkms is not in NVIDIA's repository here.
+        assert {"epel-release", "dkms"} <= set(versions(machine, "epel|dkms"))
+
+    for check in (True, False):
+        assert not driver(machine, server, check=check, branch="570")["changed"]
+
+
+@both
+def test_an_ordinary_upgrade_leaves_the_driver_alone(machine: Machine, server: str) -> None:
+    driver(machine, server, version="570.124.06", branch="570")
+    machine.run("dnf", "-q", "-y", "upgrade")
+    assert driver_versions(machine) == {"570.124.06"}
+    # The proof that the lock is what held it.
+    machine.run("dnf", "-q", "-y", "versionlock", "clear")
+    machine.run("dnf", "-q", "-y", "upgrade")
+    assert driver_versions(machine) == ({"570.195.03"} if machine.major == 9 else {"590.44.01"})
+
+
+@both
+def test_locks_that_were_lost_are_seen_and_restored(machine: Machine, server: str) -> None:
+    driver(machine, server, branch="580")
+    kept = locks(machine)
+    machine.run("dnf", "-q", "-y", "versionlock", "delete", "nvidia-driver-cuda")
+    again = driver(machine, server, branch="580")
+    assert whats(again) == ["package holds"]
+    assert sorted(locks(machine)) == sorted(kept)
+
+
+@both
+def test_other_locks_stay(machine: Machine, server: str) -> None:
+    machine.run("dnf", "-q", "-y", "install", "python3-dnf-plugin-versionlock")
+    machine.write(LOCKS, "kernel-devel-0:5.14.0-1.el9.*\n!bash-0:5.1.8-9.el9.*\n")
+    driver(machine, server, branch="570")
+    driver(machine, server, branch="580")
+    assert {"kernel-devel-0:5.14.0-1.el9.*", "!bash-0:5.1.8-9.el9.*"} <= set(locks(machine))
+    assert not [line for line in locks(machine) if ":570." in line]
+
+
+@both
+def test_branches_up_and_down(machine: Machine, server: str) -> None:
+    for branch, version in (("570", "570.195.03"), ("580", "580.95.05"), ("570", "570.195.03")):
+        done = driver(machine, server, branch=branch)
+        assert done["changed"], done
+        assert driver_versions(machine) == {version}
+        assert module_version(machine) == version
+        assert stream(machine) == (branch + "-open" if machine.major == 9 else "")
+        assert not driver(machine, server, branch=branch)["changed"]
+
+
+@both
+def test_an_exact_version_up_and_down(machine: Machine, server: str) -> None:
+    for version in ("580.65.06", "580.95.05", "580.65.06"):
+        assert driver(machine, server, branch="580", version=version)["changed"]
+        assert driver_versions(machine) == {version}
+        assert module_version(machine) == version
+    # Without a version, an installed driver of the branch is right.
+    assert not driver(machine, server, branch="580")["changed"]
+
+
+@both
+def test_the_other_flavour(machine: Machine, server: str) -> None:
+    driver(machine, server, branch="580")
+    done = driver(machine, server, branch="580", flavour="proprietary")
+    assert done["result"]["flavour"] == "proprietary"
+    kinds = {name for name in versions(machine) if name.startswith("kmod")}
+    assert kinds == {"kmod-nvidia-latest-dkms"}
+    assert module_version(machine) == "580.95.05"
+    assert machine.run("modinfo", "-k", KERNELS[machine.major], "-F", "license", "nvidia").stdout == "NVIDIA\n"
+    assert stream(machine) == ("580-dkms" if machine.major == 9 else "")
+    assert not [line for line in locks(machine) if "open" in line]
+
+
+@both
+def test_companions_change_their_names_with_the_branch(machine: Machine, server: str) -> None:
+    options = {"fabric_manager": "present", "imex": "present"}
+    driver(machine, server, branch="570", **options)
+    old = {"nvidia-fabric-manager", "libnvidia-nscq-570", "nvidia-imex-570"}
+    assert old <= set(versions(machine))
+    done = driver(machine, server, branch="580", **options)
+    assert "error" not in done, done
+    assert not old & set(versions(machine))
+    assert {"nvidia-fabricmanager", "libnvidia-nscq", "nvidia-imex"} <= set(versions(machine))
+    assert driver_versions(machine) == {"580.95.05"}
+    assert not driver(machine, server, branch="580", **options)["changed"]
+
+
+@both
+def test_a_branch_that_the_repository_does_not_have(machine: Machine, server: str) -> None:
+    before = versions(machine)
+    refused = driver(machine, server, branch="575")
+    assert refused["error"] in ("stream_failed", "version_not_available")
+    assert "575" in refused["message"], refused
+    assert versions(machine) == {**before, **versions(machine, "kernel-devel")} or not driver_versions(machine)
+
+
+@both
+def test_a_version_that_the_repository_does_not_have(machine: Machine, server: str) -> None:
+    refused = driver(machine, server, branch="580", version="580.105.08")
+    assert refused["error"] == "version_not_available"
+    assert "580.95.05" in refused["message"] and "580.105.08" in refused["message"], refused
+    assert not driver_versions(machine)
+
+
+@both
+def test_a_repository_that_is_not_there(machine: Machine, server: str) -> None:
+    refused = driver(machine, server, branch="580", repository_url=server + "/nowhere")
+    assert refused["error"] == "repository_unreachable"
+    assert server + "/nowhere/rhel%d/x86_64" % machine.major in refused["message"]
+    # dnf refuses everything as long as a repository is unreachable: the definition is taken back.
+    assert "cuda-rhel" not in machine.run("sh", "-c", "ls /etc/yum.repos.d").stdout
+    machine.run("dnf", "-q", "makecache")
+
+
+@both
+def test_packages_without_a_good_signature(machine: Machine, server: str) -> None:
+    machine.run("sh", "-c", "rm -rf /var/cache/dnf")
+    unsigned = (
+        "mkdir -p /srv/bad/rhel%d/x86_64 && cd /srv/bad/rhel%d/x86_64 && dnf -q download --destdir . --repofrompath "
+        "cuda,%s/compute/cuda/repos/rhel%d/x86_64 --repo cuda --setopt=cuda.module_hotfixes=1 nvidia-persistenced "
+        "nvidia-driver-cuda nvidia-driver-cuda-libs libnvidia-ml libnvidia-cfg nvidia-kmod-common kmod-nvidia-open-dkms && "
+        "rpmsign --delsign *.rpm && createrepo_c -q ." % (machine.major, machine.major, server, machine.major)
+    )
+    machine.run("sh", "-c", unsigned)
+    if machine.major == 9:
+        pytest.skip("the rest is the same on both, and needs no modules in the bad repository")
+    machine.run("sh", "-c", "sed -i s,^gpgkey=.*,gpgkey=%s/rocky/10/KEY, /etc/yum.repos.d/rocky.repo" % server)
+    machine.write(
+        "/etc/yum.repos.d/bad.repo",
+        "[bad]\nname=Bad\nbaseurl=file:///srv/bad/rhel10/x86_64\ngpgcheck=1\ngpgkey=%s/rocky/10/KEY\n" % server,
+    )
+    refused = machine.ask("manager", method="install", arguments=[{"nvidia-persistenced": None}])
+    assert refused["error"] == "package_failed"
+    assert "not signed" in refused["message"], refused
+    assert not driver_versions(machine)
+
+
+@el9
+def test_rhel_without_epel_is_told_what_to_enable(machine: Machine, server: str) -> None:
+    text = machine.read("/etc/os-release")
+    machine.write("/etc/os-release", text.replace('ID="rocky"', 'ID="rhel"').replace('ID_LIKE="rhel centos fedora"', ""))
+    refused = driver(machine, server, branch="580")
+    assert refused["error"] == "dkms_unavailable"
+    assert "codeready-builder-for-rhel-9-x86_64-rpms" in refused["message"]
+    assert not driver_versions(machine)
+
+
+@both
+def test_headers_of_a_kernel_that_is_gone(machine: Machine, server: str) -> None:
+    machine.kernel = "5.14.0-1.el9.x86_64"
+    refused = driver(machine, server, branch="580")
+    assert refused["error"] == "kernel_headers_unavailable"
+    assert "5.14.0-1.el9.x86_64" in refused["message"]
+    assert not driver_versions(machine)
+
+
+@both
+def test_the_toolkit(machine: Machine, server: str) -> None:
+    answer = machine.ask("repository", name="nvidia_container_toolkit", url=server + "/libnvidia-container")
+    assert len(answer["first"]) == 1 and answer["second"] == [], answer
+    names = ["nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container-tools", "libnvidia-container1"]
+    offers = machine.ask("manager", method="available", arguments=names)["answer"]
+    assert {name: [one["version"] for one in offers[name]] for name in offers} == dict.fromkeys(names, ["1.20.0-1", "1.17.8-1"])
+    for version in ("1.17.8-1", "1.20.0-1", "1.17.8-1"):
+        assert machine.ask("manager", method="install", arguments=[dict.fromkeys(names, version)]) == {"answer": None}
+        machine.ask("manager", method="hold", arguments=names)
+        found = machine.ask("manager", method="installed", arguments=names)["answer"]
+        assert {one["version"] for one in found.values()} == {version} and len(found) == 4
+        assert all(one["held"] for one in found.values())
+    machine.ask("manager", method="unhold", arguments=names[:1])
+    found = machine.ask("manager", method="installed", arguments=names)["answer"]
+    assert [name for name in names if not found[name]["held"]] == names[:1]
+
+
+@both
+def test_docker_engine(machine: Machine, server: str) -> None:
+    answer = machine.ask("repository", name="docker", url=server + "/linux")
+    assert len(answer["first"]) == 1 and answer["second"] == [], answer
+    # With dnf's own variable for the architecture, as Docker's file has it.
+    assert "/centos/%d/$basearch/stable" % machine.major in machine.read("/etc/yum.repos.d/docker-ce-stable.repo")
+    newest = "3:28.5.1-1.el%d" % machine.major
+    offers = machine.ask("manager", method="available", arguments=["docker-ce"])["answer"]["docker-ce"]
+    assert offers[0]["version"] == newest
+    assert machine.ask("manager", method="install", arguments=[{"docker-ce": newest, "docker-ce-cli": None}]) == {"answer": None}
+    assert versions(machine, "docker-ce$") == {"docker-ce": newest}
+    machine.ask("manager", method="remove", arguments=["docker-ce", "no-such-package"])
+    # Only what was named goes.
+    assert set(versions(machine, "docker|containerd")) == {"docker-ce-cli", "containerd.io"}
+
+
+@both
+def test_an_impossible_wish_names_the_missing_thing(machine: Machine, server: str) -> None:
+    refused = machine.ask("manager", method="install", arguments=[{"no-such-package": None}])
+    assert refused["error"] == "package_failed"
+    assert "no-such-package" in refused["message"]
