@@ -20,13 +20,12 @@ RELEASE = os.uname().release
 
 
 def source(name: str) -> bytes:
-    content = (HERE / "files" / name).read_bytes()
-    # The checkout holds Python files without a first line that names an interpreter.
-    return (
-        content
-        if content.startswith(b"#!") or b"import annotations" not in content
-        else b"#!/usr/bin/python3\n" + content
-    )
+    return (HERE / "files" / name).read_bytes()
+
+
+def program(name: str) -> bytes:
+    """A Python program; in the checkout such a file does not name its interpreter."""
+    return b"#!/usr/bin/python3\n" + source(name)
 
 
 def packages() -> list[Package]:
@@ -37,7 +36,7 @@ def packages() -> list[Package]:
         "1.0",
         {"Depends": "kmod, python3"},
         files={
-            "/usr/lib/sandbox-hardware/hardware.py": (source("hardware.py"), 0o755),
+            "/usr/lib/sandbox-hardware/hardware.py": (program("hardware.py"), 0o755),
             "/usr/lib/sandbox/boot.d/10-hardware": (source("boot-hook"), 0o755),
         },
         links={
@@ -70,7 +69,7 @@ done
             "3.99.0-1",
             {"Depends": "sandbox-hardware"},
             files={
-                "/usr/sbin/dkms": (source("dkms"), 0o755),
+                "/usr/sbin/dkms": (program("dkms"), 0o755),
                 "/usr/lib/dkms/common.postinst": (source("dkms-common.postinst"), 0o755),
                 "/var/lib/dkms/": (b"", 0o755),
             },
