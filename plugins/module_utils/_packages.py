@@ -968,13 +968,12 @@ def _is_locked(name: str, version: str, patterns: t.Sequence[str]) -> bool:
 
 
 def _dnf_cause(result: CommandResult) -> str:
+    """dnf's own sentence; of a conflict the first reason below it, without which it says nothing."""
     lines = [line.strip() for line in (result.stderr + "\n" + result.stdout).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith(("Error:", "Problem:", "- nothing provides", "Errors during")) and not line.endswith(":"):
-            return line.rstrip(".") + "."
-    for line in lines:
-        if line.startswith(("Problem", "- ", "Error")) and line != "Error:":
-            return line.rstrip(".") + "."
+    for index, line in enumerate(lines):
+        if re.match(r"(Error|Problem( \d+)?|Errors during [^:]*):.", line):
+            reasons = [one[2:] for one in lines[index + 1 : index + 2] if one.startswith("- ")]
+            return line.rstrip(".") + (" (%s)." % reasons[0].rstrip(".") if reasons else ".")
     return result.last_line().rstrip(".") + "."
 
 

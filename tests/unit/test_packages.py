@@ -466,6 +466,28 @@ def test_dnf_hold_installs_the_plugin(host: FakeHost, dnf: pk.Dnf) -> None:
     assert calls[-1] == "dnf -q -y versionlock add a"
 
 
+@pytest.mark.parametrize(
+    ("stderr", "cause"),
+    [
+        # dnf 4.14.0 and 4.23.0, word for word.
+        (
+            "Error: \n Problem: conflicting requests\n  - nothing provides /usr/bin/python3 needed by dkms-3.2.2-1.el10.noarch "
+            "from cuda-rhel10\n",
+            "Problem: conflicting requests (nothing provides /usr/bin/python3 needed by dkms-3.2.2-1.el10.noarch from "
+            "cuda-rhel10).",
+        ),
+        ("Error: Unable to find a match: no-such-package\n", "Error: Unable to find a match: no-such-package."),
+        ("Error: Package a-1-1.x86_64.rpm is not signed\n", "Error: Package a-1-1.x86_64.rpm is not signed."),
+        ("Killed\n", "Killed."),
+    ],
+)
+def test_dnf_cause(host: FakeHost, dnf: pk.Dnf, stderr: str, cause: str) -> None:
+    host.commands.update({"rpm *": "", "dnf *": (1, "", stderr)})
+    with pytest.raises(FleetError) as caught:
+        dnf.install({"a": None})
+    assert cause in caught.value.message
+
+
 def test_module_stream_switch(host: FakeHost, dnf: pk.Dnf) -> None:
     host.commands["dnf *"] = ""
     host.files["/etc/dnf/modules.d/nvidia-driver.module"] = (

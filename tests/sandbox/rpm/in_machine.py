@@ -10,7 +10,6 @@ import json
 import sys
 import types
 
-
 # The directory as a package, so that its relative imports work.
 package = types.ModuleType("code_of_the_collection")
 package.__path__ = ["/mnt/code"]

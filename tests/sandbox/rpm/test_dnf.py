@@ -60,7 +60,10 @@ def test_a_branch_from_nothing(machine: Machine, server: str) -> None:
     before = machine.run("sh", "-c", "rpm -qa | sort; ls /etc/yum.repos.d /etc/modprobe.d /etc/dnf/modules.d").stdout
     planned = driver(machine, server, check=True, branch="570")
     assert planned["changed"]
-    assert machine.run("sh", "-c", "rpm -qa | sort; ls /etc/yum.repos.d /etc/modprobe.d /etc/dnf/modules.d").stdout == before
+    assert (
+        machine.run("sh", "-c", "rpm -qa | sort; ls /etc/yum.repos.d /etc/modprobe.d /etc/dnf/modules.d").stdout
+        == before
+    )
 
     done = driver(machine, server, branch="570")
     assert whats(done) == whats(planned)
@@ -214,7 +217,9 @@ def test_packages_without_a_good_signature(machine: Machine, server: str) -> Non
 @el9
 def test_rhel_without_epel_is_told_what_to_enable(machine: Machine, server: str) -> None:
     text = machine.read("/etc/os-release")
-    machine.write("/etc/os-release", text.replace('ID="rocky"', 'ID="rhel"').replace('ID_LIKE="rhel centos fedora"', ""))
+    machine.write(
+        "/etc/os-release", text.replace('ID="rocky"', 'ID="rhel"').replace('ID_LIKE="rhel centos fedora"', "")
+    )
     refused = driver(machine, server, branch="580")
     assert refused["error"] == "dkms_unavailable"
     assert "codeready-builder-for-rhel-9-x86_64-rpms" in refused["message"]
@@ -234,9 +239,16 @@ def test_headers_of_a_kernel_that_is_gone(machine: Machine, server: str) -> None
 def test_the_toolkit(machine: Machine, server: str) -> None:
     answer = machine.ask("repository", name="nvidia_container_toolkit", url=server + "/libnvidia-container")
     assert len(answer["first"]) == 1 and answer["second"] == [], answer
-    names = ["nvidia-container-toolkit", "nvidia-container-toolkit-base", "libnvidia-container-tools", "libnvidia-container1"]
+    names = [
+        "nvidia-container-toolkit",
+        "nvidia-container-toolkit-base",
+        "libnvidia-container-tools",
+        "libnvidia-container1",
+    ]
     offers = machine.ask("manager", method="available", arguments=names)["answer"]
-    assert {name: [one["version"] for one in offers[name]] for name in offers} == dict.fromkeys(names, ["1.20.0-1", "1.17.8-1"])
+    assert {name: [one["version"] for one in offers[name]] for name in offers} == dict.fromkeys(
+        names, ["1.20.0-1", "1.17.8-1"]
+    )
     for version in ("1.17.8-1", "1.20.0-1", "1.17.8-1"):
         assert machine.ask("manager", method="install", arguments=[dict.fromkeys(names, version)]) == {"answer": None}
         machine.ask("manager", method="hold", arguments=names)
@@ -257,7 +269,9 @@ def test_docker_engine(machine: Machine, server: str) -> None:
     newest = "3:28.5.1-1.el%d" % machine.major
     offers = machine.ask("manager", method="available", arguments=["docker-ce"])["answer"]["docker-ce"]
     assert offers[0]["version"] == newest
-    assert machine.ask("manager", method="install", arguments=[{"docker-ce": newest, "docker-ce-cli": None}]) == {"answer": None}
+    assert machine.ask("manager", method="install", arguments=[{"docker-ce": newest, "docker-ce-cli": None}]) == {
+        "answer": None
+    }
     assert versions(machine, "docker-ce$") == {"docker-ce": newest}
     machine.ask("manager", method="remove", arguments=["docker-ce", "no-such-package"])
     # Only what was named goes.
