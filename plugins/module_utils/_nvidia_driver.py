@@ -79,6 +79,11 @@ Unattended-Upgrade::Package-Blacklist {
 _BUILD_SIGNS = re.compile(
     r"Bad return status|make\.log|[Kk]ernel headers for (this )?kernel|failed to install during auto"
 )
+#: Packages with headers that the distributions always have.
+_ANY_HEADERS = {
+    "debian": ("linux-headers-amd64", "linux-headers-arm64", "linux-headers-generic"),
+    "rhel": ("kernel-devel",),
+}
 _BUILD_TIMEOUT = 1800.0  # seconds for dkms on a slow machine
 _APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
 
@@ -99,6 +104,7 @@ class DriverState:
         key_enrolled: Whether the key that dkms signs with is enrolled.
         headers: Whether modules can be compiled for the running kernel.
         runfile: Whether NVIDIA's .run installer put a driver there.
+        headers_offered: False when the package lists of the host know headers, but not those of the running kernel.
         dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
         disabled_units: Services of the driver that this hardware needs and that would not start at boot.
     """
@@ -120,6 +126,7 @@ class DriverState:
     nouveau_loaded: bool
     runfile: bool
     holders: tuple[Holder, ...]
+    headers_offered: bool = True
     dkms: str = ""
     disabled_units: tuple[str, ...] = ()
 
@@ -265,6 +272,11 @@ def disabled_units(host: Host, wish: Wish) -> list[str]:
     ]
 
 
+def headers_offered(manager: PackageManager, package: str) -> bool:
+    """Whether the lists on the host have a package with headers; yes when they say nothing about headers at all."""
+    return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
+
+
 # -- the resource ---------------------------------------------------------------------------------
 
 
@@ -383,6 +395,7 @@ class NvidiaDriver(Resource[DriverState]):
         dkms = ""
         if not on_disk and host.which("dkms"):
             dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
+        headers = host.exists("/lib/modules/%s/build" % kernel)
         return DriverState(
             os=os_release,
             machine=host.machine(),
@@ -397,7 +410,8 @@ class NvidiaDriver(Resource[DriverState]):
             on_disk=on_disk,
             secure_boot=secure_boot,
             key_enrolled=module_key_enrolled(host) if secure_boot else False,
-            headers=host.exists("/lib/modules/%s/build" % kernel),
+            headers=headers,
+            headers_offered=headers or not plan.headers or headers_offered(manager, plan.headers),
             nouveau_loaded="nouveau" in loaded_modules(host),
             runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
             holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
@@ -453,10 +467,10 @@ class NvidiaDriver(Resource[DriverState]):
                     action="repair",
                 )
             )
-        changes += self._plan_sources(plan, state)
         packages = self._plan_packages(plan, state)
         if packages is not None:
             self._guard_secure_boot(state)
+        # Before everything else: without them nothing of the rest is of use.
         if plan.headers and not state.headers and plan.headers not in state.installed:
             changes.append(
                 Change(
@@ -469,6 +483,7 @@ class NvidiaDriver(Resource[DriverState]):
                     data={"package": plan.headers},
                 )
             )
+        changes += self._plan_sources(plan, state)
         changes += self._plan_file(
             state, BLACKLIST, BLACKLIST_CONTENT, "nouveau and the NVIDIA driver exclude each other", "blacklist"
         )
@@ -745,14 +760,17 @@ class NvidiaDriver(Resource[DriverState]):
         try:
             manager.install({package: None})
         except FleetError as error:
-            raise FleetError(
-                "kernel_headers_unavailable",
-                "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
-                "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
-                "or set nvidia_driver_kernel_headers to false when they come from elsewhere."
-                % (host.kernel_release(), error.message.rstrip(".")),
-                **error.facts,
-            ) from error
+            raise self._no_headers(host.kernel_release(), error.message.rstrip("."), error.facts) from error
+
+    @staticmethod
+    def _no_headers(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
+        return FleetError(
+            "kernel_headers_unavailable",
+            "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
+            "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
+            "or set nvidia_driver_kernel_headers to false when they come from elsewhere." % (kernel, cause),
+            **(facts or {}),
+        )
 
     def _switch_stream(self, host: Host, stream: str) -> None:
         """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
@@ -998,6 +1016,9 @@ class NvidiaDriver(Resource[DriverState]):
         pending = self._plan_packages(plan, state) is not None
         if pending and state.holders:
             raise in_use_error(state.holders, "Changing the driver packages")
+        if not (state.headers or state.headers_offered or plan.headers in state.installed):
+            # Check mode only: a run has installed them or said the same.
+            raise self._no_headers(state.kernel, "the package lists of the host do not have %s" % plan.headers)
         if pending:
             answer["message"] = "The driver of branch %s is not installed yet." % self.branch
             return answer
@@ -1009,4 +1030,9 @@ class NvidiaDriver(Resource[DriverState]):
             )
         else:
             answer["message"] = "Driver %s: loaded = on disk = user space." % state.user_space
+        if not self.kernel_module:
+            answer["message"] = "Driver %s is installed without a kernel module, which comes from elsewhere: %s." % (
+                state.user_space,
+                "%s is loaded" % state.loaded_version if state.loaded_version else "none is loaded",
+            )
         return answer

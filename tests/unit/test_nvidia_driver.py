@@ -88,7 +88,7 @@ def test_a_host_without_a_gpu_may_run_anything() -> None:
 
 def test_fresh_host(world: DriverWorld) -> None:
     planned = run(world, check=True)
-    expected = ["repository", "file", "headers", "blacklist", "packages", "hold", "file"]
+    expected = ["headers", "repository", "file", "blacklist", "packages", "hold", "file"]
     assert actions(planned) == expected
     assert world.packages == {}
     assert PREFERENCES not in world.files
@@ -464,6 +464,30 @@ def test_missing_headers_are_installed_and_named_when_they_cannot_be(world: Driv
     assert caught.value.reason == "kernel_headers_unavailable"
     assert KERNEL in caught.value.message
     assert "nvidia-open-580" not in world.packages
+    # Found out before anything was changed.
+    assert not [path for path in world.files if "nvidia-cuda" in path or path in (PREFERENCES, BLACKLIST, UNATTENDED)]
+
+
+def test_check_mode_says_that_headers_are_not_on_offer(world: DriverWorld) -> None:
+    real = world.commands.pop("apt-cache madison *")
+
+    def madison(host: object, argv: tuple[str, ...], stdin: object, env: object) -> object:
+        if "linux-headers-" + KERNEL in argv:
+            return ""
+        if "linux-headers-generic" in argv:
+            return "linux-headers-generic | 6.8.0-90.91 | http://archive.ubuntu.com/ubuntu noble/main amd64 Packages\n"
+        return real(host, argv, stdin, env) if callable(real) else real
+
+    world.commands["apt-cache madison *"] = madison
+    outcome = run(world, check=True)
+    with pytest.raises(FleetError, match="the package lists of the host do not have linux-headers-" + KERNEL):
+        NvidiaDriver().result(outcome.state)
+
+
+def test_without_a_kernel_module_nothing_is_said_about_one(world: DriverWorld) -> None:
+    outcome = run(world, kernel_module=False)
+    answer = NvidiaDriver(kernel_module=False).result(outcome.state)
+    assert answer["message"].startswith("Driver 580.95.05 is installed without a kernel module")
 
 
 def test_a_build_without_headers_says_so(world: DriverWorld) -> None:
@@ -590,7 +614,7 @@ def test_streams_are_reset_before_another_is_enabled() -> None:
     change = next(change for change in planned.changes if change.action == "stream")
     assert (change.before, change.after) == ("570-open", "580-open")
     NvidiaDriver().apply(world, change)
-    assert world.ran("^dnf") == [
+    assert world.ran("^dnf -q -y") == [
         "dnf -q -y module reset nvidia-driver",
         "dnf -q -y module enable nvidia-driver:580-open",
     ]
