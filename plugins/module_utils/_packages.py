@@ -120,10 +120,18 @@ def check_url(option: str, url: str) -> str:
         FleetError: ``invalid_option`` when it is not http(s) with a host.
     """
     parts = urllib.parse.urlsplit(url.strip())
+    if "@" in parts.netloc:
+        raise FleetError(
+            "invalid_option",
+            "%s = (not shown): there is a user name or password in the URL, which would lie readable for everybody on the "
+            "host; leave it out and store it in /etc/apt/auth.conf.d (apt) or protect the mirror in another way."
+            % option,
+            option=option,
+        )
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"\s", url.strip()):
         raise FleetError(
             "invalid_option",
-            "%s = %s: not a URL of a repository; write it with scheme and host, for example https://mirror.example.org/path."
+            "%s = %s: not an http or https URL of a repository; write it with scheme and host, for example https://mirror.example.org/path."
             % (option, url),
             option=option,
         )
@@ -970,6 +978,10 @@ def _is_locked(name: str, version: str, patterns: t.Sequence[str]) -> bool:
 def _dnf_cause(result: CommandResult) -> str:
     """dnf's own sentence; of a conflict the first reason below it, without which it says nothing."""
     lines = [line.strip() for line in (result.stderr + "\n" + result.stdout).splitlines() if line.strip()]
+    for line in lines:
+        # "Error: GPG check FAILED" comes after it.
+        if re.search(r"is not signed$|^Public key for .* is not installed|^Failing package is", line):
+            return line.rstrip(".") + "."
     for index, line in enumerate(lines):
         if re.match(r"(Error|Problem( \d+)?|Errors during [^:]*):.", line):
             reasons = [one[2:] for one in lines[index + 1 : index + 2] if one.startswith("- ")]

@@ -477,7 +477,10 @@ def test_dnf_hold_installs_the_plugin(host: FakeHost, dnf: pk.Dnf) -> None:
             "cuda-rhel10).",
         ),
         ("Error: Unable to find a match: no-such-package\n", "Error: Unable to find a match: no-such-package."),
-        ("Error: Package a-1-1.x86_64.rpm is not signed\n", "Error: Package a-1-1.x86_64.rpm is not signed."),
+        (
+            "Package a-1-1.el10.x86_64.rpm is not signed\nError: GPG check FAILED\n",
+            "Package a-1-1.el10.x86_64.rpm is not signed.",
+        ),
         ("Killed\n", "Killed."),
     ],
 )
