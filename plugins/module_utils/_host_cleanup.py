@@ -17,6 +17,7 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import driver_holders
 from ._host import Host
+from ._nim_models import is_system_directory
 from ._nim_service import BASE_DIRECTORY, CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, UNIT_DIRECTORY, WRAPPER
 from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver import BLACKLIST, NON_FREE, PREFERENCES, UNATTENDED
@@ -58,10 +59,6 @@ REPOSITORIES = {
 }
 #: First line of the repository definitions that this collection wrote.
 MANAGED = "# Managed by gpu_fleet.nim."
-#: Directories that no model cache can be.
-_SYSTEM = re.compile(
-    r"/(?:(?:bin|boot|dev|etc|home|lib|lib64|opt|proc|root|run|sbin|srv|sys|tmp|usr|var|var/lib|mnt)/?)?\Z"
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class HostCleanup(Resource[CleanupState]):
         self.caches = []
         for path in caches:
             normal = os.path.normpath(path)
-            if not path.startswith("/") or _SYSTEM.match(normal) or ".." in path.split("/"):
+            if not path.startswith("/") or is_system_directory(normal) or ".." in path.split("/"):
                 raise FleetError(
                     "invalid_option",
                     "caches = %r: is no directory that can be a model cache; name the cache_directory of a model."
@@ -198,7 +195,7 @@ class HostCleanup(Resource[CleanupState]):
                         "was asked for",
                         disruption,
                         "packages",
-                        {"names": sorted(packages)},
+                        {"part": part, "names": sorted(packages)},
                         blocked=blocked,
                     )
                 )
@@ -231,7 +228,8 @@ class HostCleanup(Resource[CleanupState]):
         elif change.action == "packages":
             manager = package_manager(host, read_os_release(host))
             manager.unhold(*change.data["names"])
-            manager.remove(*change.data["names"])
+            # Purging some distributions' engine would take /var/lib/docker with it, and the images and volumes there.
+            manager.remove(*change.data["names"], purge=change.data["part"] != "docker")
         elif change.action == "repository":
             key = re.search(r"^Signed-By: (/\S+)$", host.read_text(path) or "", re.M)
             host.remove(path)

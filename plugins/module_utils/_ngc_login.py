@@ -374,7 +374,10 @@ class NgcLogin(Resource[DockerConfig]):
                 for name in self._entry_names(state):
                     del auths[name]
             content["auths"] = auths
-            self._write(host, state, content)
+            if change.action == "erase" and not any(content.values()):
+                self._remove(host, state)
+            else:
+                self._write(host, state, content)
         elif change.action == "directory":
             self._make_directory(host, self.observe(host))
         elif change.action == "file":
@@ -463,6 +466,15 @@ class NgcLogin(Resource[DockerConfig]):
                     path=path,
                 )
         host.make_dir(directory, mode=0o700, uid=account.uid, gid=account.gid)
+
+    @classmethod
+    def _remove(cls, host: Host, state: DockerConfig) -> None:
+        """Nothing is left in the file: it goes, and so does the directory that was made for it."""
+        cls._make_directory(host, state)
+        host.remove(state.path)
+        directory = state.path.rsplit("/", 1)[0]
+        if not host.list_dir(directory):
+            host.remove(directory)
 
     @classmethod
     def _write(cls, host: Host, state: DockerConfig, content: t.Dict[str, t.Any]) -> None:

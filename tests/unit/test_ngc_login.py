@@ -283,6 +283,20 @@ def test_absent(host: FakeHost) -> None:
     assert FakeRegistry.asked == []
 
 
+def test_a_file_that_holds_nothing_any_more_goes(host: FakeHost) -> None:
+    _run(host)
+    assert _run(host, None, state="absent").changed
+    assert PATH not in host.files
+    assert PATH.rsplit("/", 1)[0] not in host.dirs
+    assert not _run(host, None, state="absent").changed
+
+
+def test_a_file_with_other_settings_stays(host: FakeHost) -> None:
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}}, "psFormat": "x"}).encode()
+    assert _run(host, None, state="absent").changed
+    assert json.loads(host.files[PATH]) == {"auths": {}, "psFormat": "x"}
+
+
 def test_absent_on_a_bare_host(host: FakeHost) -> None:
     assert not _run(host, None, state="absent").changed
     assert PATH not in host.files
