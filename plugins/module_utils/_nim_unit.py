@@ -136,6 +136,27 @@ def daemon_answers() -> bool:
     return False
 
 
+def daemon_is_stopped() -> bool:
+    """Whether systemd has Docker down.
+
+    A docker command must not be tried then: a restart of this unit asks for Docker too, its socket listens at once, but
+    the daemon is not started before this unit's stop has ended (systemd.unit(5), Before=).
+    """
+    try:
+        shown = subprocess.run(
+            ["systemctl", "show", "--property=LoadState,ActiveState", "docker.service"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            timeout=20,
+            check=False,
+        ).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "LoadState=loaded" in shown and ("ActiveState=inactive" in shown or "ActiveState=failed" in shown)
+
+
 def is_away(text: str) -> bool:
     lowered = text.lower()
     return any(known in lowered for known in _AWAY_TEXTS)
@@ -190,6 +211,7 @@ class Unit:
         self.name = name
         self.configuration = os.path.join(CONFIGURATION, name + ".json")
         self.key_file = os.path.join(CONFIGURATION, "ngc.env")
+        self.secret_file = os.path.join(CONFIGURATION, name + ".env")
         self.runtime_file = os.path.join(RUNTIME, name + ".json")
         self.stop_file = os.path.join(RUNTIME, name + ".stop")
         self.marker_file = os.path.join(STATE, "state", name + ".download.json")
@@ -342,10 +364,21 @@ class Unit:
             raise DockerAwayError(complaint(done.stderr))
         raise StartFailedError("docker start: %s" % complaint(done.stderr))
 
+    def secret_arguments(self) -> list[str]:
+        """Docker reads the secret variables from their file, so they are in no argument list."""
+        names = self.config.get("secret_environment")
+        if not names:
+            return []
+        if not os.path.exists(self.secret_file):
+            raise BadConfigurationError(
+                "%s with %s is missing" % (self.secret_file, ", ".join(str(name) for name in names))
+            )
+        return ["--env-file", self.secret_file]
+
     def start(self) -> None:
         if self.stopping():
             raise StartFailedError("stopped")
-        arguments = self.create_arguments
+        arguments = [*self.secret_arguments(), *self.create_arguments]
         if self.config.get("key_in_service") and os.path.exists(self.key_file):
             arguments = ["--env-file", self.key_file, *arguments]
         self.note("starting")
@@ -499,7 +532,8 @@ class Unit:
             if not brought:
                 self.mark("incomplete")
             self.note("download")
-            self.create(self.downloader, ["--env-file", self.key_file, *(str(word) for word in plan["create"])])
+            arguments = ["--env-file", self.key_file, *self.secret_arguments()]
+            self.create(self.downloader, [*arguments, *(str(word) for word in plan["create"])])
             self.launch(self.downloader)
             say("%s fetches the model" % self.downloader)
         else:
@@ -542,6 +576,9 @@ class Unit:
             loaded = True
         with contextlib.suppress(OSError):
             write_atomically(self.stop_file, os.environ.get("INVOCATION_ID", ""))
+        if daemon_is_stopped():
+            say("Docker is stopped: %s may still run" % self.container)
+            return 1
         try:
             docker("rm", "-f", self.downloader)
             done = docker("stop", "-t", str(stop_timeout), self.container, seconds=stop_timeout + 20)

@@ -541,6 +541,7 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
                 "proof of driver, toolkit and Docker together, in the way the NIM containers ask for GPUs (%s)"
                 % self.injection,
                 action="smoke_test",
+                proof=True,
             )
         ]
 

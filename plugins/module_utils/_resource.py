@@ -54,6 +54,7 @@ class Change:
         data: What ``apply`` needs beyond the above; never printed, so it may hold secrets.
         diff: Textual difference of a file, if the change writes one.
         blocked: Set when this run must not apply the change; says why and what would allow it.
+        proof: Set when it is only a test that leaves the host as it is; a run that does nothing else changes nothing.
     """
 
     resource: str
@@ -66,6 +67,7 @@ class Change:
     data: t.Mapping[str, t.Any] = field(default_factory=dict, compare=False, repr=False)
     diff: FileDiff | None = field(default=None, compare=False, repr=False)
     blocked: str | None = None
+    proof: bool = False
 
     def as_dict(self) -> dict[str, t.Any]:
         """The change as modules return it and as the plan prints it."""
@@ -111,10 +113,14 @@ class Outcome(t.Generic[S]):
 
     @property
     def changed(self) -> bool:
-        return bool(self.changes)
+        return any(not change.proof for change in self.changes)
 
 
-def converge(host: Host, resource: Resource[S], *, check_mode: bool) -> Outcome[S]:
+#: Told before each change is applied: its number from 1, how many there are, and the change.
+OnChange = t.Callable[[int, int, Change], None]
+
+
+def converge(host: Host, resource: Resource[S], *, check_mode: bool, on_change: OnChange | None = None) -> Outcome[S]:
     """Observe, plan, apply and verify one resource.
 
     Raises:
@@ -130,9 +136,11 @@ def converge(host: Host, resource: Resource[S], *, check_mode: bool) -> Outcome[
 
     applied: list[Change] = []
     try:
-        for change in todo:
+        for number, change in enumerate(todo, 1):
             # Counted before it is tried: half an application is a change too.
             applied.append(change)
+            if on_change is not None:
+                on_change(number, len(todo), change)
             resource.apply(host, change)
         state = resource.observe(host)
         planned = resource.plan(state)

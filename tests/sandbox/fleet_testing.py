@@ -129,6 +129,36 @@ class Identity:
         return (self.container, self.container_pid)
 
 
+class Client:
+    """Requests one after the other; every answer with its time."""
+
+    def __init__(self, machine: Machine, port: int) -> None:
+        self.machine = machine
+        self.port = port
+        self.answers: list[tuple[float, int]] = []
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._ask, daemon=True)
+
+    def _ask(self) -> None:
+        model = self.machine.model_names(self.port)[0]
+        while not self.end.is_set():
+            began = time.monotonic()
+            self.answers.append((began, self.machine.complete(self.port, model)[0]))
+            self.end.wait(0.05)
+
+    @property
+    def failures(self) -> list[int]:
+        """Statuses other than 200; 0 is no answer."""
+        return [status for _when, status in self.answers if status != 200]
+
+    @property
+    def outage(self) -> float:
+        """Seconds from the first request that failed to the first one after it that did not."""
+        failed = [when for when, status in self.answers if status != 200]
+        good = [when for when, status in self.answers if status == 200 and failed and when > failed[-1]]
+        return 0.0 if not failed else (good[0] if good else float("inf")) - failed[0]
+
+
 class Machine:
     """A host of the scenario, over SSH."""
 
@@ -231,29 +261,47 @@ class Machine:
         return self.get(port, "/v1/completions", body)
 
     @contextlib.contextmanager
-    def client(self, port: int) -> Iterator[list[str]]:
-        """A client that asks without a pause; the list holds what went wrong."""
-        troubles: list[str] = []
-        asked: list[int] = []
-        model = self.model_names(port)[0]
-        end = threading.Event()
-
-        def ask() -> None:
-            while not end.is_set():
-                status, answer = self.complete(port, model)
-                asked.append(status)
-                if status != 200:
-                    troubles.append("request %d: status %d %s" % (len(asked), status, answer))
-                end.wait(0.05)
-
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
+    def client(self, port: int) -> Iterator[Client]:
+        """A client that asks again and again, each time on a new connection, while the test does something."""
+        client = Client(self, port)
+        client.thread.start()
         try:
-            yield troubles
+            yield client
         finally:
-            end.set()
-            thread.join(15)
-        assert len(asked) > 5, "the client asked only %d times" % len(asked)
+            client.end.set()
+            client.thread.join(15)
+        assert len(client.answers) > 5, "the client asked only %d times" % len(client.answers)
+
+    @contextlib.contextmanager
+    def stream(self, port: int, tokens: int) -> Iterator[Json]:
+        """A streamed completion that began before what the test does and must come to its end after it."""
+        seen: Json = {"tokens": 0, "done": False}
+        body = {"model": self.model_names(port)[0], "prompt": "Hello", "max_tokens": tokens}
+        connection = http.client.HTTPConnection(self.address, port, timeout=60)
+        connection.request(
+            "POST",
+            "/v1/completions",
+            json.dumps({**body, "stream": True, "ignore_eos": True}),
+            {"Content-Type": "application/json"},
+        )
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+
+        def read() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                for line in answer:
+                    seen["tokens"] += line.startswith(b"data: {")
+                    seen["done"] = seen["done"] or line.strip() == b"data: [DONE]"
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            wait_until(lambda: seen["tokens"] > 0, "the stream has begun")
+            yield seen
+            assert not seen["done"], "the stream was over before the event was: nothing was proven"
+            reader.join(60)
+        finally:
+            connection.close()
 
     # -- the host itself
 

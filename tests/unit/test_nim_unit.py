@@ -103,7 +103,10 @@ class Machine:
         self.bin = root / "bin"
         (self.bin / "docker").write_text(DOCKER % sys.executable)
         (self.bin / "docker").chmod(0o755)
-        (self.bin / "systemctl").write_text('#!/bin/sh\necho "$@" >> %s/systemctl-calls\n' % self.bin)
+        (self.bin / "systemctl").write_text(
+            '#!/bin/sh\necho "$@" >> %s/systemctl-calls\n[ "$1" != show ] || cat %s/docker-unit 2>/dev/null\n'
+            % (self.bin, self.bin)
+        )
         (self.bin / "systemctl").chmod(0o755)
         (self.bin / "download-code").write_text("0")
         (self.bin / "calls").write_text("")
@@ -303,6 +306,15 @@ def test_stop_without_a_container_is_fine_and_without_docker_is_not(machine: Mac
     assert "may still run" in output
 
 
+def test_stop_does_not_ask_a_docker_that_systemd_has_stopped(machine: Machine) -> None:
+    # Its socket may listen already, and then every command hangs until this stop is over.
+    (machine.bin / "docker-unit").write_text("LoadState=loaded\nActiveState=inactive\n")
+    code, output = machine.finish(machine.start("stop", MAINPID="1"))
+    assert code == 1
+    assert "Docker is stopped: nim-llama may still run" in output
+    assert machine.calls("stop") == machine.calls("rm") == []
+
+
 def test_a_restart_of_docker_with_live_restore_changes_nothing(machine: Machine, service: str) -> None:
     machine.configure(ready_url=service)
     process = machine.start()
@@ -468,6 +480,26 @@ def test_without_a_key_there_is_no_download(machine: Machine) -> None:
     machine.start()
     machine.until(lambda: machine.calls("wait"))
     assert len(machine.calls("create")) == 1
+
+
+def test_secret_variables_come_from_their_file(machine: Machine) -> None:
+    (machine.root / "etc/llama.env").write_text("# key 00\nHF_TOKEN=hf-unit-secret\n")
+    with_key(machine, secret_environment=["HF_TOKEN"])
+    (machine.bin / "download-writes").touch()
+    machine.start()
+    machine.until(lambda: machine.container() and machine.calls("wait")[1:])
+    assert "hf-unit-secret" in (machine.bin / "download-environment").read_text()
+    assert "hf-unit-secret" in json.dumps(machine.container())
+    assert KEY not in json.dumps(machine.container())
+    assert "hf-unit-secret" not in (machine.bin / "calls").read_text()
+
+
+def test_without_its_secret_variables_nothing_is_started(machine: Machine) -> None:
+    machine.configure(secret_environment=["HF_TOKEN"])
+    rc, output = machine.finish(machine.start())
+    assert rc == 78
+    assert "llama.env with HF_TOKEN is missing" in output
+    assert machine.container() is None
 
 
 def test_a_service_that_must_fetch_by_itself_gets_the_key(machine: Machine) -> None:
