@@ -629,7 +629,7 @@ class DockerDaemon(Resource[DaemonState]):
         except (TypeError, ValueError) as error:
             refuse("options", "…", str(error), "use only what JSON has")
         for key, value in self.wanted.items():
-            if not _KEY_NAME.match(key):
+            if not isinstance(key, str) or not _KEY_NAME.match(key):
                 refuse("options", key, "not a key of daemon.json", "keys are lower case with hyphens")
             if key in ("runtimes", "features", "log-opts", "default-ulimits") and not isinstance(value, dict):
                 refuse("options.%s" % key, value, "not a mapping", "dockerd takes a mapping here")
@@ -637,7 +637,7 @@ class DockerDaemon(Resource[DaemonState]):
                 refuse("options.%s" % key, value, "not a boolean", "write true or false")
         for name, runtime in self.wanted.get("runtimes", {}).items():
             option = "options.runtimes.%s" % name
-            if not _RUNTIME_NAME.match(name):
+            if not isinstance(name, str) or not _RUNTIME_NAME.match(name):
                 refuse(option, runtime, "not a name of a runtime", "use letters, digits, '.', '_' and '-'")
             if name == "runc":
                 refuse(option, runtime, "the name is reserved by dockerd", "give your runtime another name")

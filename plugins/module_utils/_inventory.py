@@ -16,6 +16,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._docker_daemon import DockerDaemon
+from ._docker_engine import MINIMUM_VERSION, DockerEngine
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
 from ._image_reference import ImageReference, check_mirrors
@@ -230,10 +231,10 @@ class _Check:
                         self.broken.add(name)
                         self.add("%s[%d]" % (name, number), entry, *wrong, secret=secret)
 
-    def _number(self, name: str, least: int, unit: str) -> None:
+    def _number(self, name: str, least: int, most: int, unit: str) -> None:
         value = self.get(name)
-        if value is not None and int(value) < least:
-            self.add(name, value, "is too small", "give a whole number of %s, at least %d" % (unit, least))
+        if value is not None and not least <= int(value) <= most:
+            self.add(name, value, "is out of range", "give a whole number of %s from %d to %d" % (unit, least, most))
 
     def _url(self, name: str) -> None:
         value = self.text(name)
@@ -249,11 +250,13 @@ class _Check:
         else:
             self.take(lambda: check_url(name, value))
 
-    def _version(self, name: str) -> None:
+    def _version(self, name: str) -> bool:
         value = self.text(name)
         if value and not _VERSION.match(value):
             self.add(name, value, "is no version", "write it like 1.17.4, or leave it empty for the newest")
 
+            return False
+        return True
     # -- the roles --------------------------------------------------------------------------------
 
     def _driver(self) -> None:
@@ -270,12 +273,21 @@ class _Check:
         if flavour and known:
             self.take(lambda: check_flavour(flavour, branch))
         self._url("nvidia_driver_repository_url")
-        self._number("nvidia_driver_reboot_timeout", 60, "seconds")
+        self._number("nvidia_driver_reboot_timeout", 60, 86400, "seconds")
 
     def _docker(self) -> None:
         self._url("docker_repository_url")
-        self._version("docker_version")
-        self._version("docker_minimum_version")
+        version = self._version("docker_version")
+        minimum = self._version("docker_minimum_version")
+        if version and minimum:
+            # The two checked against each other and against what engines are known for.
+            self.take(
+                lambda: DockerEngine(
+                    version=self.text("docker_version"),
+                    minimum_version=self.text("docker_minimum_version") or MINIMUM_VERSION,
+                ),
+                lambda message: re.sub(r"\b(minimum_version|version) =", r"docker_\1 =", message),
+            )
         users = self.get("docker_users")
         seen: set[str] = set()
         for number, user in enumerate(users if isinstance(users, (list, tuple)) else []):
@@ -284,14 +296,15 @@ class _Check:
             elif str(user) in seen:
                 self.add("docker_users[%d]" % number, user, "is there twice", "name every user once")
             seen.add(str(user))
-        options = self.get("docker_daemon_options")
-        if isinstance(options, dict) and options:
+        options = self.get("docker_daemon_options", {})
+        absent = self.get("docker_daemon_absent", [])
+        if options or absent:
             live_restore = self.get("docker_live_restore", True)
             self.take(
-                lambda: DockerDaemon(options, live_restore=_truth(live_restore)),
-                lambda message: re.sub(r"^options\b", "docker_daemon_options", message).replace(
-                    "live_restore =", "docker_live_restore ="
-                ),
+                lambda: DockerDaemon(options, [str(key) for key in absent], live_restore=_truth(live_restore)),
+                lambda message: re.sub(
+                    r"^(options|absent)\b", lambda found: "docker_daemon_" + found.group(1), message
+                ).replace("live_restore =", "docker_live_restore ="),
             )
 
     def _toolkit(self) -> None:
@@ -340,7 +353,7 @@ class _Check:
         mirrors = self.get("nim_registry_mirrors")
         if mirrors:
             self.take(lambda: check_mirrors(mirrors, option="nim_registry_mirrors"))
-        self._number("nim_progress_interval", 1, "seconds")
+        self._number("nim_progress_interval", 1, 300, "seconds")
         key = self.get("nim_ngc_api_key")
         if key and key != self.get("ngc_api_key") and self.text("nim_ngc_key_state") != "absent":
             self.take(lambda: check_api_key(key, option="nim_ngc_api_key"))
@@ -423,6 +436,8 @@ def _type_error(value: t.Any, wanted: str) -> tuple[str, str] | None:
     if wanted in ("str", "path") and (isinstance(value, (dict, list, tuple, bool))):
         return "must be a string", "put it in quotes"
     return None
+    if wanted in ("str", "path") and isinstance(value, float):
+        return "is a number to YAML, which reads 1.20 as 1.2", "put it in quotes"
 
 
 def report(problems: t.Mapping[str, t.Sequence[Problem]]) -> list[str]:

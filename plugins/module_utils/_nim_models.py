@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ipaddress
+import posixpath
 import re
 import typing as t
 from dataclasses import dataclass, field
@@ -88,8 +89,18 @@ _PROFILE_DESCRIPTION = re.compile(r"[A-Za-z][A-Za-z0-9_.+:]*(-[A-Za-z0-9_.+:]+)+
 _SERVED_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@+-]*(,[A-Za-z0-9][A-Za-z0-9_./:@+-]*)*\Z")
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _USER = re.compile(r"(\d{1,10})(?::(\d{1,10}))?\Z")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Whole trees of the system and of packages, the well-known parents of other people's directories, and home directories.
+_SYSTEM_DIRECTORY = re.compile(
+    r"/+(?:"
+    r"(?:bin|boot|dev|etc|lib|lib32|lib64|libx32|proc|root/\.ssh|run|sbin|sys|usr"
+    r"|var/(?:backups|cache/[^/]+|log|mail|run|spool)"
+    r"|var/lib/(?:apt|containerd|containers|dkms|docker|dpkg|gpu_fleet|kubelet|rpm|snapd|systemd|nim/state))(?:/.*)?"
+    r"|home(?:/[^/]+(?:/\.ssh(?:/.*)?)?)?|media|mnt|opt|root|srv|tmp|var|var/cache|var/lib|var/lib/nim|var/lib/nim/cache"
+    r"|var/opt|var/tmp"
+    r")?/?\Z"
+)
 _ULIMIT_NAMES = ["core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc"]
 _ULIMIT_NAMES += ["rss", "rtprio", "rttime", "sigpending", "stack"]
 
@@ -186,6 +197,12 @@ def addresses_overlap(one: str, other: str) -> bool:
     first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
     if first == second:
         return True
+def is_system_directory(path: str) -> bool:
+    """Whether a normal absolute path is none that a service may own: giving it to a container's user, or removing it as
+    a model's cache, would break the host or lose somebody's files."""
+    return _SYSTEM_DIRECTORY.match(path) is not None
+
+
     # A listener on :: takes IPv4 too unless it is told otherwise, and Docker publishes both.
     return first.is_unspecified or second.is_unspecified
 
@@ -249,7 +266,9 @@ class _Entry:
         given = self.value(key)
         if given is None or given == "":
             return None
-        if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+        if isinstance(given, float):
+            raise self.bad(key, "is a number to YAML, which reads 1.20 as 1.2", "put it in quotes")
+        if isinstance(given, bool) or not isinstance(given, (str, int)):
             raise self.bad(key, "must be a string", "put it in quotes")
         given = str(given)
         if _CONTROL.search(given):
@@ -269,8 +288,8 @@ class _Entry:
         given = self.value(key)
         if given is None or given == "":
             return None
-        remedy = "write a whole number of %s from %d to %d" % (unit, low, high)
-        if isinstance(given, str) and re.match(r"-?\d+\Z", given):
+        remedy = "write a whole number%s from %d to %d" % (unit and " of " + unit, low, high)
+        if isinstance(given, str) and re.match(r"-?[0-9]+\Z", given):
             given = int(given)
         if isinstance(given, bool) or not isinstance(given, int):
             raise self.bad(key, "is not a whole number", remedy)
@@ -295,11 +314,13 @@ class _Entry:
             raise self.bad(key, "is not an absolute path", "start it with /")
         if ":" in given or "," in given or ".." in given.split("/"):
             raise self.bad(key, "holds a colon, a comma or '..', which mounts do not allow", "choose another path")
-        given = re.sub(r"/+", "/", given).rstrip("/")
-        if given in ("", "/etc", "/usr", "/var", "/home", "/root", "/boot", "/dev", "/proc", "/sys", "/run", "/tmp"):  # noqa: S108 - refused, not used
+        given = posixpath.normpath("/" + given.lstrip("/"))
+        if is_system_directory(given):
             raise self.bad(key, "is a directory of the system", "choose a directory of its own")
         return given
 
+        if size < 1024**2 or size > 2**60:
+            raise self.bad(key, "is out of range", "write a size from 1MB to 1048576TB")
     def parse(self) -> NimModel:
         name = self.required("name", "llama3")
         if not _NAME.match(name):
@@ -314,7 +335,8 @@ class _Entry:
         ImageReference.parse(image, option=self.path + ".image")
         bind_address = self.text("bind_address") or ""
         try:
-            ipaddress.ip_address(bind_address)
+            # Docker does not take a zone (fe80::1%eth0), and before Python 3.9 ipaddress did not either.
+            ipaddress.ip_address(bind_address.replace("%", "/"))
         except ValueError:
             raise self.bad(
                 "bind_address", "is not an IP address", "use 0.0.0.0, 127.0.0.1 or an address of the host"
@@ -325,6 +347,8 @@ class _Entry:
         if network_mode == "host" and not ipaddress.ip_address(bind_address).is_unspecified:
             raise self.bad(
                 "network_mode",
+        if name == "ngc":
+            raise self.bad("name", "would give its files the name of the NGC key's file", "choose another name")
                 "shares the host's network, where NIM listens on every address and bind_address %s has no effect"
                 % bind_address,
                 "use bridge, or leave bind_address out",
@@ -347,9 +371,9 @@ class _Entry:
             name=name,
             image=image,
             gpus=self._gpus(),
-            port=_present(self.number("port", 1, 65535, "a port")),
+            port=_present(self.number("port", 1, 65535, "")),
             bind_address=bind_address,
-            cache_directory=self.directory("cache_directory") or "/var/lib/nim/cache/" + name,
+            cache_directory=cache_directory,
             shm_size=_present(self.size("shm_size")),
             uid=uid,
             gid=int(user.group(2) or uid),
@@ -358,6 +382,12 @@ class _Entry:
             profile=self._profile(),
             served_model_name=served_model_name,
             weights_directory=self.directory("weights_directory"),
+        cache_directory = self.directory("cache_directory") or "/var/lib/nim/cache/" + name
+        for key in ("weights_directory", "lora_directory"):
+            if self.directory(key) == cache_directory:
+                raise self.bad(
+                    key, "is the cache of the model too, which NIM fills and a removal deletes", "keep the two apart"
+                )
             custom_model_name=custom_model_name,
             lora_directory=lora_directory,
             lora_refresh_interval=lora_refresh_interval,
@@ -410,7 +440,7 @@ class _Entry:
             if key not in _ULIMIT_NAMES:
                 raise _refuse(path, value, "no such limit", "use one of " + ", ".join(_ULIMIT_NAMES))
             text = "" if isinstance(value, bool) else str(value)
-            if not re.match(r"-1\Z|\d+(:(\d+|-1))?\Z|-1:-1\Z", text):
+            if not re.match(r"-1\Z|[0-9]{1,18}(:([0-9]{1,18}|-1))?\Z|-1:-1\Z", text):
                 raise _refuse(path, value, "is no limit", "write a number, soft:hard, or -1 for no limit")
             found[key] = text
         return found
@@ -428,6 +458,9 @@ class _Entry:
                 raise _refuse(path, "...", "is set by this collection", OWNED_ENVIRONMENT[key])
             if _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
                 raise _refuse(
+            soft, _colon, hard = text.partition(":")
+            if hard not in ("", "-1") and int(soft) > int(hard):
+                raise _refuse(path, value, "has a soft limit above the hard one", "write soft:hard, the smaller first")
                     path,
                     "...",
                     "looks like a secret, and the environment is stored readable for everybody on the host",
@@ -547,3 +580,16 @@ def _check_together(models: t.Sequence[NimModel], variable: str) -> None:
 
 def _shown(gpus: GpuRequest) -> str:
     return "[%s]" % ", ".join(gpus) if isinstance(gpus, tuple) else str(gpus)
+            if _inside(model.cache_directory, earlier.cache_directory) or _inside(
+                earlier.cache_directory, model.cache_directory
+            ):
+                raise _refuse(
+                    path + ".cache_directory",
+                    model.cache_directory,
+                    "and the cache of model %s, %s, lie in each other" % (earlier.name, earlier.cache_directory),
+                    "give each model a directory beside the other's",
+                )
+
+
+def _inside(path: str, parent: str) -> bool:
+    return path.startswith(parent + "/")

@@ -119,7 +119,11 @@ def check_url(option: str, url: str) -> str:
     Raises:
         FleetError: ``invalid_option`` when it is not http(s) with a host.
     """
-    parts = urllib.parse.urlsplit(url.strip())
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+    except ValueError:
+        # "https://[::1/path": brackets that do not match.
+        parts = urllib.parse.urlsplit("")
     if "@" in parts.netloc:
         raise FleetError(
             "invalid_option",
@@ -709,7 +713,9 @@ def without_repository(path: str, text: str, repository: Repository) -> str:
 
 def _apt_cause(result: CommandResult) -> str:
     """The first error of apt or dpkg: the later ones only follow from it."""
-    lines = [line.strip() for line in (result.stderr + "\n" + result.stdout).splitlines()]
+    # dpkg says "error processing package NAME (--configure):" and what was wrong on the next line.
+    text = re.sub(r"(?m)^(dpkg: error processing .*:)\n\s+", r"\1 ", result.stderr + "\n" + result.stdout)
+    lines = [line.strip() for line in text.splitlines()]
     errors = [line for line in lines if line.startswith(("E:", "Err:", "dpkg: error"))]
     specific = [
         line

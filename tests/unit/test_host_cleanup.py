@@ -75,7 +75,22 @@ def test_named_cache_goes_and_empty_directories_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["cache", "/", "/etc", "/var/lib", "/var/lib/", "/srv", "/home", "/srv/../etc", "/srv/x/../../etc", ""]
+    "path",
+    [
+        "cache",
+        "/",
+        "/etc",
+        "/var/lib",
+        "/var/lib/",
+        "/srv",
+        "/home",
+        "/srv/../etc",
+        "/srv/x/../../etc",
+        "",
+        "/etc/ssh",
+        "/home/ops",
+        "/var/lib/docker",
+    ],
 )
 def test_directories_that_are_no_cache(path: str) -> None:
     with pytest.raises(FleetError) as caught:

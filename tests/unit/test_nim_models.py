@@ -95,7 +95,25 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"gpus": ["GPU-1"]}, "nim_models[0].gpus", "neither the index nor the UUID"),
         ({"gpus": [1, "1"]}, "nim_models[0].gpus", "twice"),
         ({"cache_directory": "cache"}, "nim_models[0].cache_directory = 'cache'", "start it with /"),
+        ({"name": 1.2}, "nim_models[0].name = 1.2", "put it in quotes"),
+        ({"port": "\u0668\u0660"}, "nim_models[0].port", "whole number"),
+        ({"bind_address": "fe80::1%eth0"}, "nim_models[0].bind_address", "not an IP address"),
         ({"cache_directory": "/var"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/etc/."}, "nim_models[0].cache_directory = '/etc/.'", "directory of its own"),
+        ({"cache_directory": "//etc"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/etc/nim"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/usr/lib/x/y"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/var/lib/docker/volumes"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/var/lib/nim"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/var/lib/nim/state/llama"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/home/ops"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/home/ops/.ssh"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/root/.ssh"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/mnt"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/w", "weights_directory": "/w/"}, "nim_models[0].weights_directory", "apart"),
+        ({"shm_size": "0GB"}, "nim_models[0].shm_size = '0GB'", "out of range"),
+        ({"ulimits": {"nofile": "20:10"}}, "nim_models[0].ulimits.nofile = '20:10'", "smaller first"),
+        ({"ulimits": {"nofile": 10**25}}, "nim_models[0].ulimits.nofile", "is no limit"),
         ({"weights_directory": "./w"}, "nim_models[0].weights_directory", "start it with /"),
         ({"weights_directory": "/a:b"}, "nim_models[0].weights_directory", "colon"),
         ({"lora_directory": "/a/../b"}, "nim_models[0].lora_directory", "another path"),
@@ -204,3 +222,20 @@ def test_sizes_count_as_docker_does() -> None:
 
 def test_ipv6_url() -> None:
     assert parse_models([model(bind_address="::")])[0].url == "http://[::1]:8000"
+def test_no_cache_lies_in_another_ones() -> None:
+    for one, other in (("/a", "/a/b"), ("/a/b", "/a")):
+        message = refuse(
+            model(name="x", cache_directory=one), model(name="y", port=8001, cache_directory=other, user="2:2")
+        )
+        assert "nim_models[1].cache_directory = %r" % other in message
+        assert "lie in each other" in message
+    parse_models([model(name="x", cache_directory="/a"), model(name="y", port=8001, cache_directory="/ab")])
+
+
+@pytest.mark.parametrize(
+    "path", ["/data", "/data/nim", "/srv/nim", "/mnt/models", "/home/ops/models", "/root/.cache/nim", "/opt/nim"]
+)
+def test_directories_that_people_use_for_models(path: str) -> None:
+    assert parse_models([model(cache_directory=path + "/")])[0].cache_directory == path
+
+

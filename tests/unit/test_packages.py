@@ -118,10 +118,18 @@ def test_what_is_no_key(content: bytes) -> None:
     assert "https://x/gpg" in caught.value.message
 
 
-@pytest.mark.parametrize("url", ["mirror.example.org/x", "", "ftp://x/y", "https://", "https://a b/c", "file:///x"])
+@pytest.mark.parametrize(
+    "url", ["mirror.example.org/x", "", "ftp://x/y", "https://", "https://a b/c", "file:///x", "https://[::1/x"]
+)
 def test_what_is_no_repository_url(url: str) -> None:
     with pytest.raises(FleetError, match="repository_url = "):
         pk.check_url("repository_url", url)
+
+
+def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
+    with pytest.raises(FleetError, match="user name or password") as caught:
+        pk.check_url("repository_url", "https://ops:hunter2@mirror.example.org/x")
+    assert "hunter2" not in caught.value.message
 
 
 def test_url_loses_its_last_slash() -> None:
@@ -235,6 +243,12 @@ def test_install_refreshes_stale_lists_once(host: FakeHost, apt: pk.Apt) -> None
             "Depends: b (= 2)",
         ),
         ("E: Sub-process /usr/bin/dpkg returned an error code (1)", "package_failed", "Sub-process"),
+        (
+            "dpkg: error processing package k (--configure):\n installed k package post-installation script subprocess "
+            "returned error exit status 10\nE: Sub-process /usr/bin/dpkg returned an error code (1)",
+            "package_failed",
+            "package k (--configure): installed k package post-installation script",
+        ),
     ],
 )
 def test_failures_of_apt(host: FakeHost, apt: pk.Apt, stderr: str, reason: str, text: str) -> None:
