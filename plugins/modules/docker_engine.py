@@ -19,6 +19,7 @@ description:
     them over; it says so instead (see RV(blocked)).
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
+  - gpu_fleet.nim.progress
 options:
   package_source:
     description:
@@ -110,7 +111,11 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine impor
     DockerEngine,
     EngineState,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+    PROGRESS_OPTIONS,
+    own_options,
+    run_resource_with_progress,
+)
 
 
 def result(state: EngineState) -> dict[str, t.Any]:
@@ -131,10 +136,11 @@ def main() -> None:
             "minimum_version": {"type": "str", "default": MINIMUM_VERSION},
             "hold": {"type": "bool", "default": True},
             "sdk": {"type": "bool", "default": True},
+            **PROGRESS_OPTIONS,
         },
         supports_check_mode=True,
     )
-    run_resource(module, lambda: DockerEngine(**module.params), result)
+    run_resource_with_progress(module, lambda: DockerEngine(**own_options(module)), result)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ description:
     daemon not told) appear as such in the changes and are mended without restarting other containers.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
+  - gpu_fleet.nim.progress
 options:
   repository_url:
     description: Base of NVIDIA's repository or of a mirror of it, with the directory C(stable) and the file C(gpgkey).
@@ -136,7 +137,11 @@ reason:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+    PROGRESS_OPTIONS,
+    own_options,
+    run_resource_with_progress,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import (
     DEFAULT_REPOSITORY,
     INJECTIONS,
@@ -157,13 +162,14 @@ def main() -> None:
             "hold": {"type": "bool", "default": True},
             "smoke_test": {"type": "bool", "default": True},
             "injection": {"type": "str", "choices": list(INJECTIONS), "default": "runtime"},
+            **PROGRESS_OPTIONS,
         },
         supports_check_mode=True,
     )
     resources: list[NvidiaContainerToolkit] = []
 
     def build() -> NvidiaContainerToolkit:
-        resources.append(NvidiaContainerToolkit(**module.params))
+        resources.append(NvidiaContainerToolkit(**own_options(module)))
         return resources[0]
 
     def result(state: ToolkitState) -> dict[str, t.Any]:
@@ -176,7 +182,7 @@ def main() -> None:
             "gpus": list(state.validation.get("gpus", [])) if passed else [],
         }
 
-    run_resource(module, build, result)
+    run_resource_with_progress(module, build, result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ description:
   - The module does not load the driver and does not reboot; M(gpu_fleet.nim.nvidia_driver_reload) loads it.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
+  - gpu_fleet.nim.progress
 options:
   source:
     description:
@@ -175,7 +176,11 @@ reason:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+    PROGRESS_OPTIONS,
+    own_options,
+    run_resource_with_progress,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import DriverState, NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import DEFAULT_REPOSITORY_URL
 
@@ -198,19 +203,20 @@ def main() -> None:
             "kernel_module": {"type": "bool", "default": True},
             "secure_boot": {"type": "str", "choices": ["check", "enrolled"], "default": "check"},
             "unload": {"type": "bool", "default": True},
+            **PROGRESS_OPTIONS,
         },
         supports_check_mode=True,
     )
     built: list[NvidiaDriver] = []
 
     def build() -> NvidiaDriver:
-        built.append(NvidiaDriver(**module.params))
+        built.append(NvidiaDriver(**own_options(module)))
         return built[0]
 
     def result(state: DriverState) -> dict[str, t.Any]:
         return built[0].result(state)
 
-    run_resource(module, build, result)
+    run_resource_with_progress(module, build, result)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def fixtures() -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_warnings() -> None:
-    """A module is a process of its own; in the tests all share one, and Ansible collects warnings by process."""
+def _as_in_a_module_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is a process of its own that collects its warnings; here all share one, with controller code in it."""
+    monkeypatch.setattr("ansible.module_utils._internal.is_controller", False, raising=False)
     warnings._global_warnings.clear()
     warnings._global_deprecations.clear()
