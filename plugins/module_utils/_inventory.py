@@ -191,7 +191,8 @@ class _Check:
             if name not in self.variables or value is None:
                 continue
             spec = self.options[name]
-            secret = bool(spec.get("no_log"))
+            # A list of models that is none may be anything, secret_environment included.
+            secret = bool(spec.get("no_log")) or name == "nim_models"
             if isinstance(value, Unresolved):
                 self.broken.add(name)
                 self.problems.append(
@@ -254,9 +255,9 @@ class _Check:
         value = self.text(name)
         if value and not _VERSION.match(value):
             self.add(name, value, "is no version", "write it like 1.17.4, or leave it empty for the newest")
-
             return False
         return True
+
     # -- the roles --------------------------------------------------------------------------------
 
     def _driver(self) -> None:
@@ -435,9 +436,9 @@ def _type_error(value: t.Any, wanted: str) -> tuple[str, str] | None:
         return None if isinstance(value, dict) else ("must be a dictionary", "write key: value pairs")
     if wanted in ("str", "path") and (isinstance(value, (dict, list, tuple, bool))):
         return "must be a string", "put it in quotes"
-    return None
     if wanted in ("str", "path") and isinstance(value, float):
         return "is a number to YAML, which reads 1.20 as 1.2", "put it in quotes"
+    return None
 
 
 def report(problems: t.Mapping[str, t.Sequence[Problem]]) -> list[str]:

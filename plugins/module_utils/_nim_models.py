@@ -29,6 +29,7 @@ NIM_MODEL_OPTIONS: dict[str, dict[str, t.Any]] = {
     "shm_size": {"type": "str", "default": "16GB"},
     "ulimits": {"type": "dict", "default": DEFAULT_ULIMITS},
     "environment": {"type": "dict", "default": {}},
+    "secret_environment": {"type": "dict", "default": {}, "no_log": True},
     "profile": {"type": "str"},
     "served_model_name": {"type": "str"},
     "weights_directory": {"type": "str"},
@@ -91,6 +92,8 @@ _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _USER = re.compile(r"(\d{1,10})(?::(\d{1,10}))?\Z")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Docker reads a line of an environment file up to 64 KiB, name included.
+_SECRET_LENGTH = 32768
 # Whole trees of the system and of packages, the well-known parents of other people's directories, and home directories.
 _SYSTEM_DIRECTORY = re.compile(
     r"/+(?:"
@@ -132,6 +135,7 @@ class NimModel:
     gid: int
     ulimits: t.Mapping[str, str] = field(default_factory=dict)
     environment: t.Mapping[str, str] = field(default_factory=dict)
+    secret_environment: t.Mapping[str, str] = field(default_factory=dict, repr=False)
     profile: str | None = None
     served_model_name: str | None = None
     weights_directory: str | None = None
@@ -183,6 +187,12 @@ def probe_address(bind_address: str) -> str:
     return str(address)
 
 
+def is_system_directory(path: str) -> bool:
+    """Whether a normal absolute path is none that a service may own: giving it to a container's user, or removing it as
+    a model's cache, would break the host or lose somebody's files."""
+    return _SYSTEM_DIRECTORY.match(path) is not None
+
+
 def parse_size(text: str) -> int | None:
     """Bytes of ``16GB``, ``512MiB``, ``64k``; units count in steps of 1024 as Docker does. None: not a size with unit."""
     match = _SIZE.match(text.strip())
@@ -197,12 +207,6 @@ def addresses_overlap(one: str, other: str) -> bool:
     first, second = ipaddress.ip_address(one), ipaddress.ip_address(other)
     if first == second:
         return True
-def is_system_directory(path: str) -> bool:
-    """Whether a normal absolute path is none that a service may own: giving it to a container's user, or removing it as
-    a model's cache, would break the host or lose somebody's files."""
-    return _SYSTEM_DIRECTORY.match(path) is not None
-
-
     # A listener on :: takes IPv4 too unless it is told otherwise, and Docker publishes both.
     return first.is_unspecified or second.is_unspecified
 
@@ -220,7 +224,8 @@ def parse_models(raw: t.Any, variable: str = "nim_models") -> list[NimModel]:
     if raw is None:
         return []
     if not isinstance(raw, (list, tuple)):
-        raise _refuse(variable, raw, "must be a list of models", "write each model as one list entry")
+        # Shown by none of its values: a secret may be among them.
+        raise _refuse(variable, "...", "must be a list of models", "write each model as one list entry")
     models = [_Entry("%s[%d]" % (variable, number), entry).parse() for number, entry in enumerate(raw)]
     _check_together(models, variable)
     return models
@@ -242,7 +247,7 @@ class _Entry:
     def __init__(self, path: str, raw: t.Any) -> None:
         self.path = path
         if not isinstance(raw, dict):
-            raise _refuse(path, raw, "must be a dictionary", "write at least name and image")
+            raise _refuse(path, "...", "must be a dictionary", "write at least name and image")
         for key in raw:
             if key not in NIM_MODEL_OPTIONS:
                 raise _refuse(
@@ -304,6 +309,8 @@ class _Entry:
         size = parse_size(given)
         if size is None:
             raise self.bad(key, "is not a size with a unit", "write a number and a unit, for example 16GB or 512MB")
+        if size < 1024**2 or size > 2**60:
+            raise self.bad(key, "is out of range", "write a size from 1MB to 1048576TB")
         return size
 
     def directory(self, key: str) -> str | None:
@@ -319,8 +326,6 @@ class _Entry:
             raise self.bad(key, "is a directory of the system", "choose a directory of its own")
         return given
 
-        if size < 1024**2 or size > 2**60:
-            raise self.bad(key, "is out of range", "write a size from 1MB to 1048576TB")
     def parse(self) -> NimModel:
         name = self.required("name", "llama3")
         if not _NAME.match(name):
@@ -331,6 +336,8 @@ class _Entry:
             )
         if name.endswith("-download"):
             raise self.bad("name", "ends in '-download', as the download containers do", "choose another name")
+        if name == "ngc":
+            raise self.bad("name", "would give its files the name of the NGC key's file", "choose another name")
         image = self.required("image", "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4")
         ImageReference.parse(image, option=self.path + ".image")
         bind_address = self.text("bind_address") or ""
@@ -347,8 +354,6 @@ class _Entry:
         if network_mode == "host" and not ipaddress.ip_address(bind_address).is_unspecified:
             raise self.bad(
                 "network_mode",
-        if name == "ngc":
-            raise self.bad("name", "would give its files the name of the NGC key's file", "choose another name")
                 "shares the host's network, where NIM listens on every address and bind_address %s has no effect"
                 % bind_address,
                 "use bridge, or leave bind_address out",
@@ -367,6 +372,12 @@ class _Entry:
         custom_model_name = self.text("custom_model_name")
         if custom_model_name is not None and not _SERVED_NAMES.match(custom_model_name):
             raise self.bad("custom_model_name", "is no model name", "use letters, digits and ._/:@+- without spaces")
+        cache_directory = self.directory("cache_directory") or "/var/lib/nim/cache/" + name
+        for key in ("weights_directory", "lora_directory"):
+            if self.directory(key) == cache_directory:
+                raise self.bad(
+                    key, "is the cache of the model too, which NIM fills and a removal deletes", "keep the two apart"
+                )
         return NimModel(
             name=name,
             image=image,
@@ -379,15 +390,10 @@ class _Entry:
             gid=int(user.group(2) or uid),
             ulimits=self._ulimits(),
             environment=self._environment(),
+            secret_environment=self._secret_environment(),
             profile=self._profile(),
             served_model_name=served_model_name,
             weights_directory=self.directory("weights_directory"),
-        cache_directory = self.directory("cache_directory") or "/var/lib/nim/cache/" + name
-        for key in ("weights_directory", "lora_directory"):
-            if self.directory(key) == cache_directory:
-                raise self.bad(
-                    key, "is the cache of the model too, which NIM fills and a removal deletes", "keep the two apart"
-                )
             custom_model_name=custom_model_name,
             lora_directory=lora_directory,
             lora_refresh_interval=lora_refresh_interval,
@@ -442,6 +448,9 @@ class _Entry:
             text = "" if isinstance(value, bool) else str(value)
             if not re.match(r"-1\Z|[0-9]{1,18}(:([0-9]{1,18}|-1))?\Z|-1:-1\Z", text):
                 raise _refuse(path, value, "is no limit", "write a number, soft:hard, or -1 for no limit")
+            soft, _colon, hard = text.partition(":")
+            if hard not in ("", "-1") and int(soft) > int(hard):
+                raise _refuse(path, value, "has a soft limit above the hard one", "write soft:hard, the smaller first")
             found[key] = text
         return found
 
@@ -458,13 +467,10 @@ class _Entry:
                 raise _refuse(path, "...", "is set by this collection", OWNED_ENVIRONMENT[key])
             if _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
                 raise _refuse(
-            soft, _colon, hard = text.partition(":")
-            if hard not in ("", "-1") and int(soft) > int(hard):
-                raise _refuse(path, value, "has a soft limit above the hard one", "write soft:hard, the smaller first")
                     path,
                     "...",
                     "looks like a secret, and the environment is stored readable for everybody on the host",
-                    "fetch the model into weights_directory or cache_directory beforehand and leave the secret out",
+                    "put it into secret_environment instead",
                 )
             if isinstance(value, bool):
                 raise _refuse(
@@ -475,6 +481,39 @@ class _Entry:
             if _CONTROL.search(str(value)):
                 raise _refuse(path, value, "holds a newline or another control character", "remove it")
             found[key] = str(value)
+        return found
+
+    def _secret_environment(self) -> dict[str, str]:
+        """Never shows a value: all of them are secrets."""
+        given = self.value("secret_environment")
+        path = self.path + ".secret_environment"
+        if not isinstance(given, dict):
+            raise _refuse(path, "...", "must be a dictionary", "write NAME: value pairs")
+        plain = self.raw.get("environment")
+        found = {}
+        for key, value in given.items():
+            if not isinstance(key, str) or not _ENVIRONMENT_NAME.match(key):
+                # Somebody who has mixed up name and value must not find the value in a log.
+                raise _refuse(path, "...", "holds what is no name of a variable", "use letters, digits and underscores")
+            entry = "%s.%s" % (path, key)
+            if key in OWNED_ENVIRONMENT:
+                raise _refuse(entry, "...", "is set by this collection", OWNED_ENVIRONMENT[key])
+            if isinstance(plain, dict) and key in plain:
+                raise _refuse(entry, "...", "is in environment too", "leave it out there")
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise _refuse(entry, "...", "must be a string or a number", "put it in quotes")
+            text = str(value)
+            if not text:
+                raise _refuse(entry, "...", "is empty", "check where the value comes from, or leave the variable out")
+            if _CONTROL.search(text):
+                raise _refuse(entry, "...", "holds a newline or another control character", "remove it")
+            if "{{" in text or text.startswith("$ANSIBLE_VAULT"):
+                raise _refuse(
+                    entry, "...", "is a template or a vault text that was not resolved", "check where it comes from"
+                )
+            if len(text.encode("utf-8", "surrogatepass")) > _SECRET_LENGTH:
+                raise _refuse(entry, "...", "is longer than %d bytes" % _SECRET_LENGTH, "mount it as a file instead")
+            found[key] = text
         return found
 
     def _profile(self) -> str | None:
@@ -576,10 +615,6 @@ def _check_together(models: t.Sequence[NimModel], variable: str) -> None:
                     % (earlier.name, earlier.uid, model.uid),
                     "use the same user or another directory",
                 )
-
-
-def _shown(gpus: GpuRequest) -> str:
-    return "[%s]" % ", ".join(gpus) if isinstance(gpus, tuple) else str(gpus)
             if _inside(model.cache_directory, earlier.cache_directory) or _inside(
                 earlier.cache_directory, model.cache_directory
             ):
@@ -593,3 +628,7 @@ def _shown(gpus: GpuRequest) -> str:
 
 def _inside(path: str, parent: str) -> bool:
     return path.startswith(parent + "/")
+
+
+def _shown(gpus: GpuRequest) -> str:
+    return "[%s]" % ", ".join(gpus) if isinstance(gpus, tuple) else str(gpus)

@@ -132,7 +132,27 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"environment": {"NIM_CACHE_PATH": "/x"}}, "nim_models[0].environment.NIM_CACHE_PATH", "cache_directory"),
         ({"environment": {"NIM_MODEL_PROFILE": "x"}}, "NIM_MODEL_PROFILE", "set profile"),
         ({"environment": {"HF_TOKEN": "hf_secret"}}, "nim_models[0].environment.HF_TOKEN", "secret"),
-        ({"environment": {"X": "nvapi-0123456789abcdefghij"}}, "nim_models[0].environment.X", "secret"),
+        ({"environment": {"X": "nvapi-0123456789abcdefghij"}}, "nim_models[0].environment.X", "secret_environment"),
+        ({"secret_environment": ["secret-value"]}, "nim_models[0].secret_environment", "dictionary"),
+        ({"secret_environment": "HF_TOKEN=hf_secret"}, "nim_models[0].secret_environment", "dictionary"),
+        ({"secret_environment": {"hf_secret is no name": "x"}}, "nim_models[0].secret_environment", "no name"),
+        ({"secret_environment": {"HF_TOKEN": "hf_secret\nX=1"}}, "nim_models[0].secret_environment.HF_TOKEN", "newline"),
+        ({"secret_environment": {"HF_TOKEN": ["hf_secret"]}}, "nim_models[0].secret_environment.HF_TOKEN", "string"),
+        ({"secret_environment": {"HF_TOKEN": True}}, "nim_models[0].secret_environment.HF_TOKEN", "string"),
+        ({"secret_environment": {"HF_TOKEN": ""}}, "nim_models[0].secret_environment.HF_TOKEN", "empty"),
+        ({"secret_environment": {"HF_TOKEN": "hf_secret" * 4000}}, "nim_models[0].secret_environment.HF_TOKEN", "longer"),
+        ({"secret_environment": {"T": "{{ secret-value }}"}}, "nim_models[0].secret_environment.T", "template"),
+        (
+            {"secret_environment": {"NGC_API_KEY": "secret-value"}},
+            "nim_models[0].secret_environment.NGC_API_KEY",
+            "ngc_api_key",
+        ),
+        (
+            {"secret_environment": {"T": "secret-value"}, "environment": {"T": "1"}},
+            "nim_models[0].secret_environment.T",
+            "in environment too",
+        ),
+        ({"name": "ngc"}, "nim_models[0].name", "key's file"),
         ({"profile": HEX + " (vllm-fp16-tp1)"}, "nim_models[0].profile", "use the id alone: " + HEX),
         ({"profile": HEX[:-1]}, "nim_models[0].profile", "63 characters"),
         ({"profile": HEX.upper()}, "nim_models[0].profile", "capitals"),
@@ -174,6 +194,20 @@ def test_not_a_list_and_not_a_dictionary() -> None:
     assert "nim_models[0] = 'llama': must be a dictionary" in refuse("llama")
 
 
+def test_secrets_are_in_no_representation() -> None:
+    given = {"HF_TOKEN": "hf_secret", "PIN": 1234}
+    (parsed,) = parse_models([{"name": "m", "image": "nvcr.io/nim/a/b:1", "secret_environment": given}])
+    assert parsed.secret_environment == {"HF_TOKEN": "hf_secret", "PIN": "1234"}
+    assert "hf_secret" not in repr(parsed)
+
+
+@pytest.mark.parametrize("raw", [{"name": "m", "secret_environment": {"T": "hf_secret"}}, ["T=hf_secret"]])
+def test_what_is_no_list_of_models_is_not_printed(raw: t.Any) -> None:
+    with pytest.raises(FleetError) as caught:
+        parse_models(raw)
+    assert "hf_secret" not in caught.value.message
+
+
 def test_value_of_an_unknown_key_is_not_printed() -> None:
     assert "nvapi" not in refuse(model(ngc_key="nvapi-whatever"))
 
@@ -192,6 +226,23 @@ def test_duplicates() -> None:
     assert "wants all GPUs" in message
     message = refuse(model(cache_directory="/c"), model(name="b", port=1, cache_directory="/c", user="0"))
     assert "another user" in message
+
+
+def test_no_cache_lies_in_another_ones() -> None:
+    for one, other in (("/a", "/a/b"), ("/a/b", "/a")):
+        message = refuse(
+            model(name="x", cache_directory=one), model(name="y", port=8001, cache_directory=other, user="2:2")
+        )
+        assert "nim_models[1].cache_directory = %r" % other in message
+        assert "lie in each other" in message
+    parse_models([model(name="x", cache_directory="/a"), model(name="y", port=8001, cache_directory="/ab")])
+
+
+@pytest.mark.parametrize(
+    "path", ["/data", "/data/nim", "/srv/nim", "/mnt/models", "/home/ops/models", "/root/.cache/nim", "/opt/nim"]
+)
+def test_directories_that_people_use_for_models(path: str) -> None:
+    assert parse_models([model(cache_directory=path + "/")])[0].cache_directory == path
 
 
 def test_same_port_on_different_addresses_is_fine() -> None:
@@ -222,20 +273,3 @@ def test_sizes_count_as_docker_does() -> None:
 
 def test_ipv6_url() -> None:
     assert parse_models([model(bind_address="::")])[0].url == "http://[::1]:8000"
-def test_no_cache_lies_in_another_ones() -> None:
-    for one, other in (("/a", "/a/b"), ("/a/b", "/a")):
-        message = refuse(
-            model(name="x", cache_directory=one), model(name="y", port=8001, cache_directory=other, user="2:2")
-        )
-        assert "nim_models[1].cache_directory = %r" % other in message
-        assert "lie in each other" in message
-    parse_models([model(name="x", cache_directory="/a"), model(name="y", port=8001, cache_directory="/ab")])
-
-
-@pytest.mark.parametrize(
-    "path", ["/data", "/data/nim", "/srv/nim", "/mnt/models", "/home/ops/models", "/root/.cache/nim", "/opt/nim"]
-)
-def test_directories_that_people_use_for_models(path: str) -> None:
-    assert parse_models([model(cache_directory=path + "/")])[0].cache_directory == path
-
-
