@@ -19,6 +19,7 @@ from ._gpu import driver_holders
 from ._host import Host
 from ._nim_models import is_system_directory
 from ._nim_service import BASE_DIRECTORY, CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, UNIT_DIRECTORY, WRAPPER
+from ._nvidia_container_toolkit import CONFIG as TOOLKIT_CONFIG
 from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver import BLACKLIST, NON_FREE, PREFERENCES, UNATTENDED
 from ._nvidia_driver_packages import QUERY_PATTERNS, is_driver_package
@@ -126,6 +127,8 @@ class HostCleanup(Resource[CleanupState]):
                 packages[part] = found
                 repositories[part] = tuple(_definitions(host, REPOSITORIES[part]))
         paths = [*OWN_PATHS, *self.caches, *(DRIVER_FILES if "driver" in self.parts else ())]
+        if "toolkit" in self.parts:
+            paths.append(TOOLKIT_CONFIG)
         return CleanupState(
             services=tuple(
                 entry[: -len(".json")] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(".json")
@@ -242,6 +245,9 @@ class HostCleanup(Resource[CleanupState]):
                     host.remove(path)
         else:
             host.remove(path)
+            directory = os.path.dirname(path)
+            if path == TOOLKIT_CONFIG and not host.list_dir(directory):
+                host.remove(directory)
             if path == BLACKLIST and host.which("update-initramfs"):
                 host.check(
                     ["update-initramfs", "-u"],

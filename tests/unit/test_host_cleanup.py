@@ -125,6 +125,17 @@ def test_only_repositories_of_ours_go() -> None:
     ]
 
 
+def test_configuration_goes_with_the_toolkit_only() -> None:
+    path = "/etc/nvidia-container-runtime/config.toml"
+    files = {"/etc/os-release": 'ID=debian\nVERSION_ID="13"\nVERSION_CODENAME=trixie\n', path: "x"}
+    host = FakeHost(files, {"dpkg-query *": "", "apt-mark *": ""})
+    converge(host, cleanup(parts=["docker"]), check_mode=False)
+    assert path in host.files
+    converge(host, cleanup(parts=["toolkit"]), check_mode=False)
+    assert path not in host.files
+    assert not converge(host, cleanup(parts=["toolkit"]), check_mode=False).changed
+
+
 def test_parts_in_use_are_left() -> None:
     resource = cleanup(parts=["toolkit", "docker", "driver"])
     state = CleanupState(
