@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The NGC key is nowhere but in two files that only root reads, and, only while it downloads, in one container.
+
+One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the key
+expired; all with -vvvv, all watched. Then everything is searched.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import secrets
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from control import World
+from story import CHECKOUT, SANDBOX, Run, Story
+
+HOST = "secrets-gpu01"
+SITE = "gpu_fleet.nim.site"
+WATCHER = (CHECKOUT / "tests/sandbox/watch_host.py").read_text(encoding="utf-8")
+ALLOWED = {"/root/.docker/config.json": "600", "/etc/nim/ngc.env": "600"}
+#: What a container is made of while it exists: its environment is in there. The search at the end looks there too.
+OF_CONTAINERS = ["/run/containerd", "/run/docker", "/run/systemd/transient"]
+
+
+def needles(key: str) -> list[str]:
+    """The key as it is and as base64 has it, whatever stands before it."""
+    found = [key, base64.b64encode(("$oauthtoken:" + key).encode()).decode().rstrip("="), key.encode().hex()]
+    for shift in range(3):
+        # The first and the last characters depend on the neighbours of the key.
+        found.append(base64.b64encode(b"\0" * shift + key.encode()).decode().rstrip("=")[4:-4])
+    return found
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What the runs left behind, and what was seen while they ran."""
+
+    key: str
+    runs: dict[str, Run] = dataclasses.field(default_factory=dict)
+    watched: dict[str, Any] = dataclasses.field(default_factory=dict)
+    searched: dict[str, Any] = dataclasses.field(default_factory=dict)
+    controller: set[str] = dataclasses.field(default_factory=set)
+    controller_rounds: int = 0
+
+
+def _watch_controller(evidence: Evidence, directory: Path, stop: threading.Event) -> None:
+    """Argument lists on this machine, and Ansible's temporary files."""
+    wanted = [needle.encode() for needle in needles(evidence.key)]
+    while not stop.wait(0.05):
+        evidence.controller_rounds += 1
+        temporary = (Path(top) / name for top, _, names in os.walk(directory) for name in names)
+        for path in [*Path("/proc").glob("[0-9]*/cmdline"), *temporary]:
+            try:
+                data = path.read_bytes()
+            except OSError:
+                continue
+            if any(needle in data for needle in wanted):
+                evidence.controller.add(str(path))
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
+    story, world = Story("secrets"), World(SANDBOX)
+    found = Evidence("nvapi-" + secrets.token_urlsafe(40))
+    temporary = tmp_path_factory.mktemp("ansible")
+    variables = tmp_path_factory.mktemp("vault") / "key.json"
+    variables.touch(mode=0o600)
+    variables.write_text(json.dumps({"ngc_api_key": found.key}), encoding="utf-8")
+    environment = {"ANSIBLE_LOCAL_TEMP": str(temporary), "NGC_API_KEY": ""}
+    loud = ["-vvvv", "--diff", "-e", "@%s" % variables]
+    request = {"mode": "watch", "needles": needles(found.key), "skip": OF_CONTAINERS}
+    world.set_key(found.key)
+    stop = threading.Event()
+    on_controller = threading.Thread(target=_watch_controller, args=(found, temporary, stop))
+    try:
+        source = WATCHER.encode()
+        loader = "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
+        with subprocess.Popen(
+            story.ssh_command(HOST, "python3 -c '%s'" % loader), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as watcher:
+            assert watcher.stdin and watcher.stdout
+            watcher.stdin.write(b"%d\n%s%s\n" % (len(source), source, json.dumps(request).encode()))
+            watcher.stdin.flush()
+            on_controller.start()
+
+            def run(name: str, *arguments: str, check: bool = True) -> None:
+                found.runs[name] = story.play(SITE, *loud, *arguments, check=check, environment=environment)
+
+            def interrupted(name: str, moment: str, after: float) -> None:
+                found.runs[name] = story.play_until(moment, SITE, *loud, after=after, environment=environment)
+
+            run("check mode", "--check")
+            interrupted("killed while packages are installed", r"TASK \[.*Install the NVIDIA driver", 5)
+            interrupted("killed while the image is pulled", r"TASK \[.*Images are on the host", 1)
+            run("finished")
+            run("again")
+            world.set_key(found.key, "expired")
+            run("expired", "-e", "ngc_validate=always", check=False)
+            watcher.stdin.close()
+            found.watched = json.loads(watcher.stdout.read())
+        stop.set()
+        on_controller.join()
+        found.searched = story.python(
+            HOST, WATCHER, {"mode": "search", "needles": needles(found.key), "skip": ["/proc", "/sys"]}
+        )
+        yield found
+    finally:
+        stop.set()
+        world.remove_key(found.key)
+
+
+def test_interrupted_runs_are_finished_by_the_next(evidence: Evidence) -> None:
+    for name in ("killed while packages are installed", "killed while the image is pulled"):
+        assert evidence.runs[name].rc < 0 and "PLAY RECAP" not in evidence.runs[name].output
+    assert evidence.runs["finished"].recap(HOST)["failed"] == 0
+    assert evidence.runs["again"].recap(HOST)["changed"] == 0
+    story = Story("secrets")
+    assert story.ssh(HOST, "systemctl is-active nim-llama").strip() == "active"
+    assert story.ssh(HOST, "dpkg --audit") == ""
+
+
+def test_expired_key_is_told_before_anything_is_stopped(evidence: Evidence) -> None:
+    run = evidence.runs["expired"]
+    assert run.recap(HOST)["failed"] == 1
+    assert "nvcr.io" in run.output.partition("fatal:")[2]
+    assert "TASK [gpu_fleet.nim.nim" not in run.output
+
+
+def test_ansible_prints_no_key(evidence: Evidence) -> None:
+    for name, run in evidence.runs.items():
+        assert len(run.output) > 5000, "%s was not loud" % name
+        assert [needle for needle in needles(evidence.key) if needle in run.output] == [], name
+
+
+def test_no_key_on_the_controller(evidence: Evidence) -> None:
+    assert evidence.controller_rounds > 50
+    assert evidence.controller == set()
+
+
+def test_no_key_in_arguments_and_files_while_it_runs(evidence: Evidence) -> None:
+    assert evidence.watched["rounds"] > 50
+    assert evidence.watched["arguments"] == {}
+    # A file is written beside its place and then moved there, private from the start.
+    beside = re.compile(r"(/root/\.docker|/etc/nim)/\.(config\.json|ngc\.env)\.\w+")
+    found = evidence.watched["files"]
+    assert {path: mode for path, mode in found.items() if not (beside.fullmatch(path) and mode == "600")} == ALLOWED
+
+
+def test_only_the_downloading_container_has_the_key(evidence: Evidence) -> None:
+    # It has it: otherwise nothing was looked at.
+    assert set(evidence.watched["inspections"].values()) == {"nim-llama-download"}
+    for pid, cgroup in evidence.watched["environments"].items():
+        assert any(identifier in cgroup for identifier in evidence.watched["inspections"]), (pid, cgroup)
+
+
+def test_afterwards_it_is_in_two_files_only(evidence: Evidence) -> None:
+    searched = evidence.searched
+    assert searched["files"] == ALLOWED
+    assert "nim-llama.service" in searched["unit_names"] and searched["container_names"] == ["nim-llama"]
+    assert (searched["units"], searched["journal"], searched["processes"], searched["containers"]) == (
+        False,
+        False,
+        [],
+        [],
+    )

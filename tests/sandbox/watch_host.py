@@ -1,0 +1,122 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs on a host, from standard input: looks for secrets, all the time while playbooks run ("watch") or once ("search").
+
+Input: {"mode": …, "needles": [text, …], "skip": [path, …]}; output: what was found, as JSON. A watch ends with its input.
+"""
+
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+
+REQUEST = json.loads(sys.stdin.buffer.readline())
+NEEDLES = [needle.encode() for needle in REQUEST["needles"]]
+SKIP = set(REQUEST["skip"])
+
+
+def has(data):
+    return any(needle in data for needle in NEEDLES)
+
+
+def read(path):
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError:
+        return b""
+
+
+class Docker(http.client.HTTPConnection):
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(5)
+        self.sock.connect("/var/run/docker.sock")
+
+    def ask(self, path):
+        try:
+            self.request("GET", path)
+            return self.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            return b""
+        finally:
+            self.close()
+
+
+def containers():
+    """Name, id and full inspection of every container."""
+    docker = Docker("docker")
+    for entry in json.loads(docker.ask("/containers/json?all=1") or b"[]"):
+        yield entry["Names"][0].lstrip("/"), entry["Id"], docker.ask("/containers/%s/json" % entry["Id"])
+
+
+def processes():
+    """Process id, and those of its arguments and environment that hold a secret."""
+    for pid in os.listdir("/proc"):
+        if pid.isdigit():
+            yield pid, has(read("/proc/%s/cmdline" % pid)), has(read("/proc/%s/environ" % pid))
+
+
+def files(top):
+    """Files with a secret in them: path and mode."""
+    for directory, directories, names in os.walk(top):
+        directories[:] = [name for name in directories if os.path.join(directory, name) not in SKIP]
+        for name in names:
+            path = os.path.join(directory, name)
+            try:
+                status = os.lstat(path)
+            except OSError:
+                continue
+            if status.st_mode & 0o170000 == 0o100000 and has(read(path)):
+                yield path, "%o" % (status.st_mode & 0o7777)
+
+
+def watch():
+    arguments, environments, inspections, found = {}, {}, {}, {}
+    rounds = 0
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        rounds += 1
+        for pid, in_arguments, in_environment in processes():
+            if in_arguments:
+                arguments[pid] = read("/proc/%s/comm" % pid).decode().strip()
+            if in_environment:
+                environments[pid] = read("/proc/%s/cgroup" % pid).decode().strip()
+        if rounds % 3 == 0:
+            for name, identifier, text in containers():
+                if has(text):
+                    inspections[identifier] = name
+        if rounds % 10 == 0:
+            for top in ("/etc", "/root", "/home", "/run", "/tmp", "/var/tmp", "/var/lib/gpu_fleet", "/var/lib/nim"):
+                found.update(files(top))
+    return {
+        "rounds": rounds,
+        "arguments": arguments,
+        "environments": environments,
+        "inspections": inspections,
+        "files": found,
+    }
+
+
+def search():
+    def output(*command):
+        return has(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False).stdout)
+
+    units = subprocess.run(
+        ["systemctl", "list-units", "--all", "--plain", "--no-legend", "--no-pager"], stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    names = [line.split()[0] for line in units.splitlines() if line]
+    return {
+        "files": dict(files("/")),
+        "units": output("systemctl", "cat", *names) or output("systemctl", "show", "--all", *names),
+        "journal": output("journalctl", "--all", "--output=export", "--no-pager"),
+        "processes": [pid for pid, *found in processes() if any(found)],
+        "containers": [name for name, _, text in containers() if has(text)],
+        "unit_names": names,
+        "container_names": [name for name, _, _ in containers()],
+    }
+
+
+json.dump({"watch": watch, "search": search}[REQUEST["mode"]](), sys.stdout)
