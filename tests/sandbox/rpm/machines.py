@@ -9,6 +9,7 @@ Stand-ins: everything that would be installed, the kernel's name, and the GPU, w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -41,16 +42,31 @@ def _run(argv: t.Sequence[str], stdin: str = "", check: bool = True) -> subproce
     return done
 
 
+@contextlib.contextmanager
+def _alone() -> t.Iterator[None]:
+    """One process builds, the others wait for it."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    with (STATE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build() -> pathlib.Path:
+    """Make what is not there yet; the directory with the repositories."""
+    with _alone():
+        for major in SUITES:
+            root(major)
+        return public()
+
+
 def root(major: int) -> pathlib.Path:
     """The unchanged root file system of a machine, made when it is not there."""
     made = STATE / ("el%d-%s" % (major, _digest(SUITES[major], *PACKAGES, inspect.getsource(_fill))))
     if made.is_dir():
         return made
-    STATE.mkdir(parents=True, exist_ok=True)
-    for old in STATE.glob("el%d-*" % major):
+    for old in (*STATE.glob("el%d-*" % major), *STATE.glob("partial-el%d*" % major)):
         shutil.rmtree(old)
-    partial = STATE / ("partial-el%d-%d" % (major, os.getpid()))
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = STATE / ("partial-el%d" % major)
     command = ["mmdebstrap", "--quiet", "--variant=apt", "--include=" + ",".join(PACKAGES)]
     command += ['--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io"]
     command += ["--dpkgopt=path-exclude=/usr/share/%s/*" % name for name in ("man", "doc", "locale")]

@@ -224,14 +224,14 @@ def build_script(repositories: t.Mapping[str, tuple[t.Sequence[Package], str, st
         "gpg --batch --quiet --passphrase '' --quick-generate-key 'sandbox <sandbox@example.invalid>' rsa3072 sign never",
         "gpg --batch --armor --export sandbox@example.invalid >/work/key",
     ]
-    built: set[str] = set()
+    built: set[tuple[str, str]] = set()
     parallel = []
     for path, (packages, _, _) in repositories.items():
         for package in packages:
             name = "%s-%s-%s" % (package.name, package.version, package.release)
-            if name in built:
+            if (path, name) in built:
                 continue
-            built.add(name)
+            built.add((path, name))
             specs = work / "specs"
             specs.mkdir(parents=True, exist_ok=True)
             (specs / (name + ".spec")).write_text(package.spec(), encoding="utf-8")
@@ -241,7 +241,7 @@ def build_script(repositories: t.Mapping[str, tuple[t.Sequence[Package], str, st
         "#!/bin/sh\nset -eu\nmkdir -p /work/public/$1\n"
         "rpmbuild -bb --quiet --target x86_64 --define '_rpmdir /work/public/'$1 --define '_build_name_fmt %{NAME}-%{VERSION}-%{RELEASE}.%{ARCH}.rpm'"
         " --define '_topdir /work/build' --define 'debug_package %{nil}' --define '__os_install_post %{nil}'"
-        " --define '_build_id_links none' --define \"_buildrootdir /work/build/root/$2\" /work/specs/$2.spec >/work/log.$$ 2>&1"
+        " --define '_build_id_links none' --define \"_buildrootdir /work/build/root/$$\" /work/specs/$2.spec >/work/log.$$ 2>&1"
         " || { cat /work/log.$$ >&2; exit 255; }\n",
         encoding="utf-8",
     )

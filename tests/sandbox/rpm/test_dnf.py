@@ -166,11 +166,10 @@ def test_companions_change_their_names_with_the_branch(machine: Machine, server:
 
 @both
 def test_a_branch_that_the_repository_does_not_have(machine: Machine, server: str) -> None:
-    before = versions(machine)
     refused = driver(machine, server, branch="575")
     assert refused["error"] in ("stream_failed", "version_not_available")
     assert "575" in refused["message"], refused
-    assert versions(machine) == {**before, **versions(machine, "kernel-devel")} or not driver_versions(machine)
+    assert not driver_versions(machine)
 
 
 @both
@@ -191,26 +190,21 @@ def test_a_repository_that_is_not_there(machine: Machine, server: str) -> None:
     machine.run("dnf", "-q", "makecache")
 
 
-@both
-def test_packages_without_a_good_signature(machine: Machine, server: str) -> None:
-    machine.run("sh", "-c", "rm -rf /var/cache/dnf")
-    unsigned = (
-        "mkdir -p /srv/bad/rhel%d/x86_64 && cd /srv/bad/rhel%d/x86_64 && dnf -q download --destdir . --repofrompath "
-        "cuda,%s/compute/cuda/repos/rhel%d/x86_64 --repo cuda --setopt=cuda.module_hotfixes=1 nvidia-persistenced "
-        "nvidia-driver-cuda nvidia-driver-cuda-libs libnvidia-ml libnvidia-cfg nvidia-kmod-common kmod-nvidia-open-dkms && "
-        "rpmsign --delsign *.rpm && createrepo_c -q ." % (machine.major, machine.major, server, machine.major)
+@el10
+def test_packages_without_a_signature(machine: Machine, server: str) -> None:
+    machine.run(
+        "sh",
+        "-c",
+        "mkdir /srv/bad && cd /srv/bad && dnf -q download --repofrompath cuda,%s/compute/cuda/repos/rhel10/x86_64 --repo cuda "
+        "nvidia-persistenced libnvidia-cfg && rpmsign --delsign *.rpm && createrepo_c -q ." % server,
     )
-    machine.run("sh", "-c", unsigned)
-    if machine.major == 9:
-        pytest.skip("the rest is the same on both, and needs no modules in the bad repository")
-    machine.run("sh", "-c", "sed -i s,^gpgkey=.*,gpgkey=%s/rocky/10/KEY, /etc/yum.repos.d/rocky.repo" % server)
     machine.write(
         "/etc/yum.repos.d/bad.repo",
-        "[bad]\nname=Bad\nbaseurl=file:///srv/bad/rhel10/x86_64\ngpgcheck=1\ngpgkey=%s/rocky/10/KEY\n" % server,
+        "[bad]\nname=Bad\nbaseurl=file:///srv/bad\ngpgcheck=1\ngpgkey=%s/rocky/10/KEY\n" % server,
     )
     refused = machine.ask("manager", method="install", arguments=[{"nvidia-persistenced": None}])
     assert refused["error"] == "package_failed"
-    assert "not signed" in refused["message"], refused
+    assert "nvidia-persistenced-590.44.01-1.el10.x86_64.rpm is not signed" in refused["message"], refused
     assert not driver_versions(machine)
 
 
@@ -246,9 +240,9 @@ def test_the_toolkit(machine: Machine, server: str) -> None:
         "libnvidia-container1",
     ]
     offers = machine.ask("manager", method="available", arguments=names)["answer"]
-    assert {name: [one["version"] for one in offers[name]] for name in offers} == dict.fromkeys(
-        names, ["1.20.0-1", "1.17.8-1"]
-    )
+    assert {name: [one["version"] for one in offers[name]] for name in offers} == {
+        name: ["1.20.0-1", "1.17.8-1"] for name in names
+    }
     for version in ("1.17.8-1", "1.20.0-1", "1.17.8-1"):
         assert machine.ask("manager", method="install", arguments=[dict.fromkeys(names, version)]) == {"answer": None}
         machine.ask("manager", method="hold", arguments=names)
