@@ -319,8 +319,10 @@ class _Entry:
             return None
         if not given.startswith("/"):
             raise self.bad(key, "is not an absolute path", "start it with /")
-        if ":" in given or "," in given or ".." in given.split("/"):
-            raise self.bad(key, "holds a colon, a comma or '..', which mounts do not allow", "choose another path")
+        if re.search('[:,"]', given) or ".." in given.split("/"):
+            raise self.bad(
+                key, "holds a colon, a comma, a double quote or '..', which mounts do not allow", "choose another path"
+            )
         given = posixpath.normpath("/" + given.lstrip("/"))
         if is_system_directory(given):
             raise self.bad(key, "is a directory of the system", "choose a directory of its own")

@@ -24,6 +24,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def complaint(text: str) -> str:
     for line in text.splitlines():
         if line.startswith("Error response from daemon"):
             return line.strip()
-    return last_line(text)
+    # The command line's own errors end in a pointer to the help.
+    return last_line(re.sub(r"(?mi)^(See|Run|Usage:) +'?docker .*$", "", text))
 
 
 def docker(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:

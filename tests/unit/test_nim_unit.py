@@ -63,7 +63,7 @@ elif words[0] == "create":
         sys.stderr.write("Conflict. The container name /%%s is already in use\\n" %% name)
         sys.exit(1)
     label = words[words.index("--label") + 1].split("=", 1)
-    env = open(words[words.index("--env-file") + 1]).read() if "--env-file" in words else ""
+    env = "".join(open(words[at + 1]).read() for at, word in enumerate(words) if word == "--env-file")
     save(name, {"Config": {"Labels": {label[0]: label[1]}, "Env": env}, "State": {"Running": False, "ExitCode": 0}})
 elif words[0] == "start":
     error_of("start")
@@ -548,3 +548,22 @@ def test_the_source_is_whole_and_stands_on_its_own() -> None:
     assert text.startswith("# SPDX-FileCopyrightText")
     assert "from ." not in text
     compile(text, "nim-unit", "exec")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            'invalid argument "type=bind" for "--mount" flag: parse error\nSee \'docker create --help\'.\n',
+            'invalid argument "type=bind" for "--mount" flag: parse error',
+        ),
+        (
+            "invalid argument\n\nUsage:  docker create\n\nRun 'docker create --help' for more information\n",
+            "invalid argument",
+        ),
+        ("x\nError response from daemon: no such image\nlast\n", "Error response from daemon: no such image"),
+        ("", "no message"),
+    ],
+)
+def test_why_a_docker_command_failed(text: str, line: str) -> None:
+    assert _nim_unit.complaint(text).startswith(line)
