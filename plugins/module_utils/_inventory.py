@@ -191,8 +191,7 @@ class _Check:
             if name not in self.variables or value is None:
                 continue
             spec = self.options[name]
-            # A list of models that is none may be anything, secret_environment included.
-            secret = bool(spec.get("no_log")) or name == "nim_models"
+            secret = bool(spec.get("no_log"))
             if isinstance(value, Unresolved):
                 self.broken.add(name)
                 self.problems.append(
@@ -206,7 +205,8 @@ class _Check:
             wrong = _type_error(value, str(spec.get("type", "str")))
             if wrong is not None:
                 self.broken.add(name)
-                self.add(name, value, *wrong, secret=secret)
+                # What stands in the place of the list of models may have secrets in it.
+                self.add(name, value, *wrong, secret=secret or name == "nim_models")
                 continue
             # Branches have a check of their own that knows which ones are only too old.
             choices = None if name == "nvidia_driver_branch" else spec.get("choices")

@@ -26,6 +26,10 @@ LORA_PATH = "/opt/nim/loras"
 NATIVE_CACHE_PATH = "/opt/cache"
 NATIVE_MODEL_PATH = NATIVE_CACHE_PATH + "/model"
 
+#: Where the engine of 2.x listens, on all addresses of the container.
+BACKEND_PORT = 8001
+BACKEND_PORT_VARIABLE = "NIM_BACKEND_PORT"
+
 _LABEL_VERSION = "com.nvidia.nim.version"
 _LABEL_PROTOCOL = "com.nvidia.nim.model_download_protocol"
 _ENV_1X = "INFERENCE_MICROSERVICE_LLM_NIM_VERSION"
@@ -68,12 +72,14 @@ class Family:
     def environment(self, model: NimModel) -> dict[str, str]:
         """Variables that the service container is given for the options of a model, its own ``environment`` last.
 
+        Those of ``secret_environment`` come by another way; none of them is in the answer.
+
         Raises:
             FleetError: ``invalid_option`` when this family cannot do what an option asks for.
         """
         found = self._native_environment(model) if self.key == "native" else self._llm_environment(model)
         found.update(model.environment)
-        return found
+        return {name: value for name, value in found.items() if name not in model.secret_environment}
 
     def _llm_environment(self, model: NimModel) -> dict[str, str]:
         port = str(model.container_port)
@@ -133,6 +139,23 @@ class Family:
             "NIM_ENGINE_MODEL_PATH": WEIGHTS_PATH if model.weights_directory else NATIVE_MODEL_PATH,
         }
 
+    def backend_port(self, model: NimModel) -> int | None:
+        """Second port that the service takes on the host: that of the engine behind 2.x, where the network is shared.
+
+        Raises:
+            FleetError: ``invalid_option``.
+        """
+        if self.key != "2.x" or model.network_mode != "host":
+            return None
+        given = model.environment.get(BACKEND_PORT_VARIABLE, str(BACKEND_PORT))
+        if not re.match(r"\d{1,5}\Z", given) or not 0 < int(given) < 65536:
+            raise FleetError(
+                "invalid_option",
+                "Model %s: environment.%s = %r: is no port; write a number from 1 to 65535."
+                % (model.name, BACKEND_PORT_VARIABLE, given),
+            )
+        return int(given)
+
     def command(self, model: NimModel, image_command: t.Sequence[str]) -> tuple[str, ...]:
         """Arguments behind the image; empty leaves the image's own command alone."""
         if self.key != "2.x" and model.engine_arguments:
@@ -157,7 +180,7 @@ def needs_download(model: NimModel) -> bool:
     """Whether files of the model may have to come from NGC."""
     if model.weights_directory:
         return False
-    environment = model.environment
+    environment = {**model.environment, **model.secret_environment}
     if any(environment.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE):
         return False
     return not any(

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import ipaddress
 import json
 import os
 import re
+import secrets
 import sys
 import typing as t
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from ._gpu_placement import Wish, place
 from ._host import FileStat, Host
 from ._image_reference import ImageReference
 from ._ngc_login import check_api_key, fingerprint, key_in_environment, render_environment
-from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family, family_of_image
+from ._nim_family import BACKEND_PORT_VARIABLE, LORA_PATH, WEIGHTS_PATH, Family, family_of_image
 from ._nim_image import PinnedImage, read_record
 from ._nim_models import NimModel, addresses_overlap, container_name, unit_name
 from ._nim_unit import SPEC_LABEL, source, spec_hash
@@ -145,6 +148,55 @@ def wrapper_text() -> str:
     return "#!%s\n%s" % (python, source())
 
 
+# -- secret variables -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Content of ``/etc/nim/<name>.env``, readable for root alone.
+
+    What is derived from a secret and stands elsewhere (the specification that everybody can read, the differences that
+    Ansible prints) is derived with a random key that is kept in the file: a short password could be guessed from a plain
+    hash of it.
+    """
+
+    key: str
+    values: t.Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def parse(cls, text: str | None) -> Secrets | None:
+        """What :meth:`render` wrote; None for anything that has no key in it."""
+        found = re.match(r"(?:#.*\n)*# key ([0-9a-f]{64})\n", text or "")
+        if found is None:
+            return None
+        lines = (text or "")[found.end() :].splitlines()
+        return cls(found.group(1), dict(_pair(line) for line in lines if "=" in line and not line.startswith("#")))
+
+    def render(self) -> str:
+        """An environment file as ``docker create --env-file`` reads it: no quotes, no escapes."""
+        lines = ["%s=%s\n" % pair for pair in sorted(self.values.items())]
+        return "%s# key %s\n%s" % (_HEADER, self.key, "".join(lines))
+
+    def fingerprint(self, content: str) -> str:
+        return hmac.new(bytes.fromhex(self.key), content.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+    def spec(self) -> str:
+        """The part of a specification that changes with any of them."""
+        return self.fingerprint(json.dumps(sorted(self.values.items())))
+
+    def __str__(self) -> str:
+        """``HF_TOKEN hmac:12ab34cd56ef, …``"""
+        return ", ".join(
+            "%s hmac:%s" % (name, self.fingerprint(json.dumps([name, value]))[:12])
+            for name, value in sorted(self.values.items())
+        )
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, _separator, value = line.partition("=")
+    return name, value
+
+
 # -- what is there --------------------------------------------------------------------------------
 
 
@@ -192,10 +244,13 @@ class ServiceState:
     started_spec: str = ""
     phase: str = ""
     failures: int = 0
+    secret_text: str | None = field(default=None, repr=False)
+    secret_safe: bool = True
 
     @property
     def exists(self) -> bool:
-        return self.unit_text is not None or self.configuration_text is not None or self.container or self.masked
+        files = (self.unit_text, self.configuration_text, self.secret_text)
+        return any(text is not None for text in files) or self.container or self.masked
 
     @property
     def alive(self) -> bool:
@@ -306,6 +361,8 @@ class NimService(Resource[HostState]):
         self.api = api or DockerApi()
         self.warnings: list[str] = []
         self._restarted: set[str] = set()
+        #: For the secrets of models that have no file with a key of its own yet.
+        self._secret_key = secrets.token_hex(32)
         if injection not in INJECTIONS:
             raise FleetError(
                 "invalid_option",
@@ -324,6 +381,7 @@ class NimService(Resource[HostState]):
         key = key_in_environment(host.read_text(KEY_FILE))
         key_stat = host.stat(KEY_FILE)
         paths = [BASE_DIRECTORY, STATE_DIRECTORY, CONFIGURATION_DIRECTORY, os.path.dirname(WRAPPER)]
+        images = self._images(host, wanted) if not problem else {}
         for model in wanted:
             paths += [model.cache_directory]
             paths += [path for path in (model.weights_directory, model.lora_directory) if path]
@@ -340,7 +398,7 @@ class NimService(Resource[HostState]):
             services={
                 name: self._service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)
             },
-            images=self._images(host, wanted) if not problem else {},
+            images=images,
             paths={path: host.stat(path) for path in paths},
             files={
                 path: host.read_text(path)
@@ -351,7 +409,7 @@ class NimService(Resource[HostState]):
             target_need_reload=target.get("NeedDaemonReload") == "yes",
             key_fingerprint=fingerprint(key) if key else None,
             key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
-            listeners=self._listeners(host, wanted, containers),
+            listeners=self._listeners(host, wanted, containers, images),
             endangered=_endangered(host, version, info, inspected),
         )
 
@@ -395,6 +453,7 @@ class NimService(Resource[HostState]):
         runtime = _json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
         failures = runtime.get("failures")
         download = containers.get(container_name(name) + "-download") or {}
+        secret_file = host.stat(secret_path(name))
         return ServiceState(
             name=name,
             unit_text=None if masked else host.read_text(unit_path),
@@ -411,6 +470,8 @@ class NimService(Resource[HostState]):
             started_spec=str(runtime.get("spec", "")),
             phase=str(runtime.get("phase", "")),
             failures=failures if isinstance(failures, int) else 0,
+            secret_text=host.read_text(secret_path(name)),
+            secret_safe=secret_file is None or (secret_file.mode == 0o600 and secret_file.uid == 0),
         )
 
     def _images(self, host: Host, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
@@ -429,9 +490,13 @@ class NimService(Resource[HostState]):
         return found
 
     def _listeners(
-        self, host: Host, models: t.Sequence[NimModel], containers: t.Sequence[Json]
+        self,
+        host: Host,
+        models: t.Sequence[NimModel],
+        containers: t.Sequence[Json],
+        images: t.Mapping[str, ImageState],
     ) -> tuple[Listener, ...]:
-        ports = {model.port for model in models if model.state == "started"}
+        ports = {port for model in models if model.state == "started" for port, _ in _ports(model, images)}
         published = [
             (str(port.get("IP") or "0.0.0.0"), int(port["PublicPort"]), str(entry["Names"][0]).lstrip("/"))  # noqa: S104 - compared, not bound
             for entry in containers
@@ -480,6 +545,7 @@ class NimService(Resource[HostState]):
         prerequisites = self._missing_prerequisites(state)
         if prerequisites:
             return prerequisites
+        self._check_backend_ports(state)
         configurations = self.configurations(state)
         self._check_masks(state)
         restarts = self._restarts(state, configurations)
@@ -512,9 +578,15 @@ class NimService(Resource[HostState]):
                 placed[model.name],
                 injection=self.injection,
                 cgroup_driver=state.cgroup_driver,
+                secret=self._secrets(model, state),
             )
             for model in wanted
         }
+
+    def _secrets(self, model: NimModel, state: HostState) -> Secrets:
+        """The secrets of a model, with the key that the host has for them already."""
+        there = Secrets.parse(_service_state(state, model.name).secret_text)
+        return Secrets(there.key if there else self._secret_key, model.secret_environment)
 
     def _missing_prerequisites(self, state: HostState) -> list[Change]:
         """One change a model that cannot be planned yet: a host that was never set up is not an error in check mode."""
@@ -590,24 +662,63 @@ class NimService(Resource[HostState]):
             if model.name not in starting:
                 continue
             for listener in state.listeners:
-                if listener.port != model.port or not _collides(model, listener):
+                option = _collision(model, listener, state.images)
+                if not option:
                     continue
                 if listener.container == model.container:
                     continue
                 other = wanted.get(listener.container)
-                if other is not None and (other.state != "started" or not _collides(other, listener)):
+                if other is not None and (other.state != "started" or not _collision(other, listener, state.images)):
                     # It gives the port up in this very run.
                     continue
                 raise FleetError(
                     "port_in_use",
-                    "Model %s cannot have port %d on %s: it is held by %s; stop that first, or give the model another "
-                    "port. Nothing was changed." % (model.name, model.port, model.bind_address, listener.describe()),
-                    port=model.port,
+                    "Model %s cannot have port %d on %s%s: it is held by %s; stop that first, or give the model another "
+                    "port%s. Nothing was changed."
+                    % (
+                        model.name,
+                        listener.port,
+                        model.bind_address,
+                        "" if option == "port" else " for its engine",
+                        listener.describe(),
+                        "" if option == "port" else " there (%s)" % option,
+                    ),
+                    port=listener.port,
                     address=model.bind_address,
                     pid=listener.pid,
                     command=listener.command,
                     container=listener.container,
                 )
+
+    def _check_backend_ports(self, state: HostState) -> None:
+        """Only the image tells whether a model has a second port, so this cannot be found on the controller."""
+        taken: list[tuple[NimModel, int, str]] = []
+        for model in self.models:
+            if model.state == "absent":
+                continue
+            for port, option in _ports(model, state.images):
+                for other, other_port, other_option in taken:
+                    if port != other_port or (option == other_option == "port"):
+                        # Two that want one port for the API were refused before any host was touched.
+                        continue
+                    if not addresses_overlap(model.bind_address, other.bind_address):
+                        continue
+                    named = "model %s" % other.name if other is not model else "the same model"
+                    raise FleetError(
+                        "invalid_option",
+                        "Model %s: %s = %d: is %s of %s too, because network_mode host shares the host's ports and the "
+                        "engine of %s listens beside its API; set another port, or environment.%s."
+                        % (
+                            model.name,
+                            option,
+                            port,
+                            "the port" if other_option == "port" else "the engine's port",
+                            named,
+                            model.name if option != "port" else other.name,
+                            BACKEND_PORT_VARIABLE,
+                        ),
+                    )
+                taken.append((model, port, option))
 
     def _plan_directories(self, state: HostState) -> list[Change]:
         wanted: dict[str, tuple[int, int, int, str]] = {}
@@ -732,6 +843,7 @@ class NimService(Resource[HostState]):
             0o644,
             "what the container of %s is given" % model.name,
         )
+        changes += self._plan_secrets(model, state)
         if not service.masked:
             changes += self._plan_file(
                 "%s/%s" % (UNIT_DIRECTORY, model.unit),
@@ -741,6 +853,26 @@ class NimService(Resource[HostState]):
                 "unit of %s" % model.name,
             )
         return changes
+
+    def _plan_secrets(self, model: NimModel, state: HostState) -> list[Change]:
+        service = _service_state(state, model.name)
+        path = secret_path(model.name)
+        there = Secrets.parse(service.secret_text)
+        before = None if service.secret_text is None else (str(there) if there else "other content")
+        if not model.secret_environment:
+            if before is None:
+                return []
+            why = "%s has no secret variables" % model.name
+            return [Change(self.name, path, before, None, why, Disruption.NONE, "secrets_absent", {"path": path})]
+        wanted = self._secrets(model, state)
+        text = wanted.render()
+        if service.secret_text == text and service.secret_safe:
+            return []
+        why = "secret variables of %s" % model.name
+        if service.secret_text == text:
+            why = "the file could be read by others than root"
+        data = {"path": path, "text": text}
+        return [Change(self.name, path, before, str(wanted), why, Disruption.NONE, "secrets", data)]
 
     def _plan_reload(self, changes: t.Sequence[Change], state: HostState) -> list[Change]:
         written = any(
@@ -844,6 +976,10 @@ class NimService(Resource[HostState]):
             if host.stat(CONFIGURATION_DIRECTORY) is None:
                 host.make_dir(CONFIGURATION_DIRECTORY, mode=0o755)
             host.write_file(KEY_FILE, render_environment(self.key or ""), mode=0o600)
+        elif change.action == "secrets":
+            host.write_file(data["path"], data["text"], mode=0o600)
+        elif change.action == "secrets_absent":
+            host.remove(data["path"])
         elif change.action == "key_absent":
             host.remove(KEY_FILE)
         elif change.action == "stop":
@@ -897,6 +1033,7 @@ class NimService(Resource[HostState]):
             self._systemctl(host, "disable", [unit], "--no-reload")
         host.remove("%s/%s" % (UNIT_DIRECTORY, unit))
         host.remove("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+        host.remove(secret_path(name))
         host.remove("%s/%s.download.json" % (STATE_DIRECTORY, name))
         host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
         host.remove("%s/%s.stop" % (RUNTIME_DIRECTORY, name))
@@ -1013,7 +1150,13 @@ class NimService(Resource[HostState]):
 
 
 def build_configuration(
-    model: NimModel, image: ImageState, gpus: t.Sequence[str], *, injection: str, cgroup_driver: str
+    model: NimModel,
+    image: ImageState,
+    gpus: t.Sequence[str],
+    *,
+    injection: str,
+    cgroup_driver: str,
+    secret: Secrets,
 ) -> Json:
     """Content of ``/etc/nim/<name>.json``: all that the wrapper needs, nothing secret.
 
@@ -1037,7 +1180,10 @@ def build_configuration(
     )
     create = [*common, *network, *publish, *_environment_arguments(environment), image.reference]
     create += family.command(model, image.command)
-    spec = spec_hash({"image": image.identifier, "create": create})
+    content: Json = {"image": image.identifier, "create": create}
+    if secret.values:
+        content["secrets"] = secret.spec()
+    spec = spec_hash(content)
     labels = ["--label=%s=%s" % (NAME_LABEL, model.name), "--label=%s=%s" % (IMAGE_LABEL, model.image)]
     labels.append("--label=%s=%s" % (DIGEST_LABEL, image.digest))
 
@@ -1064,6 +1210,8 @@ def build_configuration(
         "port": model.port,
         "create": [*_log_arguments(model.container), *labels, *create],
         "download": download,
+        # Names alone; the values are in the environment file.
+        "secret_environment": sorted(secret.values),
         # No known way to fetch the files beforehand: the service has to do it, and then it needs the key.
         "key_in_service": step is None and family.key == "unknown",
         "cache_directory": model.cache_directory,
@@ -1115,8 +1263,26 @@ def _service_state(state: HostState, name: str) -> ServiceState:
     return state.services.get(name) or ServiceState(name)
 
 
-def _collides(model: NimModel, listener: Listener) -> bool:
-    return model.port == listener.port and addresses_overlap(model.bind_address, listener.address)
+def secret_path(name: str) -> str:
+    """Environment file of a model; a model cannot be called ``ngc``, whose name the key's file has."""
+    return "%s/%s.env" % (CONFIGURATION_DIRECTORY, name)
+
+
+def _ports(model: NimModel, images: t.Mapping[str, ImageState]) -> list[tuple[int, str]]:
+    """TCP ports that a model takes on the host, with the option that says so."""
+    found = [(model.port, "port")]
+    image = images.get(model.image)
+    backend = image.family.backend_port(model) if image else None
+    if backend is not None:
+        found.append((backend, "environment." + BACKEND_PORT_VARIABLE))
+    return found
+
+
+def _collision(model: NimModel, listener: Listener, images: t.Mapping[str, ImageState]) -> str:
+    """The option whose port a listener holds; empty when it holds none of the model's."""
+    if not addresses_overlap(model.bind_address, listener.address):
+        return ""
+    return next((option for port, option in _ports(model, images) if port == listener.port), "")
 
 
 def _json_object(text: str | None) -> Json:

@@ -74,7 +74,16 @@ options:
       environment:
         description:
           - Further environment variables. Those that another option sets are refused, and so is everything that looks
-            like a secret, because the values are stored readable on the host.
+            like a secret, because the values are stored readable on the host; O(models[].secret_environment) takes it.
+        type: dict
+        default: {}
+      secret_environment:
+        description:
+          - Further environment variables with secrets, such as V(HF_TOKEN). They are stored in C(/etc/nim/NAME.env),
+            readable for root alone, and given to the container that fetches files and to the service by that file.
+          - Another value restarts this model and no other. Differences show names and keyed fingerprints.
+          - Who may use Docker on the host can read them with C(docker inspect), as with every container.
+          - Ansible blanks out these values wherever they occur in its output, so put only secrets here.
         type: dict
         default: {}
       profile:
@@ -180,6 +189,17 @@ EXAMPLES = r"""
     ngc_api_key: "{{ ngc_api_key }}"
   become: true
 
+- name: Serve a model of Hugging Face that needs a token
+  gpu_fleet.nim.nim_service:
+    models:
+      - name: gated
+        image: nvcr.io/nim/nvidia/llm-nim:1.12.0
+        environment:
+          NIM_MODEL_NAME: hf://meta-llama/Llama-3.1-8B-Instruct
+        secret_environment:
+          HF_TOKEN: "{{ vault_hf_token }}"
+  become: true
+
 - name: Serve fine-tuned weights on the base model's image
   gpu_fleet.nim.nim_service:
     models:
@@ -266,6 +286,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import 
 
 def main() -> None:
     module = AnsibleModule(
+        # The line in the host's log of what a module was called with: there Ansible looks for secrets in the text of the
+        # whole list, where their quotes and backslashes are escaped, and would miss those.
+        no_log=True,
         argument_spec={
             "models": {"type": "list", "elements": "dict", "required": True, "options": NIM_MODEL_OPTIONS},
             "ngc_api_key": {"type": "str", "no_log": True},
@@ -275,6 +298,9 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    for entry in module.params["models"]:
+        # Also where they were given as text, which Ansible turns into a dictionary after it has noted what is secret.
+        module.no_log_values.update(str(value) for value in (entry.get("secret_environment") or {}).values() if value)
     made: list[NimService] = []
 
     def build() -> NimService:

@@ -29,6 +29,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import 
     UNIT_DIRECTORY,
     WRAPPER,
     NimService,
+    Secrets,
     listening_sockets,
     unit_text,
 )
@@ -390,6 +391,122 @@ def test_a_change_of_one_model_restarts_that_one_only(machine: Machine) -> None:
     assert summary(outcome.changes) == [("/etc/nim/llama.json", "as wanted"), ("nim-llama.service", "restarted")]
     assert calls(machine, "restart") == ["systemctl restart nim-llama.service"]
     assert calls(machine, "daemon-reload") == []
+
+
+def test_secret_variables_are_nowhere_but_in_their_file(machine: Machine) -> None:
+    secret = {"HF_TOKEN": "hf_unit_secret", "PIN": 4711}
+    outcome = machine.converge(llama(secret_environment=secret), nemo(), key=KEY)
+    path = "/etc/nim/llama.env"
+    assert machine.host.files[path].decode().splitlines()[2:] == ["HF_TOKEN=hf_unit_secret", "PIN=4711"]
+    assert machine.host.modes[path] == (0o600, 0, 0)
+    for name, content in machine.host.files.items():
+        assert (b"hf_unit_secret" in content) == (name == path), name
+    assert "/etc/nim/nemo.env" not in machine.host.files
+    printed = json.dumps([change.as_dict() for change in outcome.changes]) + repr([c.diff for c in outcome.changes])
+    printed += repr(machine.host.calls) + repr(machine.resource(llama(secret_environment=secret)).observe(machine.host))
+    assert "hf_unit_secret" not in printed and "4711" not in printed
+    assert "HF_TOKEN hmac:" in printed and "PIN hmac:" in printed
+    assert json.loads(machine.host.files["/etc/nim/llama.json"])["secret_environment"] == ["HF_TOKEN", "PIN"]
+    assert machine.converge(llama(secret_environment=secret), nemo(), key=KEY).changes == []
+
+
+def test_another_secret_restarts_its_model_only_and_without_any_the_file_goes(machine: Machine) -> None:
+    machine.converge(llama(secret_environment={"T": "one"}), nemo())
+    spec = json.loads(machine.host.files["/etc/nim/llama.json"])["spec"]
+    machine.host.calls.clear()
+    outcome = machine.converge(llama(secret_environment={"T": "two"}), nemo())
+    assert calls(machine, "restart") == ["systemctl restart nim-llama.service"]
+    (change,) = [change for change in outcome.changes if change.what == "/etc/nim/llama.env"]
+    assert change.before != change.after and str(change.before).startswith("T hmac:")
+    machine.host.calls.clear()
+    machine.converge(llama(secret_environment={"T": "one"}), nemo())
+    assert json.loads(machine.host.files["/etc/nim/llama.json"])["spec"] == spec
+    machine.host.calls.clear()
+    machine.converge(llama(), nemo())
+    assert "/etc/nim/llama.env" not in machine.host.files
+    assert calls(machine, "restart") == ["systemctl restart nim-llama.service"]
+    assert machine.converge(llama(), nemo()).changes == []
+
+
+def test_a_secret_file_that_somebody_changed_is_put_right(machine: Machine) -> None:
+    path = "/etc/nim/llama.env"
+    wanted = llama(secret_environment={"T": "one"})
+    machine.converge(wanted)
+    text = machine.host.files[path]
+    machine.host.calls.clear()
+    machine.host.files[path] = text.replace(b"T=one", b"T=other")
+    assert summary(machine.converge(wanted).changes)[0][0] == path
+    machine.host.modes[path] = (0o644, 0, 0)
+    (change,) = machine.converge(wanted).changes
+    assert "others than root" in change.why
+    assert machine.host.files[path] == text and machine.host.modes[path] == (0o600, 0, 0)
+    # What runs was created with the right values.
+    assert calls(machine, "restart") == []
+    # Without its key nothing proves what the container was given.
+    machine.host.files[path] = b"T=one\n"
+    machine.converge(wanted)
+    assert calls(machine, "restart") == ["systemctl restart nim-llama.service"]
+
+
+def test_a_short_secret_cannot_be_guessed_from_what_everybody_reads(machine: Machine) -> None:
+    """The same secret under another key has another name everywhere."""
+    one, other = (Secrets(key * 64, {"PIN": "0"}) for key in "ab")
+    assert str(one) != str(other) and one.spec() != other.spec()
+    assert Secrets.parse(one.render()) == one
+    assert str(Secrets(one.key, {"PIN": "1"})) != str(one)
+    machine.converge(llama(secret_environment={"PIN": "0"}))
+    there = Secrets.parse(machine.host.files["/etc/nim/llama.env"].decode())
+    assert there and there.key not in machine.host.files["/etc/nim/llama.json"].decode()
+
+
+def test_absent_removes_secrets(machine: Machine) -> None:
+    machine.converge(llama(secret_environment={"T": "one"}))
+    machine.converge(llama(secret_environment={"T": "one"}, state="absent"))
+    assert [path for path in machine.host.files if "llama" in path] == []
+
+
+def test_a_secret_replaces_a_default_of_ours(machine: Machine) -> None:
+    machine.converge(nemo(secret_environment={"NIM_LOG_LEVEL": "DEBUG"}))
+    assert "NIM_LOG_LEVEL=" not in machine.host.files["/etc/nim/nemo.json"].decode()
+
+
+# -- the second port of 2.x -------------------------------------------------------------------------
+
+
+def test_the_engine_port_of_2x_on_the_network_of_the_host(machine: Machine) -> None:
+    wanted = nemo(port=8000, network_mode="host")
+    machine.listen(8001, 977, "nginx")
+    error = failure(machine, wanted)
+    assert error.reason == "port_in_use" and error.facts["port"] == 8001
+    assert "nginx (pid 977)" in error.message and "NIM_BACKEND_PORT" in error.message
+    assert "/etc/nim/nemo.json" not in machine.host.files
+    machine.converge(dict(wanted, environment={"NIM_BACKEND_PORT": 8101}))
+    # Nobody else's network is shared: inside of the container the port is free.
+    machine.converge(nemo(port=8000))
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        ([nemo(network_mode="host")], "the same model"),
+        ([nemo(port=8000, network_mode="host"), llama(port=8001)], "model nemo"),
+        ([llama(port=8001), nemo(port=8000, network_mode="host")], "the port of model llama"),
+        (
+            [nemo(port=8000, network_mode="host"), nemo(name="two", port=8002, network_mode="host")],
+            "the engine's port of model nemo",
+        ),
+    ],
+)
+def test_engine_ports_of_2x_between_models(machine: Machine, models: list[dict[str, t.Any]], words: str) -> None:
+    error = failure(machine, *models)
+    assert error.reason == "invalid_option"
+    assert words in error.message and "8001" in error.message and "NIM_BACKEND_PORT" in error.message
+    assert not calls(machine, "restart")
+
+
+def test_an_engine_port_that_is_none(machine: Machine) -> None:
+    environment = {"NIM_BACKEND_PORT": "http"}
+    assert "is no port" in failure(machine, nemo(network_mode="host", environment=environment)).message
 
 
 def test_timeouts_change_files_and_restart_nothing(machine: Machine) -> None:
@@ -802,7 +919,11 @@ def test_module_role_and_models_say_the_same() -> None:
         assert list(given) == list(wanted)
         for name, option in given.items():
             assert option.pop("description")
-            assert option == wanted[name], name
+            expected = dict(wanted[name])
+            if given is documented:
+                # No key of the documentation.
+                expected.pop("no_log", None)
+            assert option == expected, name
 
 
 def test_role_defaults_are_all_documented() -> None:
@@ -852,6 +973,21 @@ def test_module_check_real_check_real(
     assert "nginx (pid 977)" in held["msg"]
     assert (bad["reason"], bad["changed"]) == ("invalid_option", False)
     assert "models[1].name = 'llama'" in bad["msg"]
+
+
+@pytest.mark.parametrize("given", [{"T": 'hunter "secret\\'}, "T=hunter-text"])
+def test_module_never_prints_secret_variables(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: t.Any
+) -> None:
+    models = [llama(secret_environment=given), nemo()]
+    logged: list[str] = []
+    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.log", lambda self, text, *_rest: logged.append(text))
+    for check in (True, False):
+        answer = module_run(machine, monkeypatch, capsys, check, models=models)
+        assert answer["changed"], answer
+        assert "hunter" not in json.dumps(answer), answer
+    assert b"hunter" in machine.host.files["/etc/nim/llama.env"]
+    assert "hunter" not in "".join(logged)
 
 
 def test_plan_is_pure(machine: Machine) -> None:
