@@ -1,0 +1,351 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What an operator changes on a fleet that serves, and what must not be touched by it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from control import KEY_EXPIRED, KEY_VALID, World
+from fleet_testing import SANDBOX, Fleet, Json, Machine, readme_inventory, wait_until
+
+FLEET = Fleet("multi_model", readme_inventory("multi_model"))
+ONE = FLEET.machine("gpu01")
+TWO = FLEET.machine("gpu02")
+#: The real length of such a build, where time does not matter.
+BUILD_SECONDS = 84 if os.environ.get("TEST_FULL") else 10
+
+
+@pytest.fixture(autouse=True)
+def all_serve() -> None:
+    """Every test begins with everything serving; which variant of it is left to the one before."""
+    if not (ONE.ready(8000) and ONE.ready(8001) and TWO.ready(8000)):
+        FLEET.nim()
+    for machine in (ONE, TWO):
+        for model in machine.models():
+            word = "/run/nim/%s.json" % model
+            wait_until(
+                lambda machine=machine, word=word: machine.read_json(word)["phase"] == "ready", "%s is ready" % model
+            )
+
+
+def gpus_of(machine: Machine, model: str) -> list[str]:
+    """Indices of the GPUs that the container of a model really has."""
+    on_host = machine.run("nvidia-smi -L").splitlines()
+    inside = machine.run("docker exec nim-%s nvidia-smi -L" % model).splitlines()
+    uuids = [line.rpartition("UUID: ")[2] for line in inside]
+    return [line.split()[1].rstrip(":") for line in on_host if line.rpartition("UUID: ")[2] in uuids]
+
+
+# -- the fleet as the README has it ---------------------------------------------------------------
+
+
+def test_status_shows_all_models(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "status.json"
+    FLEET.play("status", variables={"status_output": str(output)})
+    rows: list[Json] = json.loads(output.read_text())
+    text = json.dumps(rows)
+    assert {row["host"] for row in rows} == {ONE.name, TWO.name}
+    assert [text.count('"%s"' % model) > 0 for model in ("llama", "mistral", "nemotron")] == [True] * 3
+    assert text.count("sha256:") >= 3
+
+
+def test_every_model_completes_on_its_own_gpu() -> None:
+    for machine, port in ((ONE, 8000), (ONE, 8001), (TWO, 8000)):
+        status, answer = machine.complete(port)
+        assert status == 200 and answer["choices"][0]["text"]
+    assert [gpus_of(ONE, "llama"), gpus_of(ONE, "mistral"), gpus_of(TWO, "nemotron")] == [["0"], ["1"], ["0"]]
+
+
+# -- one model's settings -------------------------------------------------------------------------
+
+
+def test_change_of_one_environment_restarts_only_that_one() -> None:
+    before, other = ONE.identity(), TWO.identity()
+    changed = FLEET.changed("gpu01", "llama", environment={"STANDIN_TTFT_MS": "21"})
+    with ONE.client(8001) as client:
+        run = FLEET.site(inventory=changed)
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    assert run.changed() == ["%s: gpu_fleet.nim.nim : NIM services are as wanted" % ONE.name]
+    assert client.failures == []
+    after = ONE.identity()
+    assert after["llama"].serving != before["llama"].serving
+    assert after["mistral"] == before["mistral"]
+    assert TWO.identity() == other
+
+
+def test_names_length_and_engine_arguments() -> None:
+    before = ONE.identity()
+    changed = FLEET.changed(
+        "gpu01",
+        "llama",
+        served_model_name="house-llama,llama",
+        max_model_length=4096,
+        engine_arguments=["--max-num-seqs", "32"],
+        environment={"NIM_LOG_LEVEL": "INFO"},
+    )
+    run = FLEET.nim(changed, "gpu01")
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    entries = ONE.get(8000, "/v1/models")[1]["data"]
+    assert [entry["id"] for entry in entries] == ["house-llama", "llama"]
+    assert entries[0]["max_model_len"] == 4096
+    assert "--max-num-seqs" in ONE.run("docker inspect --format '{{json .Config.Cmd}}' nim-llama")
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+
+
+def test_new_tag_restarts_only_its_model() -> None:
+    before = ONE.identity()
+    changed = FLEET.changed("gpu01", "llama", image="nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.5")
+    run = FLEET.nim(changed, "gpu01")
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    assert "1.8.5" in json.dumps(ONE.get(8000, "/v1/version")[1])
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+    assert FLEET.nim(changed, "gpu01").changed() == []
+
+
+def test_profile_by_description_with_lora_and_profile_by_id() -> None:
+    before = ONE.identity()
+    for adapter in ("poems", "contracts"):
+        ONE.write("/srv/loras/%s/adapter_config.json" % adapter, '{"r": 8}')
+        ONE.write("/srv/loras/%s/adapter_model.safetensors" % adapter, "weights")
+    lora = "vllm-bf16-tp1-pp1-lora"
+    changed = FLEET.changed("gpu01", "llama", profile=lora, lora_directory="/srv/loras", lora_refresh_interval=2)
+    assert FLEET.nim(changed, "gpu01").restarts(ONE.name) == {"nim-llama.service"}
+    assert {"poems", "contracts"} <= set(ONE.model_names(8000))
+    assert ONE.get(8000, "/v1/metadata")[1]["selectedModelProfileId"] == profile_id(lora)
+    ONE.write("/srv/loras/recipes/adapter_config.json", '{"r": 8}')
+    ONE.write("/srv/loras/recipes/adapter_model.safetensors", "weights")
+    wait_until(lambda: "recipes" in ONE.model_names(8000), "the new adapter is found without a restart")
+
+    plain = profile_id("vllm-bf16-tp1-pp1")
+    assert FLEET.nim(FLEET.changed("gpu01", "llama", profile=plain), "gpu01").restarts(ONE.name) == {
+        "nim-llama.service"
+    }
+    assert ONE.get(8000, "/v1/metadata")[1]["selectedModelProfileId"] == plain
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+
+
+def profile_id(description: str) -> str:
+    """As the stand-in images have it."""
+    return hashlib.sha256(("profile:" + description).encode()).hexdigest()
+
+
+# -- GPUs and ports -------------------------------------------------------------------------------
+
+
+def test_two_models_want_one_gpu_or_one_port() -> None:
+    before = ONE.identity()
+    for values, words in (
+        ({"gpus": [1]}, ["gpus"]),
+        ({"port": 8001}, ["port", "8001"]),
+    ):
+        changed = FLEET.changed("gpu01", "llama", **values)
+        if "gpus" in values:
+            entry = changed["gpu_hosts"]["hosts"][ONE.name]["nim_models"][1]
+            entry["gpus"] = [1]
+        run = FLEET.site(inventory=changed, succeeds=False)
+        # Before any host is touched.
+        assert {entry["task"] for entry in run.results} == {"Find all mistakes in the variables of all hosts"}
+        message = run.failure(ONE.name)
+        assert all(word in message for word in (*words, "llama", "mistral"))
+    # Only the host knows how many it has.
+    run = FLEET.nim(FLEET.changed("gpu01", "llama", gpus=2), "gpu01", succeeds=False)
+    assert "GPU" in run.failure(ONE.name) and "llama" in run.failure(ONE.name)
+    assert ONE.identity() == before
+
+
+def test_gpus_change_hands() -> None:
+    FLEET.nim()
+    before = ONE.identity()
+    # The same GPU by another name is no change of what runs.
+    assert FLEET.nim(FLEET.changed("gpu01", "llama", gpus=[0]), "gpu01").restarts(ONE.name) == set()
+    assert ONE.identity() == before
+    changed = FLEET.changed("gpu01", "llama", gpus=[1])
+    changed["gpu_hosts"]["hosts"][ONE.name]["nim_models"][1]["gpus"] = [0]
+    run = FLEET.nim(changed, "gpu01")
+    assert run.restarts(ONE.name) == {"nim-llama.service", "nim-mistral.service"}
+    assert [gpus_of(ONE, "llama"), gpus_of(ONE, "mistral")] == [["1"], ["0"]]
+    # Back to a count: nobody moves without need.
+    assert FLEET.nim(host="gpu01").restarts(ONE.name) == set()
+
+
+@pytest.mark.parametrize("holder", ["container", "service"])
+def test_port_is_held_by_somebody_else(holder: str) -> None:
+    before = ONE.identity()
+    ONE.run("systemctl stop nim-llama")
+    image = ONE.run("docker inspect --format '{{.Image}}' nim-llama")
+    try:
+        if holder == "container":
+            ONE.run("docker run -d --name old-nim -p 8000:8000 --entrypoint /bin/busybox %s sleep 600" % image)
+        else:
+            ONE.run("systemd-run --quiet --unit old-server python3 -m http.server 8000")
+            wait_until(lambda: ONE.get(8000, "/")[0] == 200, "the other server answers")
+        changed = FLEET.changed("gpu01", "mistral", environment={"STANDIN_TTFT_MS": "22"})
+        run = FLEET.nim(changed, "gpu01", succeeds=False)
+        message = run.failure(ONE.name)
+        assert "8000" in message and "llama" in message
+        named = ["docker-proxy", "old-nim"] if holder == "container" else ["python3", "old-server.service"]
+        assert all(word in message for word in named)
+        assert "pid" in message
+        # The other model's change must wait too.
+        assert ONE.identity("mistral")["mistral"] == before["mistral"]
+        assert ONE.active("llama") == "inactive"
+    finally:
+        ONE.run("docker rm -f old-nim; systemctl stop old-server", check=False)
+    FLEET.nim(host="gpu01")
+    assert ONE.ready(8000)
+
+
+# -- the list -------------------------------------------------------------------------------------
+
+
+def test_a_model_leaves_the_list() -> None:
+    before = ONE.identity()
+    run = FLEET.nim(FLEET.changed("gpu01", remove="mistral"), "gpu01")
+    assert "mistral" in run.warnings() and "absent" in run.warnings()
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+    # Its GPU is not free for others either.
+    run = FLEET.nim(FLEET.changed("gpu01", "llama", remove="mistral", gpus=2), "gpu01", succeeds=False)
+    assert "mistral" in run.failure(ONE.name)
+
+    FLEET.nim(FLEET.changed("gpu01", "mistral", state="absent"), "gpu01")
+    assert ONE.container_state("mistral") is None
+    assert ONE.identity("llama")["llama"] == before["llama"]
+    run = FLEET.nim(FLEET.changed("gpu01", "llama", remove="mistral", gpus=2), "gpu01")
+    assert gpus_of(ONE, "llama") == ["0", "1"]
+
+
+# -- the key --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_key() -> Iterator[str]:
+    key = "nvapi-sandbox-multi-model-Rt5vQ8xKc2LmNp7JwY4h"
+    world = World(SANDBOX)
+    world.set_key(key, "valid")
+    yield key
+    world.remove_key(key)
+
+
+def test_expired_key(own_key: str) -> None:
+    before = ONE.identity()
+    # A new key is stored and restarts nothing.
+    run = FLEET.site("--limit", ONE.name, key=own_key)
+    assert run.restarts(ONE.name) == set() and len(run.changed()) > 0
+    assert ONE.identity() == before
+    stored = ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json")
+
+    # It expires, and the operator notices when a model is to be replaced.
+    World(SANDBOX).set_key(own_key, "expired")
+    changed = FLEET.changed("gpu01", "llama", image="nvcr.io/nim/meta/llama3-8b-instruct:1.0.3")
+    run = FLEET.site("--limit", ONE.name, inventory=changed, key=own_key, succeeds=False)
+    assert "expired" in run.failure(ONE.name)
+    assert own_key not in run.output
+    assert ONE.identity() == before
+
+    # Another one, and that is no better: it is not even stored.
+    run = FLEET.site("--limit", ONE.name, key=KEY_EXPIRED, succeeds=False)
+    assert "expired" in run.failure(ONE.name)
+    assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") == stored
+    assert ONE.identity() == before
+
+    run = FLEET.site("--limit", ONE.name, key=KEY_VALID)
+    assert run.restarts(ONE.name) == set()
+    assert ONE.identity() == before
+    assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") != stored
+
+
+# -- fine-tuned -----------------------------------------------------------------------------------
+
+
+def test_fine_tuned_weights() -> None:
+    before = ONE.identity()
+    weights = "/srv/weights/house-style"
+    TWO.write(weights + "/config.json", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    TWO.write(weights + "/tokenizer_config.json", "{}")
+    TWO.write(weights + "/tokenizer.json", "{}")
+    TWO.write(weights + "/model.safetensors", "weights")
+    tuned = {
+        "name": "tuned",
+        "image": "nvcr.io/nim/nvidia/llm-nim:1.12.0",
+        "gpus": 1,
+        "port": 8000,
+        "weights_directory": weights,
+        "custom_model_name": "house-style",
+        "environment": {"STANDIN_BUILD_SECONDS": str(BUILD_SECONDS)},
+    }
+    changed = FLEET.changed("gpu02", "nemotron", state="absent", add=tuned)
+    run = FLEET.site(inventory=changed)
+    # The operator sees what takes so long.
+    assert "tuned building the engine" in run.output
+    health = run.of(TWO.name, "Every model answers")[0]["result"]["models"][0]
+    assert health["ready"] and health["seconds_to_ready"] >= BUILD_SECONDS
+    assert health["completion"]["kind"] == "completion" and "chat template" in health["completion"]["note"]
+    assert TWO.model_names(8000) == ["house-style"]
+    assert TWO.complete(8000)[0] == 200
+    chat = {"model": "house-style", "messages": [{"role": "user", "content": "Hello"}]}
+    assert TWO.get(8000, "/v1/chat/completions", chat)[0] == 400
+    assert ONE.identity() == before
+
+    # The engine is kept.
+    TWO.run("systemctl restart nim-tuned")
+    TWO.wait_ready(8000, seconds=max(9, BUILD_SECONDS - 20))
+    FLEET.nim(FLEET.changed("gpu02", add={"name": "tuned", "image": tuned["image"], "port": 8009, "state": "absent"}))
+    assert TWO.model_names(8000) != ["house-style"]
+
+
+# -- the GPU runtime ------------------------------------------------------------------------------
+
+
+def without_toolkit() -> None:
+    ONE.run(
+        "DEBIAN_FRONTEND=noninteractive apt-get purge -qq -y --allow-change-held-packages 'nvidia-container-toolkit*'"
+    )
+    ONE.restart_docker()
+
+
+def without_runtime() -> None:
+    settings = ONE.read_json("/etc/docker/daemon.json")
+    del settings["runtimes"]["nvidia"]
+    ONE.write("/etc/docker/daemon.json", json.dumps(settings))
+    ONE.run("systemctl reload docker")
+
+
+def without_telling_docker() -> None:
+    kept = ONE.run("cat /etc/docker/daemon.json")
+    without_runtime()
+    ONE.write("/etc/docker/daemon.json", kept)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (without_toolkit, "nvidia-container-toolkit"),
+        (without_runtime, "runtimes.nvidia"),
+        (without_telling_docker, "runtimes.nvidia"),
+    ],
+)
+def test_gpu_runtime_is_missing(break_it: object, named: str) -> None:
+    image = ONE.run("docker inspect --format '{{.Image}}' nim-mistral")
+    gpu_container = (
+        "docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all --entrypoint nvidia-smi %s -L" % image
+    )
+    assert ONE.succeeds(gpu_container)
+    before = ONE.identity()
+    break_it()
+    assert not ONE.succeeds(gpu_container)
+    with ONE.client(8001) as client:
+        run = FLEET.site("--limit", ONE.name)
+    changes = json.dumps(run.changes(ONE.name))
+    assert named in changes
+    assert ONE.succeeds(gpu_container)
+    assert run.restarts(ONE.name) == set()
+    assert {name: who.serving for name, who in ONE.identity().items()} == {
+        name: who.serving for name, who in before.items()
+    }
+    assert client.outage < 2
