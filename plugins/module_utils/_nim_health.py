@@ -1013,7 +1013,8 @@ class HealthCheck:
         lines: list[str] = []
         if watch.target.downloader in failure.what:
             lines = self._journal("CONTAINER_NAME=%s" % watch.target.downloader)
-        elif failure.reason == "container_ended":
+        elif failure.reason == "container_ended" and "its container" in failure.what:
+            # Where none was started, the name's last lines are those of an earlier one.
             lines = self._journal("CONTAINER_NAME=%s" % watch.target.container)
         if not lines and not failure.lines:
             lines = self._journal("_SYSTEMD_UNIT=%s" % watch.target.unit)
