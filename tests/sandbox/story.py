@@ -37,16 +37,24 @@ class Run:
         return {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", lines[-1])}
 
 
+def sandbox(*arguments: str) -> None:
+    """A command of the sandbox: ``sandbox("add", "gpu01", "--scenario", "x")``."""
+    program = CHECKOUT / "tests/sandbox/sandbox.py"
+    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 class Story:
     """The hosts of one scenario.
 
     Args:
-        scenario: Directory of the scenario below ``molecule``.
+        scenario: Name under which the hosts were made.
+        directory: Where its ``inventory.yml`` with the variables is; by default the scenario's below ``molecule``.
     """
 
-    def __init__(self, scenario: str) -> None:
+    def __init__(self, scenario: str, directory: Path | None = None) -> None:
         self.scenario = scenario
-        self.directory = CHECKOUT / "molecule" / scenario
+        self.directory = directory or CHECKOUT / "molecule" / scenario
         self.inventory = SANDBOX / "inventories" / (scenario + ".yml")
         hosts = yaml.safe_load(self.inventory.read_text(encoding="utf-8"))["gpu_hosts"]["hosts"]
         self.addresses = {name: str(host["ansible_host"]) for name, host in hosts.items()}
