@@ -364,15 +364,23 @@ def _apt_debian(os_release: OsRelease, kernel: str, wish: Wish) -> PackagePlan:
 
 def _dnf_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) -> PackagePlan:
     """RHEL and its rebuilds from NVIDIA's repository: module streams on 8 and 9, version lock on all."""
+    if not wish.kernel_module:
+        # nvidia-driver-cuda requires nvidia-kmod-common, which requires nvidia-kmod: dnf would choose some module.
+        raise FleetError(
+            "invalid_option",
+            "nvidia_driver_kernel_module = false: NVIDIA's packages for %s depend on a kernel module package and cannot be "
+            "installed without one; leave it true." % (os_release.pretty or os_release.id),
+        )
     url = "%s/%s" % (wish.repository_url, repository_directory(os_release, machine, wish.repository_architecture))
     distribution = os_release.repository_distribution
     repository = Repository(
         "cuda-" + distribution, url, url + "/D42D0685.pub", description="NVIDIA CUDA " + distribution
     )
     is_open = wish.flavour == OPEN
-    choices = [Choice(("nvidia-driver-cuda",))]
-    if wish.kernel_module:
-        choices.insert(0, Choice(("kmod-nvidia-open-dkms" if is_open else "kmod-nvidia-latest-dkms",)))
+    choices = [
+        Choice(("kmod-nvidia-open-dkms" if is_open else "kmod-nvidia-latest-dkms",)),
+        Choice(("nvidia-driver-cuda",)),
+    ]
     if wish.persistenced:
         choices.append(Choice(("nvidia-persistenced",)))
     if wish.fabric_manager:
@@ -390,9 +398,9 @@ def _dnf_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
         repository=repository,
         stream="%s-%s" % (wish.branch, "open" if is_open else "dkms") if modular else "",
         choices=tuple(choices),
-        prerequisites=("dkms",) if wish.kernel_module else (),
+        prerequisites=("dkms",),
         headers="kernel-devel-%s" % kernel if wish.kernel_headers else "",
-        extras=wish.kernel_module,
+        extras=True,
         foreign=(
             r"kmod-nvidia-latest-dkms|kmod-nvidia-\d{3}.*|cuda-drivers.*"
             if is_open
