@@ -75,7 +75,9 @@ options:
     type: bool
     default: true
   kernel_module:
-    description: Whether the kernel module is part of the job; V(false) where it comes from the machine's image.
+    description:
+      - Whether the kernel module is part of the job; V(false) where it comes from the machine's image.
+      - Not on EL, whose packages depend on a module package.
     type: bool
     default: true
   secure_boot:

@@ -313,7 +313,7 @@ def test_holds_and_user_space() -> None:
 
 @pytest.mark.parametrize("system", ["rhel8", "rhel9", "rhel10"])
 def test_el_has_no_driver_without_a_module_package(system: str) -> None:
-    with pytest.raises(FleetError, match="nvidia_driver_kernel_module = false: .* depend on a kernel module package"):
+    with pytest.raises(FleetError, match=r"nvidia_driver_kernel_module = false: .* depend on a kernel module package"):
         package_plan(SYSTEMS[system], "x86_64", "k", wish(kernel_module=False, kernel_headers=False))
 
 
