@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Runs on a host, from standard input: looks for secrets, all the time while playbooks run ("watch") or once ("search").
 
-Input: {"mode": …, "needles": [text, …], "skip": [path, …]}; output: what was found, as JSON. A watch ends with its input.
+Input: {"mode": …, "needles": {name: [text, …]}, "skip": [path, …]}; output: what was found, as JSON, every finding under the
+name of the secret and where it was ("key /etc/nim/ngc.env"). A watch ends with its input.
 """
 
 import http.client
@@ -14,12 +15,13 @@ import subprocess
 import sys
 
 REQUEST = json.loads(sys.stdin.buffer.readline())
-NEEDLES = [needle.encode() for needle in REQUEST["needles"]]
+NEEDLES = {name: [needle.encode() for needle in needles] for name, needles in REQUEST["needles"].items()}
 SKIP = set(REQUEST["skip"])
 
 
 def has(data):
-    return any(needle in data for needle in NEEDLES)
+    """Names of the secrets in there."""
+    return [name for name, needles in NEEDLES.items() if any(needle in data for needle in needles)]
 
 
 def read(path):
@@ -70,8 +72,9 @@ def files(top):
                 status = os.lstat(path)
             except OSError:
                 continue
-            if status.st_mode & 0o170000 == 0o100000 and has(read(path)):
-                yield path, "%o" % (status.st_mode & 0o7777)
+            if status.st_mode & 0o170000 == 0o100000:
+                for secret in has(read(path)):
+                    yield secret + " " + path, "%o" % (status.st_mode & 0o7777)
 
 
 def watch():
@@ -80,14 +83,14 @@ def watch():
     while not select.select([sys.stdin], [], [], 0.05)[0]:
         rounds += 1
         for pid, in_arguments, in_environment in processes():
-            if in_arguments:
-                arguments[pid] = read("/proc/%s/comm" % pid).decode().strip()
-            if in_environment:
-                environments[pid] = read("/proc/%s/cgroup" % pid).decode().strip()
+            for secret in in_arguments:
+                arguments[secret + " " + pid] = read("/proc/%s/comm" % pid).decode().strip()
+            for secret in in_environment:
+                environments[secret + " " + pid] = read("/proc/%s/cgroup" % pid).decode().strip()
         if rounds % 3 == 0:
             for name, identifier, text in containers():
-                if has(text):
-                    inspections[identifier] = name
+                for secret in has(text):
+                    inspections[secret + " " + identifier] = name
         if rounds % 10 == 0:
             for top in ("/etc", "/root", "/home", "/run", "/tmp", "/var/tmp", "/var/lib/gpu_fleet", "/var/lib/nim"):
                 found.update(files(top))
@@ -110,12 +113,19 @@ def search():
     names = [line.split()[0] for line in units.splitlines() if line]
     return {
         "files": dict(files("/")),
-        "units": output("systemctl", "cat", *names) or output("systemctl", "show", "--all", *names),
+        "units": sorted(
+            {*output("systemctl", "cat", "--", *names), *output("systemctl", "show", "--all", "--", *names)}
+        ),
         "journal": output("journalctl", "--all", "--output=export", "--no-pager"),
-        "processes": [pid for pid, *found in processes() if any(found)],
-        "containers": [name for name, _, text in containers() if has(text)],
+        "arguments": [secret + " " + pid for pid, found, _ in processes() for secret in found],
+        "environments": [
+            secret + " " + read("/proc/%s/cgroup" % pid).decode().strip()
+            for pid, _, found in processes()
+            for secret in found
+        ],
+        "containers": [secret + " " + name for name, _, text in containers() for secret in has(text)],
         "unit_names": names,
-        "container_names": [name for name, _, _ in containers()],
+        "identifiers": {name: identifier for name, identifier, _ in containers()},
     }
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The NGC key is nowhere but in two files that only root reads, and, only while it downloads, in one container.
 
-One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the key
+A secret variable of a model ("token") is in its file and in its containers, nowhere else. One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the key
 expired; all with -vvvv, all watched. Then everything is searched.
 """
 
@@ -26,9 +26,15 @@ from story import CHECKOUT, SANDBOX, Run, Story
 HOST = "secrets-gpu01"
 SITE = "gpu_fleet.nim.site"
 WATCHER = (CHECKOUT / "tests/sandbox/watch_host.py").read_text(encoding="utf-8")
-ALLOWED = {"/root/.docker/config.json": "600", "/etc/nim/ngc.env": "600"}
+ALLOWED = {"key /root/.docker/config.json": "600", "key /etc/nim/ngc.env": "600", "token /etc/nim/llama.env": "600"}
 #: What a container is made of while it exists: its environment is in there. The search at the end looks there too.
 OF_CONTAINERS = ["/run/containerd", "/run/docker", "/run/systemd/transient"]
+
+
+#: containerd's book of containers. It holds their environment while they exist, and freed pages until they are used again;
+#: only root gets there.
+CONTAINERD = "/var/lib/containerd"
+BOOK = CONTAINERD + "/io.containerd.metadata.v1.bolt/meta.db"
 
 
 def needles(key: str) -> list[str]:
@@ -45,16 +51,21 @@ class Evidence:
     """What the runs left behind, and what was seen while they ran."""
 
     key: str
+    token: str
     runs: dict[str, Run] = dataclasses.field(default_factory=dict)
     watched: dict[str, Any] = dataclasses.field(default_factory=dict)
     searched: dict[str, Any] = dataclasses.field(default_factory=dict)
     controller: set[str] = dataclasses.field(default_factory=set)
     controller_rounds: int = 0
 
+    @property
+    def needles(self) -> dict[str, list[str]]:
+        return {"key": needles(self.key), "token": needles(self.token)}
+
 
 def _watch_controller(evidence: Evidence, directory: Path, stop: threading.Event) -> None:
     """Argument lists on this machine, and Ansible's temporary files."""
-    wanted = [needle.encode() for needle in needles(evidence.key)]
+    wanted = [needle.encode() for texts in evidence.needles.values() for needle in texts]
     while not stop.wait(0.05):
         evidence.controller_rounds += 1
         temporary = (Path(top) / name for top, _, names in os.walk(directory) for name in names)
@@ -70,14 +81,14 @@ def _watch_controller(evidence: Evidence, directory: Path, stop: threading.Event
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
     story, world = Story("secrets"), World(SANDBOX)
-    found = Evidence("nvapi-" + secrets.token_urlsafe(40))
+    found = Evidence("nvapi-" + secrets.token_urlsafe(40), "hf_" + secrets.token_urlsafe(30))
     temporary = tmp_path_factory.mktemp("ansible")
     variables = tmp_path_factory.mktemp("vault") / "key.json"
     variables.touch(mode=0o600)
-    variables.write_text(json.dumps({"ngc_api_key": found.key}), encoding="utf-8")
+    variables.write_text(json.dumps({"ngc_api_key": found.key, "hf_token": found.token}), encoding="utf-8")
     environment = {"ANSIBLE_LOCAL_TEMP": str(temporary), "NGC_API_KEY": ""}
     loud = ["-vvvv", "--diff", "-e", "@%s" % variables]
-    request = {"mode": "watch", "needles": needles(found.key), "skip": OF_CONTAINERS}
+    request = {"mode": "watch", "needles": found.needles, "skip": OF_CONTAINERS}
     world.set_key(found.key)
     stop = threading.Event()
     on_controller = threading.Thread(target=_watch_controller, args=(found, temporary, stop))
@@ -110,7 +121,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
         stop.set()
         on_controller.join()
         found.searched = story.python(
-            HOST, WATCHER, {"mode": "search", "needles": needles(found.key), "skip": ["/proc", "/sys"]}
+            HOST, WATCHER, {"mode": "search", "needles": found.needles, "skip": ["/proc", "/sys"]}
         )
         yield found
     finally:
@@ -138,7 +149,7 @@ def test_expired_key_is_told_before_anything_is_stopped(evidence: Evidence) -> N
 def test_ansible_prints_no_key(evidence: Evidence) -> None:
     for name, run in evidence.runs.items():
         assert len(run.output) > 5000, "%s was not loud" % name
-        assert [needle for needle in needles(evidence.key) if needle in run.output] == [], name
+        assert [secret for secret, texts in evidence.needles.items() if any(t in run.output for t in texts)] == [], name
 
 
 def test_no_key_on_the_controller(evidence: Evidence) -> None:
@@ -150,25 +161,36 @@ def test_no_key_in_arguments_and_files_while_it_runs(evidence: Evidence) -> None
     assert evidence.watched["rounds"] > 50
     assert evidence.watched["arguments"] == {}
     # A file is written beside its place and then moved there, private from the start.
-    beside = re.compile(r"(/root/\.docker|/etc/nim)/\.(config\.json|ngc\.env)\.\w+")
+    beside = re.compile(r"\w+ (/root/\.docker|/etc/nim)/\.(config\.json|(ngc|llama)\.env)\.\w+")
     found = evidence.watched["files"]
     assert {path: mode for path, mode in found.items() if not (beside.fullmatch(path) and mode == "600")} == ALLOWED
 
 
 def test_only_the_downloading_container_has_the_key(evidence: Evidence) -> None:
+    inspections = evidence.watched["inspections"]
     # It has it: otherwise nothing was looked at.
-    assert set(evidence.watched["inspections"].values()) == {"nim-llama-download"}
-    for pid, cgroup in evidence.watched["environments"].items():
-        assert any(identifier in cgroup for identifier in evidence.watched["inspections"]), (pid, cgroup)
+    assert {name for what, name in inspections.items() if what.startswith("key ")} == {"nim-llama-download"}
+    assert "nim-llama" in {name for what, name in inspections.items() if what.startswith("token ")}
+    assert evidence.watched["environments"]
+    for what, cgroup in evidence.watched["environments"].items():
+        secret = what.split()[0]
+        allowed = [identifier.split()[1] for identifier in inspections if identifier.startswith(secret + " ")]
+        assert any(identifier in cgroup for identifier in allowed), (what, cgroup)
 
 
 def test_afterwards_it_is_in_two_files_only(evidence: Evidence) -> None:
     searched = evidence.searched
-    assert searched["files"] == ALLOWED
-    assert "nim-llama.service" in searched["unit_names"] and searched["container_names"] == ["nim-llama"]
-    assert (searched["units"], searched["journal"], searched["processes"], searched["containers"]) == (
-        False,
-        False,
-        [],
-        [],
-    )
+    assert "nim-llama.service" in searched["unit_names"] and list(searched["identifiers"]) == ["nim-llama"]
+    # The secret variable is in what Docker keeps of the running container.
+    container = searched["identifiers"]["nim-llama"]
+    files = {}
+    for what, mode in searched["files"].items():
+        secret, path = what.split(" ", 1)
+        if path != BOOK and not (secret == "token" and container in path):
+            files[what] = mode
+    assert files == ALLOWED
+    assert Story("secrets").ssh(HOST, "stat --format %%a %s" % CONTAINERD).strip() == "700"
+    assert searched["containers"] == ["token nim-llama"]
+    assert searched["arguments"] == []
+    assert [what for what in searched["environments"] if not what.startswith("token ") or container not in what] == []
+    assert (searched["units"], searched["journal"]) == ([], [])
