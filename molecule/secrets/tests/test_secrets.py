@@ -185,8 +185,8 @@ def test_afterwards_it_is_in_two_files_only(evidence: Evidence) -> None:
     container = searched["identifiers"]["nim-llama"]
     files = {}
     for what, mode in searched["files"].items():
-        secret, path = what.split(" ", 1)
-        if path != BOOK and not (secret == "token" and container in path):
+        name, path = what.split(" ", 1)
+        if path != BOOK and not (name == "token" and container in path):
             files[what] = mode
     assert files == ALLOWED
     assert Story("secrets").ssh(HOST, "stat --format %%a %s" % CONTAINERD).strip() == "700"
