@@ -411,6 +411,10 @@ def _dnf_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
     )
 
 
+#: Oldest branch with nvidia-imex in NVIDIA's repositories (NVIDIA/gpu-driver-container, install.sh).
+IMEX_FROM = 550
+
+
 def package_plan(os_release: OsRelease, machine: str, kernel: str, wish: Wish) -> PackagePlan:
     """The packages for one host.
 
@@ -423,6 +427,12 @@ def package_plan(os_release: OsRelease, machine: str, kernel: str, wish: Wish) -
     """
     repository_directory(os_release, machine)  # raises for distributions that are not supported
     if wish.source == "nvidia":
+        if wish.imex and int(wish.branch) < IMEX_FROM:
+            raise FleetError(
+                "invalid_option",
+                "nvidia_driver_branch = '%s': has no nvidia-imex, which this host needs or nvidia_driver_imex asks for; "
+                "choose branch %d or newer, or set nvidia_driver_imex to absent." % (wish.branch, IMEX_FROM),
+            )
         build = _apt_nvidia if os_release.family == "debian" else _dnf_nvidia
         return build(os_release, machine, kernel, wish)
     if os_release.family != "debian":

@@ -131,10 +131,13 @@ def in_use_message(holders: t.Sequence[Holder], doing: str) -> str:
     shown = ["%s" % holder.describe() for holder in holders[:8]]
     if len(holders) > 8:
         shown.append("%d more" % (len(holders) - 8))
-    return "%s would take the GPU away from %s. Nothing was changed; stop %s and run again." % (
+    # A docker stop of a container that a unit keeps up would be undone.
+    own = {re.sub(r"-download\Z", "", holder.container) for holder in holders if holder.container.startswith("nim-")}
+    return "%s would take the GPU away from %s. Nothing was changed; stop %s%s and run again." % (
         doing,
         "; ".join(shown),
         "it" if len(holders) == 1 else "them",
+        " (systemctl stop %s)" % " ".join(sorted(own)) if own else "",
     )
 
 

@@ -981,7 +981,10 @@ def test_module_never_prints_secret_variables(
 ) -> None:
     models = [llama(secret_environment=given), nemo()]
     logged: list[str] = []
-    monkeypatch.setattr("ansible.module_utils.basic.AnsibleModule.log", lambda self, text, *_rest: logged.append(text))
+    monkeypatch.setattr(
+        "ansible.module_utils.basic.AnsibleModule.log",
+        lambda self, *given, **named: logged.append(repr((given, named))),
+    )
     for check in (True, False):
         answer = module_run(machine, monkeypatch, capsys, check, models=models)
         assert answer["changed"], answer

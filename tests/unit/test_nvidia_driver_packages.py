@@ -87,6 +87,13 @@ def repository(fixtures: pathlib.Path, name: str) -> FakeHost:
     return host
 
 
+@pytest.mark.parametrize("name", sorted(SYSTEMS))
+def test_imex_in_a_branch_that_has_none(name: str) -> None:
+    with pytest.raises(FleetError, match="choose branch 550") as caught:
+        package_plan(SYSTEMS[name], "x86_64", "k", wish(branch="535", imex=True))
+    assert caught.value.reason == "invalid_option"
+
+
 @pytest.mark.parametrize("flavour", ["open", "proprietary"])
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("name", sorted(SYSTEMS))
@@ -94,7 +101,7 @@ def test_every_branch_from_nvidia(fixtures: pathlib.Path, name: str, branch: str
     system = SYSTEMS[name]
     host = repository(fixtures, name + "-nvidia")
     manager = package_manager(host, system)
-    asked = wish(branch=branch, flavour=flavour, fabric_manager=True, nvlink5=True, imex=True)
+    asked = wish(branch=branch, flavour=flavour, fabric_manager=True, nvlink5=True, imex=int(branch) >= 550)
     plan = package_plan(system, "x86_64", kernel_of(system), asked)
     driver = NvidiaDriver(branch=branch, flavour=flavour)
     resolved = driver.resolve(manager, plan, {})
