@@ -224,6 +224,13 @@ class Machine:
             found[name] = Identity(seen[0], int(seen[1]), int(unit["MainPID"]), int(unit["NRestarts"]))
         return found
 
+    def gpus_inside(self, model: str) -> list[str]:
+        """UUIDs of the GPUs that the container of a model has, as nvidia-smi lists them in there."""
+        # Not docker exec: it asks for the container's limits again, which the sandbox's hosts cannot grant.
+        pid = self.run("docker inspect --format '{{.State.Pid}}' nim-" + model)
+        listed = self.run("nsenter --mount --target %s nvidia-smi -L" % pid)
+        return [line.rpartition("UUID: ")[2].rstrip(")") for line in listed.splitlines()]
+
     def models(self) -> list[str]:
         return self.run("cd /etc/nim && ls *.json 2>/dev/null | sed 's/[.]json$//'", check=False).split()
 

@@ -36,10 +36,9 @@ def all_serve() -> None:
 
 def gpus_of(machine: Machine, model: str) -> list[str]:
     """Indices of the GPUs that the container of a model really has."""
-    on_host = machine.run("nvidia-smi -L").splitlines()
-    inside = machine.run("docker exec nim-%s nvidia-smi -L" % model).splitlines()
-    uuids = [line.rpartition("UUID: ")[2] for line in inside]
-    return [line.split()[1].rstrip(":") for line in on_host if line.rpartition("UUID: ")[2] in uuids]
+    on_host = machine.run("nvidia-smi --query-gpu=index,uuid --format=csv,noheader").splitlines()
+    inside = machine.gpus_inside(model)
+    return [index for index, uuid in (line.split(", ") for line in on_host) if uuid in inside]
 
 
 # -- the fleet as the README has it ---------------------------------------------------------------
@@ -59,7 +58,8 @@ def test_every_model_completes_on_its_own_gpu() -> None:
     for machine, port in ((ONE, 8000), (ONE, 8001), (TWO, 8000)):
         status, answer = machine.complete(port)
         assert status == 200 and answer["choices"][0]["text"]
-    assert [gpus_of(ONE, "llama"), gpus_of(ONE, "mistral"), gpus_of(TWO, "nemotron")] == [["0"], ["1"], ["0"]]
+    assert sorted(gpus_of(ONE, "llama") + gpus_of(ONE, "mistral")) == ["0", "1"]
+    assert gpus_of(TWO, "nemotron") == ["0"]
 
 
 # -- one model's settings -------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_two_models_want_one_gpu_or_one_port() -> None:
         # Before any host is touched.
         assert {entry["task"] for entry in run.results} == {"Find all mistakes in the variables of all hosts"}
         message = run.failure(ONE.name)
-        assert all(word in message for word in (*words, "llama", "mistral"))
+        assert all(word in message for word in (*words, "nim_models[1]", "llama"))
     # Only the host knows how many it has.
     run = FLEET.nim(FLEET.changed("gpu01", "llama", gpus=2), "gpu01", succeeds=False)
     assert "GPU" in run.failure(ONE.name) and "llama" in run.failure(ONE.name)
@@ -160,16 +160,17 @@ def test_two_models_want_one_gpu_or_one_port() -> None:
 
 
 def test_gpus_change_hands() -> None:
-    FLEET.nim()
+    FLEET.nim(host="gpu01")
     before = ONE.identity()
-    # The same GPU by another name is no change of what runs.
-    assert FLEET.nim(FLEET.changed("gpu01", "llama", gpus=[0]), "gpu01").restarts(ONE.name) == set()
+    # The same GPU by its index is no change of what runs.
+    first = int(gpus_of(ONE, "llama")[0])
+    assert FLEET.nim(FLEET.changed("gpu01", "llama", gpus=[first]), "gpu01").restarts(ONE.name) == set()
     assert ONE.identity() == before
-    changed = FLEET.changed("gpu01", "llama", gpus=[1])
-    changed["gpu_hosts"]["hosts"][ONE.name]["nim_models"][1]["gpus"] = [0]
+    changed = FLEET.changed("gpu01", "llama", gpus=[1 - first])
+    changed["gpu_hosts"]["hosts"][ONE.name]["nim_models"][1]["gpus"] = [first]
     run = FLEET.nim(changed, "gpu01")
     assert run.restarts(ONE.name) == {"nim-llama.service", "nim-mistral.service"}
-    assert [gpus_of(ONE, "llama"), gpus_of(ONE, "mistral")] == [["1"], ["0"]]
+    assert [gpus_of(ONE, "llama"), gpus_of(ONE, "mistral")] == [[str(1 - first)], [str(first)]]
     # Back to a count: nobody moves without need.
     assert FLEET.nim(host="gpu01").restarts(ONE.name) == set()
 
