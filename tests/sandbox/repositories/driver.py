@@ -28,6 +28,8 @@ BRANCHES = {
 #: The first branch whose packages do not carry the branch in their names; of the lockstep companions, an earlier one.
 BRANCHLESS = 590
 COMPANIONS_BRANCHLESS = 580
+#: The first branch with nvidia-open; before, nobody mentions such a package.
+OPEN_METAPACKAGE = 560
 #: DKMS cannot build this version: for the tests of that failure.
 BROKEN_BUILD = "580.82.07"
 
@@ -223,6 +225,8 @@ class _Release:
         names += ("nvidia-kernel-support", "firmware-nvidia-gsp", "xserver-xorg-video-nvidia")
         part("nvidia-driver", self.exactly(*names) + f", nvidia-persistenced, nvidia-modprobe, {kernel}")
         for stem, dkms in (("cuda-drivers", "nvidia-kernel-dkms"), ("nvidia-open", "nvidia-kernel-open-dkms")):
+            if stem == "nvidia-open" and self.branch < OPEN_METAPACKAGE:
+                continue
             part(
                 self.name(stem),
                 ", ".join(f"{one} (>= {self.revision})" for one in (dkms, "nvidia-driver", "nvidia-settings")),
@@ -354,6 +358,8 @@ esac
         self.add("nvidia-headless", flavour, self.exactly(no_dkms, dkms), "nvidia-headless")
         everything = self.exactly(dkms, *compute, *graphics, *utils)
         self.add("nvidia-driver", flavour, everything, "nvidia-driver-binary")
+        if flavour and self.branch < OPEN_METAPACKAGE:
+            return
         # The outermost packages ask for "this version or newer" of the driver, and so may bring a newer one.
         stem = "nvidia-open" if flavour else "cuda-drivers"
         at_least = ", ".join(
