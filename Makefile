@@ -102,6 +102,12 @@ sanity: .venv/.stamp ## ansible-test sanity, without ignores
 molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
+.PHONY: test-full
+test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes
+	@$(SANDBOX) up -n 0
+	@$(BIN)/pytest -n 2 tests/sandbox/rpm
+	@PYTHONPATH=tests/sandbox:tests/sandbox/world $(BIN)/pytest -v tests/full
+
 .PHONY: clean
 clean: demo-down ## Remove everything that was built
 	@rm -rf .build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
