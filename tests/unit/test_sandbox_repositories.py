@@ -87,9 +87,7 @@ def test_every_dependency_of_the_driver_is_there(driver_packages, distribution):
 
 
 @pytest.mark.parametrize("branch", ["535", "550", "555", "570", "575", "580"])
-@pytest.mark.parametrize(
-    "stem", ["cuda-drivers", "nvidia-open", "nvidia-driver", "nvidia-dkms", "libnvidia-compute", "nvidia-utils"]
-)
+@pytest.mark.parametrize("stem", ["cuda-drivers", "nvidia-driver", "nvidia-dkms", "libnvidia-compute", "nvidia-utils"])
 def test_branches_up_to_580_carry_the_branch_in_the_name_on_ubuntu(driver_packages, branch, stem):
     versions = [package.version for package in driver_packages["ubuntu2404"] if package.name == f"{stem}-{branch}"]
     assert versions
@@ -113,6 +111,16 @@ def test_branches_from_590_on_have_a_pinning_package_and_no_branch_in_their_name
     }
     assert f"nvidia-driver-pinning-{branch}" in pinning
     assert any(name.startswith(f"nvidia-driver-pinning-{branch}.") for name in pinning)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_open_metapackage_begins_with_560(driver_packages, distribution):
+    found = {
+        package.name for package in driver_packages[distribution] if re.match(r"nvidia-open(-\d+)?$", package.name)
+    }
+    assert found == {"nvidia-open", "nvidia-open-570", "nvidia-open-575", "nvidia-open-580"}
+    versions = [package.version for package in driver_packages[distribution] if package.name == "nvidia-open"]
+    assert min(versions).startswith("570.")
 
 
 def test_companions_lose_the_branch_at_580(driver_packages):
