@@ -663,7 +663,14 @@ class Apt(PackageManager):
                 timeout=TRANSACTION_TIMEOUT,
             )
             if result.ok:
-                return
+                if not self.interrupted():
+                    return
+                # What was cut off while it was unpacked dpkg cannot finish; apt unpacks it again.
+                result = self._apt(
+                    "install", "--fix-broken", "--no-remove", "--no-install-recommends", "--allow-change-held-packages"
+                )
+                if result.ok:
+                    return
             # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
             if "lock" not in result.stderr or self.host.monotonic() >= deadline:
                 raise _transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))

@@ -189,19 +189,35 @@ def test_install_never_removes_unasked(host: FakeHost, apt: pk.Apt) -> None:
     assert not apt.install({})
 
 
+def _whole(host: FakeHost, *_: object) -> str:
+    """A tool that finishes what was interrupted."""
+    host.commands["dpkg-query -W *"] = "half\tii \n"
+    return ""
+
+
 def test_install_finishes_an_interrupted_run_first(host: FakeHost, apt: pk.Apt) -> None:
-    host.commands.update({"dpkg-query -W *": "half\tiU \n", "dpkg *": "", "apt-get *": ""})
+    host.commands.update({"dpkg-query -W *": "half\tiU \n", "dpkg *": _whole, "apt-get *": ""})
     apt.install({"a": None})
-    assert [call[0] for call in host.calls] == ["dpkg-query", "dpkg", "apt-get"]
+    assert [call[0] for call in host.calls] == ["dpkg-query", "dpkg", "dpkg-query", "apt-get"]
+    assert "a" in host.calls[-1]
+
+
+def test_what_was_cut_off_while_unpacking_is_unpacked_again(host: FakeHost, apt: pk.Apt) -> None:
+    host.commands.update({"dpkg-query -W *": "half\tiHR\n", "dpkg *": "", "apt-get *": _whole})
+    apt.repair()
+    assert apt.interrupted() == []
+    (fixed,) = (call for call in host.calls if call[0] == "apt-get")
+    assert "--fix-broken" in fixed and "--no-remove" in fixed
 
 
 def test_repair_waits_for_another_tool(host: FakeHost, apt: pk.Apt) -> None:
     host.commands["dpkg-query -W *"] = "half\tiU \n"
-    answers = [(2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")] * 3 + [(0, "", "")]
-    host.commands["dpkg *"] = lambda *_: answers.pop(0)
+    answers = [(2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")] * 3
+    host.commands["dpkg *"] = lambda *call: answers.pop(0) if answers else _whole(*call)
     before = host.clock
     apt.repair()
     assert host.clock - before == 6
+    host.commands["dpkg-query -W *"] = "half\tiU \n"
     host.commands["dpkg *"] = (2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")
     with pytest.raises(FleetError) as caught:
         apt.repair()
