@@ -26,7 +26,7 @@ from ._image_reference import ImageReference
 from ._ngc_login import check_api_key, fingerprint, key_in_environment, render_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, LORA_PATH, WEIGHTS_PATH, Family, family_of_image
 from ._nim_image import PinnedImage, read_record
-from ._nim_models import NimModel, addresses_overlap, container_name, unit_name
+from ._nim_models import NimModel, addresses_overlap, container_name, probe_address, unit_name
 from ._nim_unit import SPEC_LABEL, source, spec_hash
 from ._resource import Change, Disruption, FileDiff, Resource
 
@@ -306,6 +306,7 @@ class HostState:
     key_fingerprint: str | None = None
     key_safe: bool = True
     listeners: tuple[Listener, ...] = ()
+    addresses: tuple[str, ...] = ()
     endangered: tuple[str, ...] = ()
 
 
@@ -327,6 +328,16 @@ def listening_sockets(text: str, ipv6: bool) -> list[tuple[str, int, str]]:
         except ValueError:
             continue
     return found
+
+
+def own_addresses(fib_trie: str, if_inet6: str) -> tuple[str, ...]:
+    """The addresses of the host, loopback included, out of ``/proc/net/fib_trie`` and ``/proc/net/if_inet6``."""
+    found = re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", fib_trie)
+    for line in if_inet6.splitlines():
+        digits = line.split(" ", 1)[0]
+        if re.match(r"[0-9a-f]{32}\Z", digits):
+            found.append(str(ipaddress.IPv6Address(int(digits, 16))))
+    return tuple(dict.fromkeys(found))
 
 
 class NimService(Resource[HostState]):
@@ -410,6 +421,9 @@ class NimService(Resource[HostState]):
             key_fingerprint=fingerprint(key) if key else None,
             key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
             listeners=self._listeners(host, wanted, containers, images),
+            addresses=own_addresses(
+                host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""
+            ),
             endangered=_endangered(host, version, info, inspected),
         )
 
@@ -661,6 +675,7 @@ class NimService(Resource[HostState]):
         for model in self.models:
             if model.name not in starting:
                 continue
+            self._check_address(state, model)
             for listener in state.listeners:
                 option = _collision(model, listener, state.images)
                 if not option:
@@ -689,6 +704,26 @@ class NimService(Resource[HostState]):
                     command=listener.command,
                     container=listener.container,
                 )
+
+    @staticmethod
+    def _check_address(state: HostState, model: NimModel) -> None:
+        """Docker cannot publish a port on an address that the host has not; nobody would ever reach the service."""
+        address = probe_address(model.bind_address)
+        if not state.addresses or address in state.addresses or address.startswith("127."):
+            return
+        shown = [known for known in state.addresses if not ipaddress.ip_address(known).is_link_local]
+        raise FleetError(
+            "no_such_address",
+            "Model %s cannot listen on bind_address = %s: the host has %s; set bind_address to 0.0.0.0 or to one of its "
+            "addresses (%s). Nothing was changed."
+            % (
+                model.name,
+                model.bind_address,
+                "IPv6 switched off" if address == "::1" else "no such address",
+                ", ".join(shown[:8]),
+            ),
+            address=model.bind_address,
+        )
 
     def _check_backend_ports(self, state: HostState) -> None:
         """Only the image tells whether a model has a second port, so this cannot be found on the controller."""

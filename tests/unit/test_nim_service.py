@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import stat
 import subprocess
@@ -31,6 +32,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import 
     NimService,
     Secrets,
     listening_sockets,
+    own_addresses,
     unit_text,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import SPEC_LABEL
@@ -483,6 +485,51 @@ def test_the_engine_port_of_2x_on_the_network_of_the_host(machine: Machine) -> N
     machine.converge(dict(wanted, environment={"NIM_BACKEND_PORT": 8101}))
     # Nobody else's network is shared: inside of the container the port is free.
     machine.converge(nemo(port=8000))
+
+
+FIB_TRIE = """\
+Main:
+  +-- 0.0.0.0/0 3 0 5
+        |-- 127.0.0.0
+           /8 host LOCAL
+        |-- 127.0.0.1
+           /32 host LOCAL
+     |-- 172.30.2.2
+        /32 host LOCAL
+     |-- 172.30.2.255
+        /32 link BROADCAST
+"""
+IF_INET6 = (
+    "fe800000000000000000000000000001 02 40 20 80     eth0\n00000000000000000000000000000001 01 80 10 80       lo\n"
+)
+
+
+def test_addresses_of_the_host() -> None:
+    assert own_addresses(FIB_TRIE, IF_INET6) == ("127.0.0.1", "172.30.2.2", "fe80::1", "::1")
+    assert own_addresses("", "") == ()
+
+
+@pytest.mark.parametrize(
+    ("bind_address", "ipv6", "words"),
+    [
+        ("0.0.0.0", "", ""),
+        ("127.0.0.5", "", ""),
+        ("172.30.2.2", "", ""),
+        ("::", IF_INET6, ""),
+        ("::", "", "IPv6 switched off"),
+        ("172.30.2.9", IF_INET6, "one of its addresses (127.0.0.1, 172.30.2.2, ::1)"),
+    ],
+)
+def test_an_address_that_the_host_has_not(machine: Machine, bind_address: str, ipv6: str, words: str) -> None:
+    machine.host.files["/proc/net/fib_trie"] = FIB_TRIE.encode()
+    machine.host.files["/proc/net/if_inet6"] = ipv6.encode()
+    if not words:
+        machine.plan(llama(bind_address=bind_address))
+        return
+    with pytest.raises(FleetError, match="bind_address = %s" % re.escape(bind_address)) as caught:
+        machine.plan(llama(bind_address=bind_address))
+    assert caught.value.reason == "no_such_address"
+    assert words in caught.value.message
 
 
 @pytest.mark.parametrize(
