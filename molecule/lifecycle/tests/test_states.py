@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -76,11 +77,12 @@ def test_crash_loop_is_said_within_seconds(failure: str, cause: str) -> None:
     assert HOST.identity("llama") == before
 
 
+@pytest.mark.skipif(not os.environ.get("TEST_FULL"), reason="the pauses between the starts take long; TEST_FULL=1")
 def test_failing_starts_end_at_the_start_limit() -> None:
     run = start_with({"STANDIN_FAIL": "nim-14"}, succeeds=False)
     assert "NIM_LOG_LEVEL" in run.failure(HOST.name)
     wait_until(lambda: HOST.active("nemotron") == "failed", "systemd gave up", 90, 1)
-    assert HOST.unit("nemotron", "Result")["Result"] == "start-limit-hit"
+    assert "Start request repeated too quickly" in HOST.run("journalctl --no-pager -u nim-nemotron -n 20")
     run = FLEET.nim()
     assert run.restarts(HOST.name) == {"nim-nemotron.service"}
     HOST.wait_ready(8001, seconds=1)

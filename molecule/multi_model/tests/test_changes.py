@@ -235,8 +235,9 @@ def own_key() -> Iterator[str]:
 
 def test_expired_key(own_key: str) -> None:
     before = ONE.identity()
+    options = ("--limit", ONE.name, "--tags", "ngc,nim")
     # A new key is stored and restarts nothing.
-    run = FLEET.site("--limit", ONE.name, key=own_key)
+    run = FLEET.site(*options, key=own_key)
     assert run.restarts(ONE.name) == set() and len(run.changed()) > 0
     assert ONE.identity() == before
     stored = ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json")
@@ -244,18 +245,18 @@ def test_expired_key(own_key: str) -> None:
     # It expires, and the operator notices when a model is to be replaced.
     World(SANDBOX).set_key(own_key, "expired")
     changed = FLEET.changed("gpu01", "llama", image="nvcr.io/nim/meta/llama3-8b-instruct:1.0.3")
-    run = FLEET.site("--limit", ONE.name, inventory=changed, key=own_key, succeeds=False)
+    run = FLEET.site(*options, inventory=changed, key=own_key, succeeds=False)
     assert "expired" in run.failure(ONE.name)
     assert own_key not in run.output
     assert ONE.identity() == before
 
     # Another one, and that is no better: it is not even stored.
-    run = FLEET.site("--limit", ONE.name, key=KEY_EXPIRED, succeeds=False)
+    run = FLEET.site(*options, key=KEY_EXPIRED, succeeds=False)
     assert "expired" in run.failure(ONE.name)
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") == stored
     assert ONE.identity() == before
 
-    run = FLEET.site("--limit", ONE.name, key=KEY_VALID)
+    run = FLEET.site(*options, key=KEY_VALID)
     assert run.restarts(ONE.name) == set()
     assert ONE.identity() == before
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") != stored
@@ -341,7 +342,7 @@ def test_gpu_runtime_is_missing(break_it: object, named: str) -> None:
     break_it()
     assert not ONE.succeeds(gpu_container)
     with ONE.client(8001) as client:
-        run = FLEET.site("--limit", ONE.name)
+        run = FLEET.site("--limit", ONE.name, "--tags", "docker,nvidia_container_toolkit,nim")
     changes = json.dumps(run.changes(ONE.name))
     assert named in changes
     assert ONE.succeeds(gpu_container)
