@@ -131,8 +131,8 @@ class Host:
         return result
 
     def which(self, program: str) -> str | None:
-        """Absolute path of a program, or None."""
-        return shutil.which(program, path=_SYSTEM_PATH)
+        """Absolute path of a program where :meth:`run` finds it, or None."""
+        return shutil.which(program, path=_SYSTEM_PATH + ":" + os.environ.get("PATH", ""))
 
     # -- reading ----------------------------------------------------------------------------------
 

@@ -726,7 +726,9 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
         path = "%s/image.tar" % _SMOKE_DIRECTORY
         host.make_dir(_SMOKE_DIRECTORY, mode=0o700)
         host.write_file(path, archive, mode=0o600)
-        search = "PATH=%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" % os.path.dirname(smi)
+        # Behind a link (Debian's alternatives, a driver with a root of its own) the program is mounted where it really is.
+        places = dict.fromkeys((os.path.dirname(smi), os.path.dirname(_resolved(host, smi))))
+        search = "PATH=%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" % ":".join(places)
         try:
             host.check(
                 ["docker", "import", "--change", "ENV %s" % search, path, image],
@@ -737,6 +739,16 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
         finally:
             host.remove(_SMOKE_DIRECTORY)
         return image
+
+
+def _resolved(host: Host, path: str) -> str:
+    """A path without the symbolic links in its last part."""
+    for _link in range(16):
+        target = host.read_link(path)
+        if not target:
+            break
+        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return path
 
 
 def build_archive(host: Host, programs: t.Sequence[str]) -> bytes:

@@ -467,19 +467,22 @@ def user_space_version(installed: t.Mapping[str, Package]) -> str:
     return upstream_version(installed[candidates[0][1]].version) if candidates else ""
 
 
+# Tools that work with any branch and that distributions ship at versions of their own.
+_INDEPENDENT = re.compile(r"^(nvidia-(settings|modprobe|xconfig|persistenced|prime)|libxnvctrl|libnvidia-egl-)")
+
+
 def to_hold(installed: t.Mapping[str, Package]) -> list[str]:
     """Installed packages that must not move without the driver, sorted."""
+    branch = branch_of_version(user_space_version(installed))
     return sorted(
         name
         for name, package in installed.items()
         if is_driver_package(name)
         and package.complete
         and (branch_of_version(package.version) or name.startswith("nvidia-driver-pinning-"))
+        # The distribution's own nvidia-settings or libxnvctrl0 is no part of this driver.
+        and (not _INDEPENDENT.match(name) or branch_of_version(package.version) == branch)
     )
-
-
-# Tools that work with any branch and that distributions ship at versions of their own.
-_INDEPENDENT = re.compile(r"^(nvidia-(settings|modprobe|xconfig|persistenced|prime)|libxnvctrl|libnvidia-egl-)")
 
 
 def foreign_packages(plan: PackagePlan, installed: t.Mapping[str, Package], branch: str) -> list[str]:

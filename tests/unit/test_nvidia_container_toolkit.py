@@ -467,6 +467,15 @@ def test_failures_are_explained(machine: Machine, output: str, reason: str) -> N
     assert machine.whats(check=True) == ["GPU container"]
 
 
+def test_smoke_test_finds_nvidia_smi_behind_a_link(machine: Machine) -> None:
+    # As on Debian: the toolkit mounts the program where it really is.
+    machine.host.links["/usr/bin/nvidia-smi"] = "/etc/alternatives/nvidia--nvidia-smi"
+    machine.host.links["/etc/alternatives/nvidia--nvidia-smi"] = "../../usr/lib/nvidia/current/nvidia-smi"
+    machine.run()
+    change = next(call for call in machine.host.calls if call[:2] == ("docker", "import"))[3]
+    assert change.startswith("ENV PATH=/usr/bin:/usr/lib/nvidia/current:/usr/local/sbin:")
+
+
 def test_host_that_cannot_list_its_gpus(machine: Machine) -> None:
     machine.ready()
     machine.host.remove(tk.VALIDATION)

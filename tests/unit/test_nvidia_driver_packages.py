@@ -318,6 +318,14 @@ def test_holds_and_user_space() -> None:
     assert to_hold(broken) == []
 
 
+def test_the_distributions_own_tools_are_no_part_of_the_driver() -> None:
+    # Ubuntu 24.04 with a driver that no package brought.
+    assert to_hold(packages("libxnvctrl0=510.47.03-0ubuntu4.24.04.1")) == []
+    driver = ("libnvidia-compute-580=580.95.05-0ubuntu1", "nvidia-utils-580=580.95.05-0ubuntu1")
+    beside = packages(*driver, "libxnvctrl0=510.47.03-0ubuntu4.24.04.1", "nvidia-settings=580.95.05-0ubuntu1")
+    assert to_hold(beside) == ["libnvidia-compute-580", "nvidia-settings", "nvidia-utils-580"]
+
+
 @pytest.mark.parametrize("system", ["rhel8", "rhel9", "rhel10"])
 def test_el_has_no_driver_without_a_module_package(system: str) -> None:
     with pytest.raises(FleetError, match=r"nvidia_driver_kernel_module = false: .* depend on a kernel module package"):

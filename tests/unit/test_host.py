@@ -1,0 +1,21 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The real host, as far as it can be tried anywhere."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+
+
+def test_a_program_is_found_where_run_finds_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "driver-tool"
+    program.write_text("#!/bin/sh\necho here\n")
+    program.chmod(0o755)
+    assert Host().which("driver-tool") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Host().which("driver-tool") == str(program)
+    assert Host().run(["driver-tool"]).stdout == "here\n"
+    assert Host().which("sh") in ("/usr/bin/sh", "/bin/sh")
