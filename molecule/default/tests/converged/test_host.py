@@ -98,7 +98,8 @@ def test_container(host: Host) -> None:
     assert container["Config"]["User"] == "1000:1000"
     assert re.fullmatch(r"nvcr\.io/nim/meta/llama-3\.1-8b-instruct@sha256:[0-9a-f]{64}", container["Config"]["Image"])
     # It sees the one GPU it was given.
-    assert host.check_output("docker exec %s sh -c 'ls /dev | grep -c ^nvidia[0-9]'", SERVICE) == "1"
+    devices = host.check_output("ls /proc/%d/root/dev" % container["State"]["Pid"]).split()
+    assert len([name for name in devices if re.fullmatch(r"nvidia\d+", name)]) == 1
 
 
 def test_cache_is_its_users(host: Host) -> None:
