@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 from collections.abc import Mapping
 
@@ -59,6 +60,14 @@ def plain(value: t.Any) -> t.Any:
     return str(value)
 
 
+def _why(error: Exception) -> str:
+    """What was wrong with a template, without the template: before 2.19 messages quote it, and it may hold secrets."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"\s*\bString: .*", "", text)
+    text = re.sub(r"\bwhile templating '.*?'\. (?=Error was|original message|$)", "in a template. ", text)
+    return text[:200] or type(error).__name__
+
+
 def resolve(hostvars: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """All variables of a host that could be meant for this collection."""
     found: dict[str, t.Any] = {}
@@ -67,8 +76,9 @@ def resolve(hostvars: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
             continue
         try:
             found[str(name)] = plain(hostvars[name])
-        except AnsibleError as error:
-            found[str(name)] = Unresolved(" ".join(str(error).split())[:200])
+        except Exception as error:
+            # Up to ansible-core 2.18 a template lets through whatever it raises: ZeroDivisionError, RecursionError, ...
+            found[str(name)] = Unresolved(_why(error))
     return found
 
 

@@ -164,7 +164,9 @@ class _Check:
             else:
                 remedy = "remove it, or give a variable of your own another prefix"
             value = self.variables[name]
-            secret = bool(_SECRET_NAME.search(name)) or isinstance(value, Unresolved)
+            # What is misspelt may be a list of models, with secrets inside.
+            nested = isinstance(value, (dict, list, tuple)) and bool(value)
+            secret = bool(_SECRET_NAME.search(name)) or isinstance(value, Unresolved) or nested
             self.problems.append(
                 Problem(name, "%s = %s: no such variable; %s." % (name, _shown(value, secret), remedy))
             )

@@ -57,6 +57,27 @@ def test_plain_and_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ngc_x"] is None
     assert isinstance(found["nim_broken"], Unresolved)
     assert set(found) == {"nim_models", "nim_broken", "ngc_x"}
+    for error, why in (
+        (ZeroDivisionError("division by zero"), "division by zero"),
+        (RecursionError(), "RecursionError"),
+        (
+            AnsibleError("template error while templating string: end of template.. String: {{ hf_secret"),
+            "end of template",
+        ),
+        (
+            AnsibleError("An exception occurred while templating '[{'T': 'hf_secret'}]'. Error was a <class X>, y"),
+            "Error was a <class X>, y",
+        ),
+    ):
+
+        class Failing(dict):  # type: ignore[type-arg]  # as above
+            def __getitem__(self, key: str) -> t.Any:
+                raise error  # noqa: B023  # used within this round of the loop
+
+        value = action.resolve(Failing({"nim_models": 0}))["nim_models"]
+        assert isinstance(value, Unresolved)
+        assert why in value.why
+        assert "hf_secret" not in value.why
     monkeypatch.setattr(action, "_BEFORE_2_19", True)
     assert isinstance(action.resolve({"nim_models": ["{{ x }}"]})["nim_models"], Unresolved)
 
