@@ -19,7 +19,8 @@ description:
   - Sets the runtime's mode explicitly in C(config.toml), keeps the CDI specification in step with the loaded driver, and
     removes a stale one from C(/etc/cdi).
   - Runs C(nvidia-smi -L) in a container made of the host's own files, in the way the NIM containers ask for GPUs, and compares
-    the UUIDs with the host's. It does so again only when driver, toolkit, Docker or mode have changed, or after a reboot.
+    the UUIDs with the host's. It does so again only when driver, toolkit, Docker or mode have changed, or after a reboot;
+    alone, that is no change.
   - >-
     The three causes of C(could not select device driver "" with capabilities: [[gpu]]) (toolkit absent, never registered,
     daemon not told) appear as such in the changes and are mended without restarting other containers.
