@@ -77,11 +77,19 @@ def test_one_run_with_a_reboot_ends_with_a_nim_that_answers() -> None:
     before = GEFORCE.boot_id()
     inventory = wanted("geforce", nim_models=[MODEL], nvidia_driver_branch="555", nvidia_driver_reboot=True)
     hosts = "%s:%s" % (GEFORCE.name, PLAIN.name)
-    FLEET.site("--limit", hosts, inventory=inventory)
+    bare = packages(PLAIN)
+    run = FLEET.site("--limit", hosts, inventory=inventory)
     assert loaded(GEFORCE) == "555.42.06"
     assert GEFORCE.boot_id() != before
     assert GEFORCE.run("wc -l < " + BOOTS) == "1"
     assert GEFORCE.complete(8000)[0] == 200
+
+    # The host without a GPU in the same play is told so and left alone.
+    said = [str(entry["result"].get("msg", "")) for entry in run.of(PLAIN.name)]
+    assert [text for text in said if "no NVIDIA GPU" in text and PLAIN.name in text], said
+    assert not [entry for entry in run.of(PLAIN.name) if entry["result"].get("changed")]
+    assert packages(PLAIN) == bare
+    assert "nvidia" not in bare and not PLAIN.succeeds("command -v docker")
 
     identity, boot = GEFORCE.identity(), GEFORCE.boot_id()
     again = FLEET.site("--limit", hosts, inventory=inventory)
@@ -90,23 +98,13 @@ def test_one_run_with_a_reboot_ends_with_a_nim_that_answers() -> None:
     assert GEFORCE.run("wc -l < " + BOOTS) == "1"
 
 
-def test_a_host_without_a_gpu_is_left_alone() -> None:
-    """It was in the play of the convergence and in those before."""
-    before = packages(PLAIN)
-    run = FLEET.site("--limit", PLAIN.name)
-    assert run.changed() == []
-    said = [str(entry["result"].get("msg", "")) for entry in run.of(PLAIN.name)]
-    assert [text for text in said if "no NVIDIA GPU" in text and PLAIN.name in text], said
-    assert packages(PLAIN) == before
-    assert "nvidia" not in before and not PLAIN.succeeds("command -v docker")
-
-
 def test_without_permission_the_reboot_is_asked_for() -> None:
     stopped = [{**MODEL, "state": "stopped"}]
     GEFORCE.run("systemctl stop nim-llama3")
     inventory = wanted("geforce", nim_models=stopped, nvidia_driver_branch="570")
     boot = GEFORCE.boot_id()
-    run = FLEET.site("--limit", GEFORCE.name, inventory=inventory, succeeds=False)
+    options = ("--limit", GEFORCE.name, "--tags", "nvidia_driver")
+    run = FLEET.site(*options, inventory=inventory, succeeds=False)
     message = run.failure(GEFORCE.name)
     assert "a reboot is needed because" in message and "unload" in message, message
     assert "nvidia_driver_reboot" in message
@@ -115,7 +113,7 @@ def test_without_permission_the_reboot_is_asked_for() -> None:
     assert loaded(GEFORCE) == "555.42.06"
     # The operator reboots it, and the next run has nothing left to ask for.
     GEFORCE.reboot()
-    FLEET.site("--limit", GEFORCE.name, "--tags", "nvidia_driver", inventory=inventory)
+    FLEET.site(*options, inventory=inventory)
     assert loaded(GEFORCE) == "570.124.06"
 
 
