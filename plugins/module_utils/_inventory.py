@@ -190,9 +190,16 @@ class _Check:
     def _types(self) -> None:
         for name in sorted(self.options):
             value = self.variables.get(name)
-            if name not in self.variables or value is None:
+            if name not in self.variables:
                 continue
             spec = self.options[name]
+            if value is None:
+                # Set to nothing is set: the default of the role is gone. No key at all is a choice that one may state.
+                if not spec.get("no_log"):
+                    self.add(
+                        name, "null", "is empty, and that replaces the default", "give a value, or remove the line"
+                    )
+                continue
             secret = bool(spec.get("no_log"))
             if isinstance(value, Unresolved):
                 self.broken.add(name)
