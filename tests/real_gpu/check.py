@@ -60,6 +60,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 Json = t.Dict[str, t.Any]
 LIBRARIES = "/usr/local/real_gpu/lib"
 PROGRAMS = "/opt/real_gpu"
+CGROUP = "real_gpu"
 
 
 class Report:
@@ -485,6 +486,7 @@ class Verification:
         os.makedirs("/run/cdi", exist_ok=True)
         self._write_cdi("/run/cdi/nvidia.yaml")
         options: Json = {"features": {"cdi": True}, "cdi-spec-dirs": ["/run/cdi"], "live-restore": True}
+        options["cgroup-parent"] = "/" + CGROUP
         proxy = shutil.which("docker-proxy")
         if proxy:
             options["userland-proxy-path"] = proxy
@@ -708,9 +710,7 @@ class Verification:
         self.report.check("its requirement is read", "NVIDIA_REQUIRE_CUDA=cuda>=12.0" in (config.get("Env") or []))
 
     def _start(self, model: NimModel, image: ImageState, gpus: t.Sequence[str], wrapper: str) -> Unit:
-        configuration = build_configuration(
-            model, image, gpus, injection="cdi", cgroup_driver="cgroupfs", secret=Secrets("0" * 64, {})
-        )
+        configuration = configuration_of(model, image, gpus)
         self.host.make_dir(model.cache_directory, mode=0o750, uid=model.uid, gid=model.gid)
         self.host.write_file("/etc/nim/%s.json" % model.name, json.dumps(configuration), mode=0o644)
         self.keep("%s.json" % model.name, json.dumps(configuration, indent=1))
@@ -857,9 +857,19 @@ class Verification:
         pid = (self.host.read_text("/run/docker/containerd/containerd.pid") or "").strip()
         if pid.isdigit() and "containerd" in (self.host.read_text("/proc/%s/cmdline" % pid) or ""):
             os.kill(int(pid), signal.SIGTERM)
+        group = "/sys/fs/cgroup/" + CGROUP
+        if os.path.isdir(group):
+            os.rmdir(group)
 
 
 # -- helpers --------------------------------------------------------------------------------------
+
+
+def configuration_of(model: NimModel, image: ImageState, gpus: t.Sequence[str]) -> Json:
+    """What nim_service would write for the wrapper."""
+    return build_configuration(
+        model, image, gpus, injection="cdi", cgroup_driver="cgroupfs", secret=Secrets("0" * 64, {})
+    )
 
 
 _KNOWN: t.Dict[str, str] = {}

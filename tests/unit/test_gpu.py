@@ -107,6 +107,7 @@ def test_only_proc_modules_lists_it(host: FakeHost) -> None:
     [
         ("nvidia-smi/h200-x1.xml", 1),
         ("nvidia-smi/h200-x2.xml", 2),
+        ("nvidia-smi/h200-x2-process.xml", 2),
         ("nvidia-smi/h200-x8.xml", 8),
         ("h200-single/nvidia-smi-q-x.580.159.04.h200.xml", 1),
     ],
@@ -129,6 +130,18 @@ def test_every_capture(fixtures: pathlib.Path, path: str, count: int) -> None:
         assert gpu.recovery_action == "None"
         assert gpu.mig_devices == ()
         assert gpu.fabric_state == ("Completed" if count > 1 else "")
+
+
+def test_process_in_a_capture(fixtures: pathlib.Path) -> None:
+    idle, busy = parse_smi((fixtures / "nvidia-smi/h200-x2-process.xml").read_text())[2]
+    assert idle.processes == ()
+    # CUDA opens every GPU, so there is a little memory in use on the other one too.
+    assert idle.memory_used_mib == 4
+    assert busy.processes == (
+        {"pid": 637, "type": "C", "name": "/opt/torch/.venv/bin/python3", "used_memory_mib": 782},
+    )
+    assert busy.memory_used_mib == 791
+    assert (busy.minor, busy.bdf) == (1, "0000:00:07.0")
 
 
 def test_values_that_are_none() -> None:
