@@ -79,7 +79,7 @@ def test_reboot_required_is_a_warning(world: DriverWorld, capsys: pytest.Capture
     [
         ({"branch": "581"}, "no such driver branch"),
         ({"version": "570.1.2"}, "not in branch 580"),
-        ({"repository_url": "mirror/x"}, "not a URL of a repository"),
+        ({"repository_url": "mirror/x"}, "URL of a repository"),
         ({"flavor": "open"}, "Unsupported parameters"),
     ],
 )
