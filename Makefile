@@ -108,6 +108,10 @@ test-full: install ## The long tables: interruptions at every step, a real dnf o
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@PYTHONPATH=tests/sandbox:tests/sandbox/world $(BIN)/pytest -v tests/full
 
+.PHONY: test-gpu
+test-gpu: ## On a server with NVIDIA GPUs: what only real hardware can tell (see tests/real_gpu)
+	@tests/real_gpu/run.sh
+
 .PHONY: clean
 clean: demo-down ## Remove everything that was built
 	@rm -rf .build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
