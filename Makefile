@@ -81,6 +81,10 @@ demo-down: ## Remove every trace of the sandbox
 .PHONY: test
 test: lint unit sanity molecule ## Everything that CI runs
 
+.PHONY: readme
+readme: demo ## The demo, then every playbook command that the README shows
+	@ANSIBLE_CONFIG=$(CURDIR)/.sandbox/ansible.cfg $(BIN)/python tests/sandbox/readme.py commands --output .sandbox/demo
+
 .PHONY: lint
 lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stamp ## Linters and type checker
 	@echo "== ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
