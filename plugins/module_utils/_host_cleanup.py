@@ -18,7 +18,14 @@ from ._errors import FleetError
 from ._gpu import driver_holders
 from ._host import Host
 from ._nim_models import is_system_directory
-from ._nim_service import BASE_DIRECTORY, CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, UNIT_DIRECTORY, WRAPPER
+from ._nim_service import (
+    BASE_DIRECTORY,
+    CONFIGURATION_DIRECTORY,
+    KEY_FILE,
+    RUNTIME_DIRECTORY,
+    UNIT_DIRECTORY,
+    WRAPPER,
+)
 from ._nvidia_container_toolkit import CONFIG as TOOLKIT_CONFIG
 from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver import BLACKLIST, NON_FREE, PREFERENCES, UNATTENDED
@@ -32,8 +39,8 @@ TARGET = UNIT_DIRECTORY + "/nim.target"
 #: Files and directories that hold nothing but what this collection wrote.
 OWN_PATHS = (
     UNIT_DIRECTORY + "/nim.slice",
-    os.path.dirname(WRAPPER),
-    CONFIGURATION_DIRECTORY,
+    WRAPPER,
+    KEY_FILE,
     RUNTIME_DIRECTORY,
     BASE_DIRECTORY + "/state",
     BASE_DIRECTORY + "/maintenance",
@@ -41,7 +48,12 @@ OWN_PATHS = (
     "/run/gpu_fleet",
 )
 #: Removed only when nothing is left in them.
-EMPTY_PATHS = (BASE_DIRECTORY + "/cache", BASE_DIRECTORY)
+EMPTY_PATHS = (
+    BASE_DIRECTORY + "/cache",
+    BASE_DIRECTORY,
+    CONFIGURATION_DIRECTORY,
+    os.path.dirname(WRAPPER),
+)
 DOCKER_PACKAGES = (
     "docker-ce",
     "docker-ce-cli",

@@ -510,7 +510,7 @@ class NimService(Resource[HostState]):
         containers: t.Sequence[Json],
         images: t.Mapping[str, ImageState],
     ) -> tuple[Listener, ...]:
-        ports = {port for model in models if model.state == "started" for port, _ in _ports(model, images)}
+        ports = {port for model in models if model.state == "started" for port, dummy in _ports(model, images)}
         published = [
             (str(port.get("IP") or "0.0.0.0"), int(port["PublicPort"]), str(entry["Names"][0]).lstrip("/"))  # noqa: S104 - compared, not bound
             for entry in containers

@@ -196,7 +196,7 @@ def _stanzas(text: str) -> list[dict[str, str]]:
             if line[:1] in (" ", "\t") and name:
                 fields[name] += " " + line.strip()
             elif ":" in line:
-                name, _, value = line.partition(":")
+                name, dummy, value = line.partition(":")
                 name = name.strip().lower()
                 fields[name] = value.strip()
         if fields.get("types") and fields.get("enabled", "yes").lower() != "no" and "deb" in fields["types"].split():

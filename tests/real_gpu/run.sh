@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
@@ -55,10 +55,9 @@ if test -n "$tools"; then
 fi
 
 # Own mounts and an own network: the host's Docker, its NIMs, its units and its firewall are out of sight from here on.
-inside='
+unshare --mount --net bash -s "$here/check.py" --work "$work" --output "$output" <<'INSIDE'
 set -e
 mount --make-rprivate /
 for directory in /run /var/lib/docker /var/lib/nim /etc/nim; do mount -t tmpfs -o mode=0755 none "$directory"; done
-exec python3 "$@"
-'
-unshare --mount --net bash -c "$inside" real_gpu "$here/check.py" --work "$work" --output "$output"
+exec python3 "$@" </dev/null
+INSIDE

@@ -273,7 +273,7 @@ def difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str,
 
 def main() -> None:
     """``story.py snapshot SCENARIO HOST FILE``"""
-    _, verb, scenario, host, output = sys.argv
+    dummy, verb, scenario, host, output = sys.argv
     assert verb == "snapshot"
     Path(output).write_text(json.dumps(snapshot(Story(scenario), host)), encoding="utf-8")
 

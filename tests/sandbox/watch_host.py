@@ -117,15 +117,15 @@ def search():
             {*output("systemctl", "cat", "--", *names), *output("systemctl", "show", "--all", "--", *names)}
         ),
         "journal": output("journalctl", "--all", "--output=export", "--no-pager"),
-        "arguments": [secret + " " + pid for pid, found, _ in processes() for secret in found],
+        "arguments": [secret + " " + pid for pid, found, dummy in processes() for secret in found],
         "environments": [
             secret + " " + read("/proc/%s/cgroup" % pid).decode().strip()
-            for pid, _, found in processes()
+            for pid, dummy, found in processes()
             for secret in found
         ],
-        "containers": [secret + " " + name for name, _, text in containers() for secret in has(text)],
+        "containers": [secret + " " + name for name, dummy, text in containers() for secret in has(text)],
         "unit_names": names,
-        "identifiers": {name: identifier for name, identifier, _ in containers()},
+        "identifiers": {name: identifier for name, identifier, dummy in containers()},
     }
 
 

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The NGC key is nowhere but in two files that only root reads, and, only while it downloads, in one container.
 
-A secret variable of a model ("token") is in its file and in its containers, nowhere else. One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the key
-expired; all with -vvvv, all watched. Then everything is searched.
+A secret variable of a model ("token") is in its file and in its containers, nowhere else.
+
+One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the
+key expired; all with -vvvv, all watched. Then everything is searched.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def _watch_controller(evidence: Evidence, directory: Path, stop: threading.Event
     wanted = [needle.encode() for texts in evidence.needles.values() for needle in texts]
     while not stop.wait(0.05):
         evidence.controller_rounds += 1
-        temporary = (Path(top) / name for top, _, names in os.walk(directory) for name in names)
+        temporary = (Path(top) / name for top, dummy, names in os.walk(directory) for name in names)
         for path in [*Path("/proc").glob("[0-9]*/cmdline"), *temporary]:
             try:
                 data = path.read_bytes()

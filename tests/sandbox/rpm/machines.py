@@ -180,7 +180,7 @@ def connect(machine: Machine, server: str) -> None:
 def remove(directory: pathlib.Path) -> None:
     """Takes a machine away; the kernel's work directory of an overlay has no permissions at all."""
     with contextlib.suppress(FileNotFoundError):
-        for path, names, _ in os.walk(directory):
+        for path, names, dummy in os.walk(directory):
             for name in names:
                 (pathlib.Path(path) / name).chmod(0o700)
         shutil.rmtree(directory)

@@ -226,7 +226,7 @@ def build_script(repositories: t.Mapping[str, tuple[t.Sequence[Package], str, st
     ]
     built: set[tuple[str, str]] = set()
     parallel = []
-    for path, (packages, _, _) in repositories.items():
+    for path, (packages, dummy, dummy) in repositories.items():
         for package in packages:
             name = "%s-%s-%s" % (package.name, package.version, package.release)
             if (path, name) in built:
@@ -249,7 +249,7 @@ def build_script(repositories: t.Mapping[str, tuple[t.Sequence[Package], str, st
     lines.append(
         "find /work/public -name '*.rpm' -print0 | xargs -0 rpmsign --define '_gpg_name sandbox@example.invalid' --addsign >/dev/null"
     )
-    for path, (_, yaml, key) in repositories.items():
+    for path, (dummy, yaml, key) in repositories.items():
         lines.append("createrepo_c --quiet /work/public/%s" % path)
         if yaml:
             (work / "modules").mkdir(exist_ok=True)
