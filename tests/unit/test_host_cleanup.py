@@ -37,6 +37,17 @@ def package(name: str) -> Package:
     return Package(name=name, version="1")
 
 
+def test_what_others_have_put_beside_our_files_stays() -> None:
+    theirs = ["/etc/nim/notes.txt", "/usr/local/libexec/nim/tool"]
+    host = FakeHost(
+        {"/etc/nim/ngc.env": "x", "/usr/local/libexec/nim/nim-unit": "x", **dict.fromkeys(theirs, "theirs")},
+        {"systemctl *": ""},
+    )
+    assert converge(host, cleanup(), check_mode=False).changed
+    assert sorted(host.files) == theirs
+    assert not converge(host, cleanup(), check_mode=False).changed
+
+
 def test_own_files_go_and_caches_stay() -> None:
     host = FakeHost(
         {
