@@ -285,6 +285,8 @@ def runtime(arguments):
         below = low_level_runtime()
         if "create" in arguments:
             modify(bundle_of(arguments))
+        elif "exec" in arguments and "--process" in arguments[:-1]:
+            limit_process_file(arguments[arguments.index("--process") + 1])
     except RefusedError as error:
         if log:
             with open(log, "a", encoding="utf-8") as out:
@@ -307,6 +309,22 @@ def environment_of(spec):
     return dict(one.split("=", 1) for one in spec.get("process", {}).get("env", []) if "=" in one)
 
 
+def grant_what_can_be(process):
+    """The sandbox's hosts may lack the capability that lets the Docker of a real host raise limits."""
+    for limit in process.get("rlimits") or []:
+        hard = resource.getrlimit(getattr(resource, limit["type"]))[1]
+        if hard != resource.RLIM_INFINITY:
+            limit["hard"], limit["soft"] = min(limit["hard"], hard), min(limit["soft"], hard)
+
+
+def limit_process_file(path):
+    with open(path, encoding="utf-8") as source:
+        process = json.load(source)
+    grant_what_can_be(process)
+    with open(path, "w", encoding="utf-8") as out:
+        json.dump(process, out)
+
+
 def modify(bundle):
     path = os.path.join(bundle, "config.json")
     with open(path, encoding="utf-8") as source:
@@ -315,11 +333,7 @@ def modify(bundle):
     if request in ("", "void"):
         return
     qualified = [name for name in request.split(",") if "=" in name]
-    # The sandbox's hosts may lack the capability that lets the Docker of a real host raise limits.
-    for limit in spec.get("process", {}).get("rlimits") or []:
-        hard = resource.getrlimit(getattr(resource, limit["type"]))[1]
-        if hard != resource.RLIM_INFINITY:
-            limit["hard"], limit["soft"] = min(limit["hard"], hard), min(limit["soft"], hard)
+    grant_what_can_be(spec.get("process", {}))
     mode = option("nvidia-container-runtime", "mode", "auto")
     if mode == "auto":
         mode = "cdi" if qualified else AUTO_MODE
