@@ -32,6 +32,8 @@ from ._resource import Change, Disruption, FileDiff, Resource
 
 UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIGURATION_DIRECTORY = "/etc/nim"
+#: Further looks, a second apart, for the container of a docker-proxy.
+PROXY_LOOKS = 3
 KEY_FILE = CONFIGURATION_DIRECTORY + "/ngc.env"
 WRAPPER = "/usr/local/libexec/nim/nim-unit"
 BASE_DIRECTORY = "/var/lib/nim"
@@ -420,7 +422,7 @@ class NimService(Resource[HostState]):
             target_need_reload=target.get("NeedDaemonReload") == "yes",
             key_fingerprint=fingerprint(key) if key else None,
             key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
-            listeners=self._listeners(host, wanted, containers, images),
+            listeners=self._settled_listeners(host, wanted, containers, images),
             addresses=own_addresses(
                 host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""
             ),
@@ -502,6 +504,27 @@ class NimService(Resource[HostState]):
             if image is not None:
                 found[model.image] = _image_state(reference, pinned, image)
         return found
+
+    def _settled_listeners(
+        self,
+        host: Host,
+        models: t.Sequence[NimModel],
+        containers: t.Sequence[Json],
+        images: t.Mapping[str, ImageState],
+    ) -> tuple[Listener, ...]:
+        """The listeners, looked at again while a docker-proxy serves no container that was known a moment before: a
+        container that is just being started has its proxy first. A leftover proxy stays unexplained."""
+        listeners = self._listeners(host, models, containers, images)
+        for _try in range(PROXY_LOOKS):
+            if not any(known.command == "docker-proxy" and not known.container for known in listeners):
+                break
+            host.sleep(1.0)
+            try:
+                containers = self.api.containers(all=True)
+            except FleetError:
+                break
+            listeners = self._listeners(host, models, containers, images)
+        return listeners
 
     def _listeners(
         self,

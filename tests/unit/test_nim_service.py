@@ -803,6 +803,24 @@ def test_a_leftover_docker_proxy_is_named_with_its_container(machine: Machine) -
     assert "held by container old-nim" in failure(machine, llama()).message
 
 
+def test_a_proxy_whose_container_is_just_being_started(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.converge(llama())
+    ports = machine.api.list["nim-llama"]["Ports"]
+    machine.api.list["nim-llama"]["Ports"] = []
+    machine.listen(8000, 1212, "docker-proxy")
+    before = machine.host.clock
+    assert "held by docker-proxy (pid 1212)" in failure(machine, llama(environment={"A": "1"})).message
+    assert machine.host.clock - before == _nim_service.PROXY_LOOKS
+
+    def started(seconds: float) -> None:
+        machine.api.list["nim-llama"]["Ports"] = ports or [
+            {"IP": "0.0.0.0", "PublicPort": 8000, "PrivatePort": 8000, "Type": "tcp"}
+        ]
+
+    monkeypatch.setattr(machine.host, "sleep", started)
+    assert machine.plan(llama(environment={"A": "1"}))
+
+
 def test_an_own_port_is_no_conflict_nor_is_one_that_is_given_up(machine: Machine) -> None:
     machine.converge(llama(), nemo())
     machine.api.list["nim-llama"]["Ports"] = [{"IP": "0.0.0.0", "PublicPort": 8000, "PrivatePort": 8000, "Type": "tcp"}]
