@@ -78,7 +78,8 @@ elif words[0] == "start":
             open(root + "/cache/ngc/weights", "w").close()
     save(words[-1], content)
 elif words[0] == "wait":
-    while load(words[-1])["State"]["Running"]:
+    caller = os.getppid()
+    while load(words[-1])["State"]["Running"] and os.getppid() == caller:
         away()
         time.sleep(0.05)
     print(load(words[-1])["State"]["ExitCode"])
