@@ -32,6 +32,8 @@ Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]
 #: what resembles one of our names counts.
 PREFIXES = ("nvidia_driver_", "nvidia_container_toolkit_", "ngc_", "nim_", "docker_")
 SHARED_PREFIXES = ("docker_",)
+#: Variables whose values are never shown. (no_log in the roles' specifications breaks Vault in ansible-core 2.18.)
+SECRETS = ("ngc_api_key", "nim_ngc_api_key")
 #: How alike a misspelt name and a known one are (0 to 1, difflib's ratio). Shared prefixes make names alike by
 #: themselves, so there the rest of the name is compared.
 LIKENESS = 0.72
@@ -121,7 +123,7 @@ class _Check:
     # -- tools ------------------------------------------------------------------------------------
 
     def add(self, variable: str, value: t.Any, wrong: str, remedy: str, *, secret: bool = False) -> None:
-        secret = secret or bool(self.options.get(variable, {}).get("no_log"))
+        secret = secret or variable in SECRETS
         self.problems.append(Problem(variable, "%s = %s: %s; %s." % (variable, _shown(value, secret), wrong, remedy)))
 
     def take(self, check: t.Callable[[], t.Any], rename: t.Callable[[str], str] = str) -> bool:
@@ -195,19 +197,24 @@ class _Check:
             spec = self.options[name]
             if value is None:
                 # Set to nothing is set: the default of the role is gone. No key at all is a choice that one may state.
-                if not spec.get("no_log"):
+                if name not in SECRETS:
                     self.add(
                         name, "null", "is empty, and that replaces the default", "give a value, or remove the line"
                     )
                 continue
-            secret = bool(spec.get("no_log"))
+            secret = name in SECRETS
             if isinstance(value, Unresolved):
                 self.broken.add(name)
                 self.problems.append(
                     Problem(
                         name,
                         "%s: its template cannot be resolved (%s); correct the template or set what it needs."
-                        % (name, "not shown" if secret else scrub(value.why)),
+                        % (
+                            name,
+                            ("Vault cannot decrypt it" if "vault" in value.why.lower() else "not shown")
+                            if secret
+                            else scrub(value.why),
+                        ),
                     )
                 )
                 continue

@@ -150,3 +150,14 @@ def test_sound_inventory_goes_on(tmp_path: pathlib.Path) -> None:
     done = play(tmp_path, inventory_of({"gpu01": {"ansible_connection": "local", "ngc_registry": "nvcr.io"}}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reached" in done.stdout
+
+
+def test_no_role_specification_has_no_log() -> None:
+    """With no_log in it, ansible-core 2.18 fails on a value that is encrypted with Vault: Unknown parameter type."""
+    specs = pathlib.Path(__file__).resolve().parents[2].glob("roles/*/meta/argument_specs.yml")
+    assert not [path for path in specs if "no_log: " in path.read_text()]
+
+
+def test_a_missing_vault_password_is_named() -> None:
+    [problem] = validate({"ngc_api_key": Unresolved("Attempting to decrypt but no vault secrets found.")}, SPECS)
+    assert "Vault cannot decrypt it" in problem.message

@@ -985,9 +985,8 @@ def test_module_role_and_models_say_the_same() -> None:
         for name, option in given.items():
             assert option.pop("description")
             expected = dict(wanted[name])
-            if given is documented:
-                # No key of the documentation.
-                expected.pop("no_log", None)
+            # No key of the documentation, and in a role it breaks values encrypted with Vault (ansible-core 2.18).
+            expected.pop("no_log", None)
             assert option == expected, name
 
 
