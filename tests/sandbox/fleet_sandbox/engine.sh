@@ -17,7 +17,7 @@ mount -t cgroup2 none /sys/fs/cgroup
 # Controllers can be handed to containers only by a group that has no process itself.
 mkdir -p /sys/fs/cgroup/engine
 echo $$ > /sys/fs/cgroup/engine/cgroup.procs
-read -r controllers < /sys/fs/cgroup/cgroup.controllers
+read -r controllers < /sys/fs/cgroup/cgroup.controllers || controllers=""  # empty: none to hand on
 for controller in $controllers; do
   echo "+$controller" > /sys/fs/cgroup/cgroup.subtree_control || true
 done
