@@ -49,6 +49,8 @@ WORD_DIRECTORY = "/run/nim"
 CONFIGURATION_DIRECTORY = "/etc/nim"
 #: A failed start this many seconds before the first look belongs to the deployment that is waited for.
 FRESH_SECONDS = 60.0
+#: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
+UNSTEADY_FAILURES = 2
 #: The file that holds the NGC key on the host; read only in order to mask it in log lines.
 KEY_FILE = "/etc/nim/ngc.env"
 
@@ -382,6 +384,7 @@ PHASE_WORDS = {
     "loading": "loading the model",
     "graphs": "capturing CUDA graphs",
     "serving": "starting the server",
+    "settling": "answering, but it ended soon after it was ready before; watching whether it stays",
     "ready": "ready",
 }
 _PERCENT = re.compile(r"(?<![\d.])(\d{1,3})(?:\.\d+)?\s?%")
@@ -632,8 +635,12 @@ class Watch:
             self.docker_away_since = 0.0
             self.stranger = 0
             if answers_ready:
-                self.phase, self.percent = "ready", None
-                return True
+                self.percent = None
+                # It ended again and again, and the wrapper has not seen it serve for a while: it may only be ready in
+                # between. A single end is left alone: somebody may have killed it by hand.
+                self.phase = "settling" if word.failures >= UNSTEADY_FAILURES else "ready"
+                if self.phase == "ready":
+                    return True
         elif (
             container is not None
             and container.status in ("exited", "dead")

@@ -52,6 +52,8 @@ COMMAND_SECONDS = 120.0
 #: Pause before the start that follows n failures in a row: 5, 10, 20, 40, then 60 seconds.
 BACKOFF_FIRST = 5.0
 BACKOFF_MOST = 60.0
+#: Seconds that a service must serve before its start counts as a good one: what ends earlier ends again and again.
+STEADY_SECONDS = 30.0
 
 _AWAY_TEXTS = (
     "cannot connect to the docker daemon",
@@ -222,6 +224,8 @@ class Unit:
         self.downloader = self.container + "-download"
         self.config: Json = {}
         self.ready = False
+        self.ready_since = 0.0
+        self.steady = False
         self.watching = False
 
     # -- what is wanted and what was ----------------------------------------------------------------
@@ -240,7 +244,7 @@ class Unit:
             raise BadConfigurationError("%s is broken: %r" % (self.configuration, error)) from error
 
     def failures(self) -> int:
-        """Starts of this very specification that failed since it was ready last."""
+        """Starts of this very specification that failed since it last served for a while."""
         known = read_json(self.runtime_file)
         count = known.get("failures", 0)
         return count if known.get("spec") == self.spec and isinstance(count, int) else 0
@@ -423,8 +427,11 @@ class Unit:
             while waiter.poll() is None:
                 if probe and not self.ready and self.answers():
                     self.became_ready()
+                elif self.ready and not self.steady and time.monotonic() - self.ready_since >= STEADY_SECONDS:
+                    self.steady = True
+                    self.note("ready", 0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    waiter.wait(timeout=READY_SECONDS if probe and not self.ready else None)
+                    waiter.wait(timeout=READY_SECONDS if probe and not self.steady else None)
             text = (waiter.stdout.read() if waiter.stdout else "").strip()
         return int(text) if waiter.returncode == 0 and text.isdigit() else None
 
@@ -452,8 +459,9 @@ class Unit:
 
     def became_ready(self) -> None:
         self.ready = True
+        self.ready_since = time.monotonic()
         say("%s is ready" % self.container)
-        self.note("ready", 0)
+        self.note("ready")
         marker = read_json(self.marker_file)
         if marker.get("status") == "complete":
             self.mark("proven")
@@ -485,8 +493,13 @@ class Unit:
             self.note("stopped", 0)
             return 0
         if self.ready:
+            if self.steady:
+                say("%s %s" % (self.container, reason))
+                self.note("ended", 0, reason)
+                return self.exit_code(code)
+            reason += " soon after it was ready"
             say("%s %s" % (self.container, reason))
-            self.note("ended", 0, reason)
+            self.note("failed", self.failures() + 1, reason)
             return self.exit_code(code)
         say("%s %s before it was ready" % (self.container, reason))
         self.note("failed", self.failures() + 1, reason)

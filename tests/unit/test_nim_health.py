@@ -611,9 +611,39 @@ def test_older_failures_give_the_next_start_a_chance(world: World, nim: Nim) -> 
     world.unit("a", NRestarts=3)
     word(world, "back_off", 3)
     world.at(20, lambda: (word(world, "starting", 3), world.box("a")))
-    world.at(40, lambda: setattr(nim, "ready", 200))
+    world.at(40, lambda: (word(world, "ready", 3), setattr(nim, "ready", 200)))
+    world.at(70, lambda: word(world, "ready", 0))
     outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
     assert outcome.models[0]["ready"] is True
+
+
+def test_ready_has_to_last_where_it_did_not_before(world: World, nim: Nim) -> None:
+    world.unit("a")
+    world.box("a")
+    word(world, "ready", 2)
+    world.at(30, lambda: word(world, "ready", 0))
+    outcome, lines = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    assert outcome.models[0]["ready"] is True
+    assert world.clock - world.start >= 30
+    assert "watching whether it stays" in lines[0]
+
+
+def test_a_service_that_ends_whenever_it_was_ready_is_not_ready(world: World, nim: Nim) -> None:
+    world.unit("a")
+    world.box("a")
+    word(world, "ready", 2)
+    world.at(4, lambda: word(world, "failed", 3, "ended with code 1 soon after it was ready"))
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert "ended with code 1 soon after it was ready" in outcome.failures[0][1].sentence
+
+
+def test_one_end_soon_after_ready_is_not_held_against_it(world: World, nim: Nim) -> None:
+    world.unit("a")
+    world.box("a")
+    word(world, "ready", 1)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.models[0]["ready"] is True
+    assert world.clock == world.start
 
 
 def test_container_of_an_earlier_configuration_does_not_count(world: World, nim: Nim) -> None:
