@@ -34,7 +34,7 @@ def inventory_text() -> str:
 def playbook_commands() -> list[str]:
     """The indented ansible-playbook commands of the README, without their comments, in order, each once."""
     lines = re.findall(r"^ {4}(ansible-playbook .*)$", README.read_text(), re.MULTILINE)
-    return list(dict.fromkeys(line.split("#")[0].strip() for line in lines))
+    return list(dict.fromkeys(" ".join(line.split("#")[0].split()) for line in lines))
 
 
 def write_inventory(output: pathlib.Path) -> None:
