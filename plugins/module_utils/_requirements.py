@@ -25,7 +25,7 @@ PREFIX = "NVIDIA_REQUIRE_"
 #: Tegra only; the toolkit keeps it apart from the others.
 _JETPACK = "NVIDIA_REQUIRE_JETPACK"
 #: What Go's strconv.ParseBool takes for true.
-_TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
+GO_TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
 #: In the order in which libnvidia-container tries them: an operator counts when it is the beginning of one of these.
 _OPERATORS = ("=", "!=", "<", "<=", ">", ">=")
 #: NVML brands that libnvidia-container (``driver.c``) knows by name; all others, H100 and H200 among them, are "Unknown".
@@ -160,7 +160,7 @@ def requirements_of(environment: t.Mapping[str, str]) -> t.List[str]:
     Images that have CUDA_VERSION but no NVIDIA_REQUIRE_CUDA count as ``cuda>=major.minor``
     (nvidia-container-toolkit ``internal/config/image/cuda_image.go``).
     """
-    if environment.get("NVIDIA_DISABLE_REQUIRE") in _TRUE:
+    if environment.get("NVIDIA_DISABLE_REQUIRE") in GO_TRUE:
         return []
     values = [value for name, value in environment.items() if name.startswith(PREFIX) and not name.startswith(_JETPACK)]
     if PREFIX + "CUDA" not in environment:

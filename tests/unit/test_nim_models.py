@@ -13,6 +13,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import (
     addresses_overlap,
     parse_models,
     parse_size,
+    wanted_images,
 )
 
 IMAGE = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
@@ -282,3 +283,22 @@ def test_sizes_count_as_docker_does() -> None:
 
 def test_ipv6_url() -> None:
     assert parse_models([model(bind_address="::")])[0].url == "http://[::1]:8000"
+
+
+def test_images_that_the_models_need() -> None:
+    image = "nvcr.io/nim/meta/x:1"
+    models = [
+        {"name": "a", "image": image, "gpus": 1, "disk_space": "20GB"},
+        {"name": "b", "image": image, "gpus": 1, "port": 8001, "cache_directory": "/srv/b", "state": "stopped"},
+        {"name": "c", "image": image, "gpus": 1, "port": 8002, "environment": {"NVIDIA_DISABLE_REQUIRE": "true"}},
+        {"name": "d", "image": image, "gpus": 1, "port": 8003, "state": "absent"},
+    ]
+    cache = "/var/lib/nim/cache/"
+    assert wanted_images(models) == [
+        {"image": image, "cache_directory": cache + "a", "check_requirement": True, "disk_space": "20GB"},
+        {"image": image, "cache_directory": "/srv/b", "check_requirement": True},
+        {"image": image, "cache_directory": cache + "c", "check_requirement": False},
+    ]
+    assert wanted_images(None) == []
+    with pytest.raises(FleetError, match=r"nim_models\[0\]\.port = 0"):
+        wanted_images([{"name": "a", "image": image, "gpus": 1, "port": 0}])
