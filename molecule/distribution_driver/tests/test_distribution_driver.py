@@ -33,7 +33,8 @@ def packages(host: Host) -> dict[str, str]:
 
 def driver_packages(host: Host) -> dict[str, str]:
     pattern = r"(lib)?nvidia-|libcuda1$|firmware-nvidia"
-    independent = r"nvidia-(support|installer-cleanup|kernel-common)$"
+    # Debian ships these at versions of their own.
+    independent = r"nvidia-(support|installer-cleanup|kernel-common|modprobe)$"
     return {
         package: version
         for package, version in packages(host).items()
