@@ -107,9 +107,9 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes
-	@$(SANDBOX) up -n 0
+test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes, slow starts
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
+	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
 	@PYTHONPATH=tests/sandbox:tests/sandbox/world $(BIN)/pytest -v tests/full
 
 .PHONY: test-gpu
