@@ -10,6 +10,7 @@ one execution on the host. Looks never go to the network; ``refresh``, ``install
 
 from __future__ import annotations
 
+import abc
 import base64
 import binascii
 import functools
@@ -313,7 +314,7 @@ def dearmor(content: bytes, url: str = "") -> bytes:
 # -- the interface --------------------------------------------------------------------------------
 
 
-class PackageManager:
+class PackageManager(abc.ABC):
     """Packages of one host. Use :func:`package_manager` to get the right one.
 
     Every method that starts with a verb of change (``install``, ``hold``, ``apply_repository``, …) raises FleetError
@@ -330,27 +331,27 @@ class PackageManager:
 
     # looks: no network
 
+    @abc.abstractmethod
     def installed(self, *patterns: str) -> t.Dict[str, Package]:
         """Installed packages whose names match shell-style patterns."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def available(self, *names: str) -> t.Dict[str, t.List[Available]]:
         """Versions on offer per name, newest first; names nobody offers are missing. Uses the lists on the host."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def repository_state(self, repository: Repository) -> RepositoryState:
         """What is configured of a repository."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def interrupted(self) -> t.List[str]:
         """Names of packages that an interrupted transaction left half installed."""
-        raise NotImplementedError
 
     # plan (pure)
 
+    @abc.abstractmethod
     def repository_content(self, repository: Repository) -> t.Tuple[str, str]:
         """Path and text of a repository's definition."""
-        raise NotImplementedError
 
     def plan_repository(self, resource: str, repository: Repository, state: RepositoryState) -> t.List[Change]:
         """Changes (action ``repository``, data ``repository``) that configure a repository; empty when it stands."""
@@ -384,14 +385,15 @@ class PackageManager:
 
     # changes
 
+    @abc.abstractmethod
     def apply_repository(self, repository: Repository) -> None:
         """Write key and definition, take the place of rival definitions, and refresh this repository's lists."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def refresh(self, repository: t.Optional[Repository] = None) -> None:
         """Download package lists, of one repository or of all."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def install(
         self, wanted: t.Mapping[str, t.Optional[str]], *, allow_removal: bool = False, reinstall: bool = False
     ) -> None:
@@ -402,23 +404,22 @@ class PackageManager:
             allow_removal: Whether the transaction may remove other packages to make room.
             reinstall: Unpack again even when the version is already there.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def remove(self, *names: str, purge: bool = False) -> None:
         """Remove packages; those that are not installed are fine."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def hold(self, *names: str) -> None:
         """Keep upgrades away from installed packages."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def unhold(self, *names: str) -> None:
         """Let upgrades reach packages again."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def repair(self) -> None:
         """Finish what an interrupted transaction left half done."""
-        raise NotImplementedError
 
     def newest(self, name: str, prefix: str = "") -> t.Optional[str]:
         """Newest version on offer whose upstream version is ``prefix`` or starts with ``prefix.``; None without one."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import abc
 import enum
 import typing as t
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Change:
         }
 
 
-class Resource(t.Generic[S]):
+class Resource(abc.ABC, t.Generic[S]):
     """One managed thing. Subclasses keep what is wanted in ``self``, validated in their constructor.
 
     ``plan`` is pure: same wanted and same state give the same changes, and it touches nothing.
@@ -90,17 +91,17 @@ class Resource(t.Generic[S]):
 
     name: t.ClassVar[str] = ""
 
+    @abc.abstractmethod
     def observe(self, host: Host) -> S:
         """Look at the host. Never changes it, starts a container, loads a module or contacts a registry."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def plan(self, state: S) -> list[Change]:
         """All changes that lead from ``state`` to what is wanted, in the order in which they must be applied."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(self, host: Host, change: Change) -> None:
         """Carry out one change; looks at reality first and does nothing when it already is so."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -123,7 +123,6 @@ def inventory_of(hosts: dict[str, t.Any], variables: dict[str, t.Any] | None = N
     return {"all": {"children": {"gpu_hosts": {"hosts": hosts, "vars": variables or {}}}}}
 
 
-@pytest.mark.skipif(not (ROOT / ".build").exists(), reason="needs the collection in its namespace")
 def test_all_hosts_in_one_message_and_no_host_is_contacted(tmp_path: pathlib.Path) -> None:
     done = play(
         tmp_path,
@@ -145,7 +144,6 @@ def test_all_hosts_in_one_message_and_no_host_is_contacted(tmp_path: pathlib.Pat
     assert "UNREACHABLE" not in output
 
 
-@pytest.mark.skipif(not (ROOT / ".build").exists(), reason="needs the collection in its namespace")
 def test_sound_inventory_goes_on(tmp_path: pathlib.Path) -> None:
     done = play(tmp_path, inventory_of({"gpu01": {"ansible_connection": "local", "ngc_registry": "nvcr.io"}}))
     assert done.returncode == 0, done.stdout + done.stderr
