@@ -1,0 +1,403 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Observe and plan of all resources of one host in one call; changes nothing and asks nobody but the host itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing as t
+from dataclasses import dataclass, field
+
+from ._docker_api import DockerApi
+from ._docker_daemon import DockerDaemon
+from ._docker_engine import DockerEngine
+from ._docker_group import DockerGroup
+from ._errors import FleetError
+from ._gpu import observe_gpus
+from ._host import CommandResult, FileStat, Host
+from ._ngc_login import NgcLogin
+from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
+from ._nim_models import parse_models
+from ._nim_service import HostState, NimService
+from ._nvidia_container_toolkit import NvidiaContainerToolkit
+from ._nvidia_driver import DriverState, NvidiaDriver
+from ._nvidia_driver_reload import DriverReload
+from ._resource import Change, Disruption, Resource
+
+Options = t.Mapping[str, t.Any]
+S = t.TypeVar("S")
+
+#: The resources in the order in which they are set up; later ones build on earlier ones.
+CHAIN = (
+    "nvidia_driver",
+    "nvidia_driver_reload",
+    "docker_engine",
+    "docker_daemon",
+    "docker_group",
+    "nvidia_container_toolkit",
+    "ngc_login",
+    "nim_image",
+    "nim_service",
+)
+
+#: What stands in the way of a service, and the resources that may remove it, the likeliest first.
+_SERVICE_NEEDS = {
+    "docker_unavailable": ("docker_engine", "docker_daemon"),
+    "no_gpu": ("nvidia_driver_reload", "nvidia_driver"),
+    "runtime_missing": ("nvidia_container_toolkit", "docker_daemon", "docker_engine"),
+    "image_missing": ("nim_image",),
+}
+
+
+class ReadOnlyHost(Host):
+    """A host for looking only: writes are refused, and a command that several resources ask for is run once.
+
+    A command is remembered because nothing changes between two looks of one plan.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._ran: dict[tuple[tuple[str, ...], str | None, tuple[tuple[str, str], ...]], CommandResult] = {}
+
+    def run(
+        self,
+        argv: t.Sequence[str],
+        *,
+        stdin: str | None = None,
+        env: t.Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> CommandResult:
+        key = (tuple(argv), stdin, tuple(sorted((env or {}).items())))
+        if key not in self._ran:
+            self._ran[key] = self._host.run(argv, stdin=stdin, env=env, timeout=timeout)
+        return self._ran[key]
+
+    def which(self, program: str) -> str | None:
+        return self._host.which(program)
+
+    def read_bytes(self, path: str) -> bytes | None:
+        return self._host.read_bytes(path)
+
+    def list_dir(self, path: str) -> list[str]:
+        return self._host.list_dir(path)
+
+    def read_link(self, path: str) -> str | None:
+        return self._host.read_link(path)
+
+    def stat(self, path: str) -> FileStat | None:
+        return self._host.stat(path)
+
+    def free_bytes(self, path: str) -> int:
+        return self._host.free_bytes(path)
+
+    def write_file(self, path: str, content: str | bytes, *, mode: int, uid: int = 0, gid: int = 0) -> None:
+        raise AssertionError("a plan writes nothing: %s" % path)
+
+    def make_dir(self, path: str, *, mode: int, uid: int = 0, gid: int = 0) -> None:
+        raise AssertionError("a plan writes nothing: %s" % path)
+
+    def remove(self, path: str) -> None:
+        raise AssertionError("a plan removes nothing: %s" % path)
+
+    def kernel_release(self) -> str:
+        return self._host.kernel_release()
+
+    def machine(self) -> str:
+        return self._host.machine()
+
+    def monotonic(self) -> float:
+        return self._host.monotonic()
+
+    def time(self) -> float:
+        return self._host.time()
+
+    def sleep(self, seconds: float) -> None:
+        self._host.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A change, and the resource that must be there before it can be planned in detail (empty: none)."""
+
+    change: Change
+    after: str = ""
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return dict(self.change.as_dict(), after=self.after or None)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A resource that could not be planned.
+
+    Attributes:
+        after: Set when the cause is one that the error of an earlier resource tells already.
+    """
+
+    resource: str
+    reason: str
+    message: str
+    after: str = ""
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return {
+            "resource": self.resource,
+            "reason": self.reason,
+            "message": self.message,
+            "after": self.after or None,
+        }
+
+
+@dataclass
+class HostPlan:
+    """All differences between what is wanted on a host and what is.
+
+    Attributes:
+        gpu: Whether the host has an NVIDIA GPU; without one it is left alone.
+        notes: What a plan leaves open although nothing is wrong.
+    """
+
+    gpu: bool = True
+    planned: list[Planned] = field(default_factory=list)
+    errors: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def result(self) -> dict[str, t.Any]:
+        """Return values of the module; worst disruption first, equal ones in the order of the chain."""
+        ordered = sorted(self.planned, key=lambda one: (-one.change.disruption, CHAIN.index(one.change.resource)))
+        worst = max((one.change.disruption for one in self.planned), default=Disruption.NONE)
+        return {
+            "gpu": self.gpu,
+            "drift": bool(self.planned or self.errors),
+            "worst": str(worst),
+            "changes": [one.as_dict() for one in ordered],
+            "errors": [error.as_dict() for error in self.errors],
+            "notes": self.notes,
+        }
+
+
+def plan_host(host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi | None = None) -> HostPlan:
+    """The plan of one host.
+
+    Args:
+        wanted: Resource -> options of the module of the same name; what is missing or None is not planned.
+        api: Docker of the host.
+
+    Returns:
+        The plan; what is wrong with one resource is a finding of it and hides no other one.
+    """
+    return _Planner(ReadOnlyHost(host), wanted, api or DockerApi()).run()
+
+
+class _Planner:
+    """One walk along the chain."""
+
+    def __init__(self, host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi) -> None:
+        self.host = host
+        self.wanted = {name: dict(options) for name, options in wanted.items() if options is not None}
+        self.api = api
+        self.plan = HostPlan()
+        #: What docker_daemon would write, for those that write the same file after it.
+        self.daemon_file: tuple[str, str] | None = None
+        self.driver_packages = False
+
+    def run(self) -> HostPlan:
+        if not observe_gpus(self.host, with_smi=False).pci:
+            self.plan.gpu = False
+            return self.plan
+        steps: dict[str, t.Callable[[Options], None]] = {
+            "nvidia_driver": self._driver,
+            "nvidia_driver_reload": self._reload,
+            "docker_engine": self._engine,
+            "docker_daemon": self._daemon,
+            "docker_group": self._group,
+            "nvidia_container_toolkit": self._toolkit,
+            "ngc_login": self._login,
+            "nim_image": self._images,
+            "nim_service": self._services,
+        }
+        for name in CHAIN:
+            if name not in self.wanted:
+                continue
+            try:
+                steps[name](self.wanted[name])
+            except FleetError as error:
+                self._error(name, error)
+        return self.plan
+
+    # -- what earlier steps have found ----------------------------------------------------------------
+
+    def _unsettled(self, *names: str) -> str:
+        """The first of the resources that is not as wanted yet, or cannot be told to be; empty when all are."""
+        found = {one.change.resource for one in self.plan.planned} | {one.resource for one in self.plan.errors}
+        return next((name for name in names if name in found), "")
+
+    def _error(self, name: str, error: FleetError) -> None:
+        # Two resources read the same file: what is wrong with it is told once.
+        same = next((one for one in self.plan.errors if one.message == error.message), None)
+        if same is not None:
+            message = "Not looked at, for what is wrong with %s." % same.resource
+            self.plan.errors.append(Finding(name, error.reason, message, same.resource))
+            return
+        self.plan.errors.append(Finding(name, error.reason, error.message))
+
+    def _add(self, changes: t.Iterable[Change]) -> None:
+        changes = list(changes)
+        # A test that leaves the host as it is belongs to a plan only beside a change.
+        if any(not change.proof for change in changes):
+            self.plan.planned += [Planned(change) for change in changes]
+
+    def _later(self, name: str, what: str, before: t.Any, to: t.Any, after: str, disruption: Disruption) -> None:
+        why = "after %s: it cannot be planned in detail before that" % after
+        self.plan.planned.append(Planned(Change(name, what, before, to, why, disruption), after))
+
+    def _simple(self, resource: Resource[S]) -> S:
+        state = resource.observe(self.host)
+        self._add(resource.plan(state))
+        return state
+
+    # -- the chain ------------------------------------------------------------------------------------
+
+    def _driver(self, options: Options) -> None:
+        driver = NvidiaDriver(**options)
+        state = driver.observe(self.host)
+        changes = driver.plan(state)
+        self._add(changes)
+        self.driver_packages = any(change.action in ("packages", "build") for change in changes)
+        if "nvidia_driver_reload" not in self.wanted and driver.kernel_module and not self.driver_packages:
+            self._without_reload(state)
+
+    def _without_reload(self, state: DriverState) -> None:
+        """Where reloading is switched off, only a reboot brings the installed module into the kernel."""
+        if state.loaded_version == state.on_disk or not state.on_disk:
+            return
+        self._add(
+            [
+                Change(
+                    "nvidia_driver_reload",
+                    "kernel module nvidia",
+                    state.loaded_version or None,
+                    state.on_disk,
+                    "the module in memory is not the one that is installed",
+                    Disruption.REBOOT,
+                    blocked="a reboot is needed, because reloading the driver is switched off",
+                )
+            ]
+        )
+
+    def _reload(self, options: Options) -> None:
+        reload = DriverReload(**options)
+        state = reload.observe(self.host)
+        waits = self.driver_packages
+        try:
+            changes = reload.plan(state)
+        except FleetError as error:
+            if error.reason not in ("no_kernel_module", "driver_mismatch") or not self._unsettled("nvidia_driver"):
+                raise
+            changes, waits = [], True
+        self._add(changes)
+        # Also where the version stays: the module is unloaded before packages change.
+        if not changes and waits:
+            self._later(
+                reload.name,
+                "kernel module nvidia",
+                state.loaded_version or None,
+                reload.expected_version or "as installed",
+                "nvidia_driver",
+                Disruption.UNLOAD_DRIVER if state.loaded is not None else Disruption.NONE,
+            )
+
+    def _engine(self, options: Options) -> None:
+        self._simple(DockerEngine(**options, api=self.api))
+
+    def _daemon(self, options: Options) -> None:
+        daemon = DockerDaemon(**options, api=self.api)
+        state = daemon.observe(self.host)
+        changes = daemon.plan(state)
+        self._add(changes)
+        for change in changes:
+            if change.action == "daemon_file" and not change.blocked:
+                self.daemon_file = (state.path, str(change.data["after"]))
+
+    def _group(self, options: Options) -> None:
+        group = DockerGroup(**options)
+        changes = group.plan(group.observe(self.host))
+        if self._unsettled("docker_engine"):
+            # The engine's package makes the group.
+            changes = [change for change in changes if change.action != "create"]
+        self._add(changes)
+
+    def _toolkit(self, options: Options) -> None:
+        toolkit = NvidiaContainerToolkit(**options, api=self.api)
+        state = toolkit.observe(self.host)
+        if self.daemon_file is not None and self.daemon_file[0] == state.daemon.path:
+            # Whether Docker may be restarted hangs on live-restore, which docker_daemon switches on before.
+            state = dataclasses.replace(state, daemon=dataclasses.replace(state.daemon, text=self.daemon_file[1]))
+        self._add(toolkit.plan(state))
+
+    def _login(self, options: Options) -> None:
+        # Without the check at the registry that the module makes before it stores a key.
+        self._simple(NgcLogin(**options))
+
+    def _images(self, options: Options) -> None:
+        pull = options.get("pull", PULL_MISSING)
+        resource = NimImages(**dict(options, pull=PULL_MISSING if pull == PULL_NEWER else pull), api=self.api)
+        if pull == PULL_NEWER:
+            self.plan.notes.append(
+                "nim_image: pull is newer, but a plan asks no registry: tags that have moved are found by the run itself."
+            )
+        state = resource.observe(self.host)
+        if state.docker:
+            self._add(resource.plan(state))
+            return
+        after = self._unsettled("docker_engine", "docker_daemon")
+        if not after:
+            raise FleetError(
+                "docker_unavailable",
+                "Looking for images failed: no Docker daemon answers on this host; install and start it first.",
+            )
+        for image in state.images:
+            if image.wanted.state == "present":
+                digest = image.pinned.digest if image.pinned is not None else ""
+                to = digest or "the digest of tag %s" % image.wanted.reference.tag
+                self._later(resource.name, "image %s" % image.wanted.reference, None, to, after, Disruption.NONE)
+
+    def _services(self, options: Options) -> None:
+        models = parse_models(options.get("models") or [], variable="models")
+        service = NimService(
+            models,
+            key=options.get("ngc_api_key"),
+            key_state=options.get("ngc_key_state") or "present",
+            injection=options.get("gpu_injection") or "runtime",
+            remove_all=options.get("state") == "absent",
+            api=self.api,
+        )
+        state = service.observe(self.host)
+        changes = service.plan(state)
+        waiting = {change.what: change for change in changes if change.action == "prerequisite"}
+        if not waiting:
+            self._add(changes)
+            return
+        # One model that cannot be planned yet hides neither the others nor what is wrong with them.
+        ready = [model for model in models if model.unit not in waiting]
+        service.models = ready
+        for model in models:
+            if model.unit in waiting:
+                self._waiting(waiting[model.unit], state)
+        if ready:
+            self._add(service.plan(state))
+
+    def _waiting(self, change: Change, state: HostState) -> None:
+        """A service that cannot be planned yet: because of an earlier resource, or for good."""
+        reason = str(change.data["reason"])
+        after = self._unsettled(*_SERVICE_NEEDS.get(reason, ()))
+        if not after:
+            self._error(change.resource, FleetError(reason, str(change.data["message"])))
+            return
+        name = change.what[len("nim-") : -len(".service")]
+        known = state.services.get(name)
+        runs = known is not None and (known.running or known.alive)
+        disruption = Disruption.RESTART_NIM if runs else Disruption.NONE
+        self._later(change.resource, change.what, change.before, change.after, after, disruption)
