@@ -110,7 +110,7 @@ molecule: install ## Molecule scenarios; one with S=name
 test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes, slow starts
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
-	@PYTHONPATH=tests/sandbox:tests/sandbox/world $(BIN)/pytest -v tests/full
+	@$(BIN)/pytest -n 2 -v tests/full
 
 .PHONY: test-gpu
 test-gpu: ## On a server with NVIDIA GPUs: what only real hardware can tell (see tests/real_gpu)

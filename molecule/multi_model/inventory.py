@@ -11,6 +11,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "tests/sandbox"))
 
-from fleet_testing import readme_inventory, script_inventory
+import readme
 
-print(json.dumps(script_inventory(readme_inventory("multi_model"))))
+group = readme.inventory_of("multi_model")["gpu_hosts"]
+answer = {
+    "_meta": {"hostvars": group["hosts"]},
+    "gpu_hosts": {"hosts": list(group["hosts"]), "vars": group.get("vars", {})},
+}
+print(json.dumps(answer))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A run that is interrupted anywhere is finished by the next one. Each line of the table takes about two minutes.
 
-PYTHONPATH=tests/sandbox:tests/sandbox/world .venv/bin/pytest tests/full
+.venv/bin/pytest -v tests/full
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from control import KEY_VALID
-from story import Run, Story, sandbox
-
-HOST = "interrupted-gpu01"
-SITE = "gpu_fleet.nim.site"
+from fleet_testing import Fleet, Host, Run, read_inventory, sandbox
 
 #: Task after whose announcement the controller dies, and how many seconds after.
 MOMENTS = [
@@ -51,43 +47,46 @@ OURS = "/etc /usr/local /var/lib/nim /var/lib/gpu_fleet /root"
 
 
 @pytest.fixture
-def story() -> Iterator[Story]:
-    sandbox("remove", "--scenario", "interrupted")
-    sandbox("add", "gpu01", "--scenario", "interrupted", "--image", "debian13", "--gpus", "NVIDIA H200:143771:1")
-    yield Story("interrupted", Path(__file__).parent)
-    sandbox("remove", "--scenario", "interrupted")
+def fleet(worker_id: str) -> Iterator[Fleet]:
+    """A bare host; another one for every process of pytest-xdist."""
+    scenario = "interrupted-" + worker_id
+    sandbox("remove", "--scenario", scenario)
+    sandbox("add", "gpu01", "--scenario", scenario, "--image", "debian13", "--gpus", "NVIDIA H200:143771:1")
+    yield Fleet(scenario, read_inventory(Path(__file__).with_name("inventory.yml")))
+    sandbox("remove", "--scenario", scenario)
+
+
+@pytest.fixture
+def host(fleet: Fleet) -> Host:
+    return fleet.host("gpu01")
 
 
 def _moment(task: str) -> str:
     return r"TASK \[.*%s" % re.escape(task)
 
 
-def _is_finished(story: Story, first: Run) -> None:
-    environment = {"NGC_API_KEY": KEY_VALID}
+def _is_finished(fleet: Fleet, host: Host, first: Run) -> None:
     assert "PLAY RECAP" not in first.output, "it was over before it was interrupted"
     # No second attempt: the very next run must do it.
-    story.play(SITE, environment=environment)
-    again = story.play(SITE, environment=environment)
-    assert again.recap(HOST)["changed"] == 0, again.output
+    fleet.site()
+    assert fleet.site().changed() == []
     # Nothing half-written: no file that was to be moved to its place, no half-installed package, no broken JSON.
-    temporary = story.ssh(HOST, r"find %s -regextype posix-extended -regex '.*/\.[^/]+\.[a-z0-9_]{8}'" % OURS)
+    temporary = host.run(r"find %s -regextype posix-extended -regex '.*/\.[^/]+\.[a-z0-9_]{8}'" % OURS)
     assert temporary == ""
-    assert story.ssh(HOST, "dpkg --audit") == ""
-    for path in story.ssh(HOST, "ls /etc/nim/*.json /etc/docker/daemon.json /var/lib/gpu_fleet/*.json").split():
-        json.loads(story.ssh(HOST, "cat " + path))
-    assert "200" in story.ssh(HOST, "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/health/ready")
+    assert host.run("dpkg --audit") == ""
+    for path in host.run("ls /etc/nim/*.json /etc/docker/daemon.json /var/lib/gpu_fleet/*.json").split():
+        json.loads(host.run("cat " + path))
+    assert "200" in host.run("curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/health/ready")
 
 
 @pytest.mark.parametrize(("task", "seconds"), MOMENTS)
-def test_controller_dies(story: Story, task: str, seconds: float) -> None:
-    environment = {"NGC_API_KEY": KEY_VALID}
-    _is_finished(story, story.play_until(_moment(task), SITE, after=seconds, environment=environment))
+def test_controller_dies(fleet: Fleet, host: Host, task: str, seconds: float) -> None:
+    _is_finished(fleet, host, fleet.play_until(_moment(task), "site", after=seconds))
 
 
 @pytest.mark.parametrize(("task", "seconds"), POWER_CUTS)
-def test_host_loses_power(story: Story, task: str, seconds: float) -> None:
-    environment = {"NGC_API_KEY": KEY_VALID}
-    run = story.play_until(_moment(task), SITE, after=seconds, environment=environment)
-    sandbox("stop", HOST, "--power-cut")
-    sandbox("start", HOST)
-    _is_finished(story, run)
+def test_host_loses_power(fleet: Fleet, host: Host, task: str, seconds: float) -> None:
+    run = fleet.play_until(_moment(task), "site", after=seconds)
+    sandbox("stop", host.name, "--power-cut")
+    sandbox("start", host.name)
+    _is_finished(fleet, host, run)

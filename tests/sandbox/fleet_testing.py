@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""For tests that tell a story: run a playbook on a changed inventory, break something on a host, see who kept running."""
+"""For tests that tell a story: run playbooks against a scenario's hosts, break something there, see who kept running."""
 
 from __future__ import annotations
 
@@ -11,66 +11,41 @@ import http.client
 import json
 import os
 import pathlib
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-import readme
 import yaml
+from control import KEY_VALID
+from fleet_sandbox.inventory import full_name
 
 SOURCE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = SOURCE.parents[1]
 SANDBOX = CHECKOUT / ".sandbox"
-
-sys.path.insert(0, str(SOURCE / "world"))
+#: Seconds after which a playbook counts as stuck.
+PATIENCE = 600
 
 Json = dict[str, Any]
 
-#: Hosts of the README and what the demo makes them of.
-_README_HOSTS: dict[str, Json] = {
-    "gpu01": {"sandbox_image": "ubuntu2404", "sandbox_gpus": "NVIDIA H200:143771:2"},
-    "gpu02": {},
-}
+
+def sandbox(*arguments: str) -> None:
+    """A command of the sandbox: ``sandbox("add", "gpu01", "--scenario", "x")``."""
+    command = [sys.executable, str(SOURCE / "sandbox.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-# -- inventories ------------------------------------------------------------------------------------
-
-
-def host_name(scenario: str, name: str) -> str:
-    return "%s-%s" % (scenario.replace("_", "-"), name)
-
-
-def readme_inventory(scenario: str) -> Json:
-    """The README's inventory with the names that the hosts have in a scenario."""
-    inventory: Json = yaml.safe_load(readme.inventory_text())
-    group = inventory["gpu_hosts"]
-    group["hosts"] = {
-        host_name(scenario, name): {**variables, **_README_HOSTS[name]} for name, variables in group["hosts"].items()
-    }
-    return inventory
-
-
-def file_inventory(scenario: str) -> Json:
-    """The scenario's own ``inventory.yml``."""
-    found: Json = yaml.safe_load((CHECKOUT / "molecule" / scenario / "inventory.yml").read_text())
+def read_inventory(path: pathlib.Path) -> Json:
+    found: Json = yaml.safe_load(path.read_text())
     return found
-
-
-def script_inventory(inventory: Json) -> Json:
-    """The same in the form in which an inventory script answers ``--list``."""
-    answer: Json = {"_meta": {"hostvars": {}}}
-    for group, content in inventory.items():
-        answer[group] = {"hosts": list(content["hosts"]), "vars": content.get("vars", {})}
-        answer["_meta"]["hostvars"].update(content["hosts"])
-    return answer
-
-
-# -- runs -------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -132,18 +107,18 @@ class Identity:
 class Client:
     """Requests one after the other; every answer with its time."""
 
-    def __init__(self, machine: Machine, port: int) -> None:
-        self.machine = machine
+    def __init__(self, host: Host, port: int) -> None:
+        self.host = host
         self.port = port
         self.answers: list[tuple[float, int]] = []
         self.end = threading.Event()
         self.thread = threading.Thread(target=self._ask, daemon=True)
 
     def _ask(self) -> None:
-        model = self.machine.model_names(self.port)[0]
+        model = self.host.model_names(self.port)[0]
         while not self.end.is_set():
             began = time.monotonic()
-            self.answers.append((began, self.machine.complete(self.port, model)[0]))
+            self.answers.append((began, self.host.complete(self.port, model)[0]))
             self.end.wait(0.05)
 
     @property
@@ -159,37 +134,57 @@ class Client:
         return 0.0 if not failed else (good[0] if good else float("inf")) - failed[0]
 
 
-class Machine:
-    """A host of the scenario, over SSH."""
+class Host:
+    """A host of the scenario, over SSH as root."""
 
-    def __init__(self, name: str, connection: Json) -> None:
+    def __init__(self, name: str, connection: Json, sockets: str) -> None:
         self.name = name
         self.address = str(connection["ansible_host"])
         self._ssh = [
             "ssh",
             *shlex.split(connection["ansible_ssh_common_args"]),
-            *("-o", "LogLevel=ERROR", "-o", "ControlMaster=auto", "-o", "ControlPersist=60"),
-            *("-o", "ControlPath=%s/run/ssh-%%C" % SANDBOX),
-            *("-i", connection["ansible_ssh_private_key_file"]),
+            *("-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ControlMaster=auto", "-o", "ControlPersist=60"),
+            *("-o", "ControlPath=%s/%%C" % sockets, "-i", connection["ansible_ssh_private_key_file"]),
             "%s@%s" % (connection["ansible_user"], self.address),
         ]
 
-    def run(self, command: str, *, check: bool = True, stdin: str | None = None, timeout: float = 120) -> str:
+    def run(self, command: str, *, check: bool = True, stdin: str = "") -> str:
         """Run a shell command and give its output without the last newline."""
+        arguments = [*self._ssh, command]
         done = subprocess.run(
-            [*self._ssh, command], input=stdin or "", capture_output=True, text=True, timeout=timeout, check=False
+            arguments, input=stdin, capture_output=True, text=True, errors="replace", timeout=300, check=False
         )
-        assert done.returncode == 0 or not check, "%s: %s: %d %s%s" % (
-            self.name,
-            command,
-            done.returncode,
-            done.stdout,
-            done.stderr,
-        )
+        said = "%s: %s: %d %s%s" % (self.name, command, done.returncode, done.stdout, done.stderr)
+        assert done.returncode == 0 or not check, said
         return done.stdout.rstrip("\n")
 
     def succeeds(self, command: str) -> bool:
         return subprocess.run([*self._ssh, command], capture_output=True, check=False, timeout=120).returncode == 0
+
+    def start_program(self, name: str, request: Json) -> subprocess.Popen[bytes]:
+        """Start a Python program of this folder on the host; ``request`` is the first line of its standard input.
+
+        Neither the program nor the request appears in an argument list or a file of the host.
+        """
+        source = (SOURCE / name).read_bytes()
+        loader = "python3 -c 'import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))'"
+        process = subprocess.Popen([*self._ssh, loader], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin
+        process.stdin.write(b"%d\n%s%s\n" % (len(source), source, json.dumps(request).encode()))
+        process.stdin.flush()
+        return process
+
+    def run_program(self, name: str, request: Json) -> Any:
+        """The same to its end; it answers in JSON."""
+        with self.start_program(name, request) as process:
+            answer = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, "%s: %s: %d" % (self.name, name, process.returncode)
+        return json.loads(answer)
+
+    def snapshot(self, skip: Sequence[str] = ()) -> dict[str, str]:
+        """Every file (mode, owner, content), package, unit file and kernel module, for ``difference``."""
+        found: dict[str, str] = self.run_program("snapshot_host.py", {"skip": list(skip)})
+        return found
 
     def write(self, path: str, text: str, mode: str = "0644") -> None:
         self.run("install -D -m %s /dev/stdin %s" % (mode, shlex.quote(path)), stdin=text)
@@ -274,10 +269,11 @@ class Machine:
         client.thread.start()
         try:
             yield client
+            # Also where it was over in an instant: what comes right after it counts.
+            wait_until(lambda: len(client.answers) > 5, "the client has asked more than five times", 30)
         finally:
             client.end.set()
             client.thread.join(15)
-        assert len(client.answers) > 5, "the client asked only %d times" % len(client.answers)
 
     @contextlib.contextmanager
     def stream(self, port: int, tokens: int) -> Iterator[Json]:
@@ -330,98 +326,144 @@ class Machine:
 
 
 class Fleet:
-    """The hosts of a scenario and the inventory they converged to; changes are made on copies of it."""
+    """The hosts of a scenario and their inventory; by default the scenario's own ``inventory.yml``."""
 
-    current: list[Fleet] = []
+    #: By scenario.
+    current: dict[str, Fleet] = {}
 
-    def __init__(self, scenario: str, inventory: Json) -> None:
+    def __init__(self, scenario: str, inventory: Json | None = None) -> None:
         self.scenario = scenario
-        self.inventory = inventory
+        self.inventory = inventory or read_inventory(CHECKOUT / "molecule" / scenario / "inventory.yml")
         self.connections = SANDBOX / "inventories" / (scenario + ".yml")
-        group = yaml.safe_load(self.connections.read_text())["gpu_hosts"]
-        self.machines = {
-            name: Machine(name, {**group.get("vars", {}), **variables}) for name, variables in group["hosts"].items()
+        # Connections are this object's own: hosts that come later may have the same addresses.
+        self._sockets = tempfile.TemporaryDirectory(prefix="fleet-")
+        group = read_inventory(self.connections)["gpu_hosts"]
+        self.hosts = {
+            name: Host(name, {**group["vars"], **variables}, self._sockets.name)
+            for name, variables in group["hosts"].items()
         }
-        Fleet.current.append(self)
+        Fleet.current[scenario] = self
 
-    def machine(self, name: str) -> Machine:
-        return self.machines[host_name(self.scenario, name)]
+    def host(self, name: str) -> Host:
+        return self.hosts[full_name(self.scenario, name)]
 
     def changed(self, host: str, model: str = "", *, remove: str = "", add: Json | None = None, **values: Any) -> Json:
         """A copy of the inventory in which one model has other values, is gone, or came along. None takes a key away."""
         inventory = copy.deepcopy(self.inventory)
         group = inventory["gpu_hosts"]
-        variables = group["hosts"][host_name(self.scenario, host)]
-        models = variables.get("nim_models") or group["vars"]["nim_models"]
+        models = group["hosts"][self.host(host).name].get("nim_models") or group["vars"]["nim_models"]
         if model:
             entry = next(entry for entry in models if entry["name"] == model)
-            for key, value in values.items():
-                if value is None:
-                    entry.pop(key, None)
-                else:
-                    entry[key] = value
+            entry.update(values)
+            for key in [key for key, value in entry.items() if value is None]:
+                del entry[key]
         models[:] = [entry for entry in models if entry["name"] != remove]
         if add:
             models.append(add)
         return inventory
 
-    def play(
-        self,
-        playbook: str,
-        *options: str,
-        inventory: Json | None = None,
-        variables: Json | None = None,
-        key: str | None = None,
-        succeeds: bool = True,
-    ) -> Run:
-        """Run a playbook of the collection as an operator does.
+    def play(self, playbook: str | pathlib.Path, *options: str, succeeds: bool = True, **how: Any) -> Run:
+        """Run a playbook, of the collection ("site") or a file, to its end as an operator does.
 
         Args:
-            key: NGC key in the controller's environment, in place of the one that works.
-            succeeds: What is expected; None of both is an error of the test when it is not known.
+            succeeds: What is expected.
+            inventory: In place of the scenario's own; its hosts are known in any case.
+            environment: Further variables of the controller, in place of the NGC_API_KEY that works too.
         """
-        folder = SANDBOX / "run" / ("test-" + self.scenario)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "inventory.json").write_text(json.dumps(inventory or self.inventory))
-        (folder / "results.jsonl").write_text("")
-        environment = {
-            **os.environ,
-            "ANSIBLE_CONFIG": str(SANDBOX / "ansible.cfg"),
-            "ANSIBLE_CALLBACK_PLUGINS": str(SOURCE / "callback"),
-            "ANSIBLE_CALLBACKS_ENABLED": "recorder",
-            "RECORDER_FILE": str(folder / "results.jsonl"),
-        }
-        if key is not None:
-            environment["NGC_API_KEY"] = key
-        command = ["ansible-playbook", "gpu_fleet.nim." + playbook]
-        command += ["-i", str(folder / "inventory.json"), "-i", str(self.connections)]
-        if variables:
-            command += ["-e", json.dumps(variables)]
-        began = time.monotonic()
-        done = subprocess.run(
-            [*command, *options],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-        run = Run(done.returncode, done.stdout, time.monotonic() - began, results)
-        # pytest shows it where a test fails.
-        print("$ %s\n%s" % (shlex.join([*command, *options]), run.output))
+        run = self._run(playbook, options, **how)
         assert (run.code == 0) is succeeds, "the run %s" % ("failed" if succeeds else "should have failed")
         return run
+
+    def play_until(self, moment: str, playbook: str | pathlib.Path, *options: str, after: float = 0, **how: Any) -> Run:
+        """Run a playbook and kill the controller ``after`` seconds after ``moment`` (a pattern) was in its output.
+
+        All its processes get SIGKILL at once, as when the controller loses power: nothing is cleaned up.
+        """
+        run = self._run(playbook, options, moment=moment, after=after, **how)
+        assert re.search(moment, run.output), "the moment %r never came" % moment
+        return run
+
+    def _run(
+        self,
+        playbook: str | pathlib.Path,
+        options: Sequence[str],
+        *,
+        inventory: Json | None = None,
+        environment: Mapping[str, str] | None = None,
+        moment: str = "",
+        after: float = PATIENCE,
+    ) -> Run:
+        folder = SANDBOX / "run" / ("test-" + self.scenario)
+        folder.mkdir(parents=True, exist_ok=True)
+        variables, results, output = folder / "inventory.json", folder / "results.jsonl", folder / "output"
+        variables.write_text(json.dumps(inventory or self.inventory))
+        results.write_text("")
+        command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook")]
+        command += [str(playbook) if isinstance(playbook, pathlib.Path) else "gpu_fleet.nim." + playbook]
+        command += ["-i", str(variables), "-i", str(self.connections), *options]
+        settings = {
+            "ANSIBLE_COLLECTIONS_PATH": str(CHECKOUT / ".build/collections"),
+            **os.environ,
+            "ANSIBLE_CONFIG": str(SANDBOX / "ansible.cfg"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_FORCE_COLOR": "0",
+            "ANSIBLE_CALLBACK_PLUGINS": str(SOURCE / "callback"),
+            "ANSIBLE_CALLBACKS_ENABLED": "recorder",
+            "RECORDER_FILE": str(results),
+            "PYTHONUNBUFFERED": "1",
+            "NGC_API_KEY": KEY_VALID,
+            **(environment or {}),
+        }
+        began = time.monotonic()
+        with output.open("wb") as stream, subprocess.Popen(
+            command, env=settings, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=CHECKOUT
+        ) as process:
+            try:
+                if moment:
+                    came = re.compile(moment.encode())
+                    wait_until(lambda: process.poll() is not None or came.search(output.read_bytes()), moment, 400)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(after)
+            finally:
+                if process.poll() is None:
+                    kill_tree(process.pid)
+                text = output.read_text(errors="replace")
+                # pytest shows it where a test fails.
+                print("$ %s\n%s" % (shlex.join(command), text))
+        lines = results.read_text().rpartition("\n")[0].splitlines()
+        return Run(process.returncode, text, time.monotonic() - began, [json.loads(line) for line in lines])
 
     def site(self, *options: str, **arguments: Any) -> Run:
         return self.play("site", *options, **arguments)
 
     def nim(self, inventory: Json | None = None, host: str = "", **arguments: Any) -> Run:
         """Only the services, of one host or all: what an operator runs after editing nim_models."""
-        options = ["--tags", "nim"] + (["--limit", host_name(self.scenario, host)] if host else [])
-        return self.play("site", *options, inventory=inventory, **arguments)
+        options = ["--tags", "nim"] + (["--limit", self.host(host).name] if host else [])
+        return self.site(*options, inventory=inventory, **arguments)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all that it has started, sessions of their own included."""
+    children: dict[int, list[int]] = {}
+    for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for each in found:
+        found += children.get(each, [])
+    for each in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+
+
+def difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
+    """What is new, gone or different in the second of two snapshots."""
+    return {
+        path: "new" if path not in before else "gone" if path not in after else "different"
+        for path in sorted({*before, *after})
+        if before.get(path) != after.get(path)
+    }
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30, pause: float = 0.2) -> Any:
@@ -441,6 +483,6 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, None
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" and report.failed:
-        for fleet in Fleet.current:
-            for machine in fleet.machines.values():
-                report.sections.append(("journal of " + machine.name, machine.journal()))
+        for fleet in Fleet.current.values():
+            for host in fleet.hosts.values():
+                report.sections.append(("journal of " + host.name, host.journal()))

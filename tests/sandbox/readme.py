@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import yaml
 
@@ -19,8 +20,11 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "tests/sandbox/world"))
 
 import control  # noqa: E402 (lies below a directory that is no package)
+from fleet_sandbox.inventory import full_name  # noqa: E402
 
 README = CHECKOUT / "README.md"
+#: What the sandbox makes the README's hosts of.
+HARDWARE = {"gpu01": {"sandbox_image": "ubuntu2404", "sandbox_gpus": "NVIDIA H200:143771:2"}, "gpu02": {}}
 
 
 def inventory_text() -> str:
@@ -29,6 +33,16 @@ def inventory_text() -> str:
     if not found:
         raise SystemExit("README.md has no YAML block")
     return found.group(1)
+
+
+def inventory_of(scenario: str) -> dict[str, Any]:
+    """The README's inventory with the names that the hosts have in a test scenario."""
+    inventory: dict[str, Any] = yaml.safe_load(inventory_text())
+    group = inventory["gpu_hosts"]
+    group["hosts"] = {
+        full_name(scenario, name): {**variables, **HARDWARE[name]} for name, variables in group["hosts"].items()
+    }
+    return inventory
 
 
 def playbook_commands() -> list[str]:

@@ -14,31 +14,31 @@ import json
 import time
 
 from control import World
-from fleet_testing import SANDBOX, Fleet, Json, Machine, file_inventory, host_name, wait_until
+from fleet_testing import SANDBOX, Fleet, Host, Json, wait_until
 
-FLEET = Fleet("driver_requirement", file_inventory("driver_requirement"))
-GEFORCE = FLEET.machine("geforce")
-BUSY = FLEET.machine("busy")
-PLAIN = FLEET.machine("plain")
-SECURE = FLEET.machine("secure")
+FLEET = Fleet("driver_requirement")
+GEFORCE = FLEET.host("geforce")
+BUSY = FLEET.host("busy")
+PLAIN = FLEET.host("plain")
+SECURE = FLEET.host("secure")
 REPOSITORY = "nim/meta/llama3-8b-instruct"
 MODEL = {"name": "llama3", "image": "nvcr.io/%s:1.0.3" % REPOSITORY, "gpus": 1, "start_timeout": 90}
 BOOTS = "/var/lib/boots"
 
 
-def wanted(host: str, **variables: object) -> Json:
+def wanted(host: Host, **variables: object) -> Json:
     """The inventory with other variables for one host."""
     inventory = copy.deepcopy(FLEET.inventory)
-    inventory["gpu_hosts"]["hosts"][host_name("driver_requirement", host)].update(variables)
+    inventory["gpu_hosts"]["hosts"][host.name].update(variables)
     return inventory
 
 
-def packages(machine: Machine) -> str:
-    return machine.run("dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n'; ls /etc/apt/sources.list.d")
+def packages(host: Host) -> str:
+    return host.run("dpkg-query -W -f '${Package} ${Version} ${db:Status-Abbrev}\\n'; ls /etc/apt/sources.list.d")
 
 
-def loaded(machine: Machine) -> str:
-    return machine.run("cat /sys/module/nvidia/version", check=False)
+def loaded(host: Host) -> str:
+    return host.run("cat /sys/module/nvidia/version", check=False)
 
 
 def layers(repository: str, tag: str) -> list[str]:
@@ -57,7 +57,7 @@ def layers(repository: str, tag: str) -> list[str]:
 def test_refused_before_the_pull() -> None:
     before = GEFORCE.run("docker images --quiet --no-trunc")
     began = time.time()
-    run = FLEET.site("--limit", GEFORCE.name, inventory=wanted("geforce", nim_models=[MODEL]), succeeds=False)
+    run = FLEET.site("--limit", GEFORCE.name, inventory=wanted(GEFORCE, nim_models=[MODEL]), succeeds=False)
     message = run.failure(GEFORCE.name)
     # Who, what it needs, what there is, and the smallest branch that would do.
     for word in ("llama3-8b-instruct", "12.5", "535.183.06", "555"):
@@ -75,7 +75,7 @@ def test_refused_before_the_pull() -> None:
 def test_one_run_with_a_reboot_ends_with_a_nim_that_answers() -> None:
     GEFORCE.write("/usr/lib/sandbox/boot.d/99-count", "#!/bin/sh\necho >> %s\n" % BOOTS, "0755")
     before = GEFORCE.boot_id()
-    inventory = wanted("geforce", nim_models=[MODEL], nvidia_driver_branch="555", nvidia_driver_reboot=True)
+    inventory = wanted(GEFORCE, nim_models=[MODEL], nvidia_driver_branch="555", nvidia_driver_reboot=True)
     hosts = "%s:%s" % (GEFORCE.name, PLAIN.name)
     bare = packages(PLAIN)
     run = FLEET.site("--limit", hosts, inventory=inventory)
@@ -101,7 +101,7 @@ def test_one_run_with_a_reboot_ends_with_a_nim_that_answers() -> None:
 def test_without_permission_the_reboot_is_asked_for() -> None:
     stopped = [{**MODEL, "state": "stopped"}]
     GEFORCE.run("systemctl stop nim-llama3")
-    inventory = wanted("geforce", nim_models=stopped, nvidia_driver_branch="570")
+    inventory = wanted(GEFORCE, nim_models=stopped, nvidia_driver_branch="570")
     boot = GEFORCE.boot_id()
     options = ("--limit", GEFORCE.name, "--tags", "nvidia_driver")
     run = FLEET.site(*options, inventory=inventory, succeeds=False)
@@ -133,7 +133,7 @@ def test_a_gpu_in_use_is_taken_from_nobody() -> None:
                 BUSY.name,
                 "--tags",
                 "nvidia_driver",
-                inventory=wanted("busy", nvidia_driver_branch="580", nvidia_driver_reboot=True),
+                inventory=wanted(BUSY, nvidia_driver_branch="580", nvidia_driver_reboot=True),
                 succeeds=False,
             )
         message = run.failure(BUSY.name)
@@ -153,7 +153,7 @@ def test_a_gpu_in_use_is_taken_from_nobody() -> None:
         BUSY.name,
         "--tags",
         "nvidia_driver",
-        inventory=wanted("busy", nvidia_driver_branch="580"),
+        inventory=wanted(BUSY, nvidia_driver_branch="580"),
         succeeds=False,
     )
     message = run.failure(BUSY.name)
@@ -163,7 +163,7 @@ def test_a_gpu_in_use_is_taken_from_nobody() -> None:
     # When nobody uses it any more, the same run goes through without a reboot, and the service can come back.
     boot = BUSY.boot_id()
     BUSY.run("systemctl stop nim-llama")
-    FLEET.site("--limit", BUSY.name, inventory=wanted("busy", nvidia_driver_branch="580"))
+    FLEET.site("--limit", BUSY.name, inventory=wanted(BUSY, nvidia_driver_branch="580"))
     assert loaded(BUSY) == "580.95.05" and BUSY.boot_id() == boot
     assert BUSY.complete(8000)[0] == 200
 
@@ -173,7 +173,7 @@ def test_a_gpu_in_use_is_taken_from_nobody() -> None:
 
 def test_secure_boot_is_found_out_before_anything_is_installed() -> None:
     before = packages(SECURE)
-    run = FLEET.site("--limit", SECURE.name, inventory=wanted("secure"), succeeds=False)
+    run = FLEET.site("--limit", SECURE.name, inventory=wanted(SECURE), succeeds=False)
     message = run.failure(SECURE.name)
     assert "Secure Boot is on" in message and "nothing was installed" in message and "mokutil --import" in message
     assert run.changed() == []

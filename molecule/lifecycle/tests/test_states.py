@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fleet_testing import Fleet, file_inventory, wait_until
+from fleet_testing import Fleet, wait_until
 
-FLEET = Fleet("lifecycle", file_inventory("lifecycle"))
-HOST = FLEET.machine("gpu01")
+FLEET = Fleet("lifecycle")
+HOST = FLEET.host("gpu01")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,12 +11,13 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
+import readme
 from control import KEY_EXPIRED, KEY_VALID, World
-from fleet_testing import SANDBOX, Fleet, Json, Machine, readme_inventory, wait_until
+from fleet_testing import SANDBOX, Fleet, Host, Json, wait_until
 
-FLEET = Fleet("multi_model", readme_inventory("multi_model"))
-ONE = FLEET.machine("gpu01")
-TWO = FLEET.machine("gpu02")
+FLEET = Fleet("multi_model", readme.inventory_of("multi_model"))
+ONE = FLEET.host("gpu01")
+TWO = FLEET.host("gpu02")
 #: The real length of such a build, where time does not matter.
 BUILD_SECONDS = 84 if os.environ.get("TEST_FULL") else 10
 
@@ -26,18 +27,16 @@ def all_serve() -> None:
     """Every test begins with everything serving; which variant of it is left to the one before."""
     if not (ONE.ready(8000) and ONE.ready(8001) and TWO.ready(8000)):
         FLEET.nim()
-    for machine in (ONE, TWO):
-        for model in machine.models():
+    for host in (ONE, TWO):
+        for model in host.models():
             word = "/run/nim/%s.json" % model
-            wait_until(
-                lambda machine=machine, word=word: machine.read_json(word)["phase"] == "ready", "%s is ready" % model
-            )
+            wait_until(lambda host=host, word=word: host.read_json(word)["phase"] == "ready", "%s is ready" % model)
 
 
-def gpus_of(machine: Machine, model: str) -> list[str]:
+def gpus_of(host: Host, model: str) -> list[str]:
     """Indices of the GPUs that the container of a model really has."""
-    on_host = machine.run("nvidia-smi --query-gpu=index,uuid --format=csv,noheader").splitlines()
-    inside = machine.gpus_inside(model)
+    on_host = host.run("nvidia-smi --query-gpu=index,uuid --format=csv,noheader").splitlines()
+    inside = host.gpus_inside(model)
     return [index for index, uuid in (line.split(", ") for line in on_host) if uuid in inside]
 
 
@@ -46,7 +45,7 @@ def gpus_of(machine: Machine, model: str) -> list[str]:
 
 def test_status_shows_all_models(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "status.json"
-    FLEET.play("status", variables={"status_output": str(output)})
+    FLEET.play("status", "-e", "status_output=%s" % output)
     rows: list[Json] = json.loads(output.read_text())
     text = json.dumps(rows)
     assert {row["host"] for row in rows} == {ONE.name, TWO.name}
@@ -55,8 +54,8 @@ def test_status_shows_all_models(tmp_path: pathlib.Path) -> None:
 
 
 def test_every_model_completes_on_its_own_gpu() -> None:
-    for machine, port in ((ONE, 8000), (ONE, 8001), (TWO, 8000)):
-        status, answer = machine.complete(port)
+    for host, port in ((ONE, 8000), (ONE, 8001), (TWO, 8000)):
+        status, answer = host.complete(port)
         assert status == 200 and answer["choices"][0]["text"]
     assert sorted(gpus_of(ONE, "llama") + gpus_of(ONE, "mistral")) == ["0", "1"]
     assert gpus_of(TWO, "nemotron") == ["0"]
@@ -237,7 +236,7 @@ def test_expired_key(own_key: str) -> None:
     before = ONE.identity()
     options = ("--limit", ONE.name, "--tags", "ngc,nim")
     # A new key is stored and restarts nothing.
-    run = FLEET.site(*options, key=own_key)
+    run = FLEET.site(*options, environment={"NGC_API_KEY": own_key})
     assert run.restarts(ONE.name) == set() and len(run.changed()) > 0
     assert ONE.identity() == before
     stored = ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json")
@@ -245,18 +244,18 @@ def test_expired_key(own_key: str) -> None:
     # It expires, and the operator notices when a model is to be replaced.
     World(SANDBOX).set_key(own_key, "expired")
     changed = FLEET.changed("gpu01", "llama", image="nvcr.io/nim/meta/llama3-8b-instruct:1.0.3")
-    run = FLEET.site(*options, inventory=changed, key=own_key, succeeds=False)
+    run = FLEET.site(*options, inventory=changed, environment={"NGC_API_KEY": own_key}, succeeds=False)
     assert "expired" in run.failure(ONE.name)
     assert own_key not in run.output
     assert ONE.identity() == before
 
     # Another one, and that is no better: it is not even stored.
-    run = FLEET.site(*options, key=KEY_EXPIRED, succeeds=False)
+    run = FLEET.site(*options, environment={"NGC_API_KEY": KEY_EXPIRED}, succeeds=False)
     assert "expired" in run.failure(ONE.name)
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") == stored
     assert ONE.identity() == before
 
-    run = FLEET.site(*options, key=KEY_VALID)
+    run = FLEET.site(*options, environment={"NGC_API_KEY": KEY_VALID})
     assert run.restarts(ONE.name) == set()
     assert ONE.identity() == before
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") != stored
