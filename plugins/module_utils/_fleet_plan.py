@@ -124,12 +124,14 @@ def render_table(rows: t.Sequence[Row], notes: t.Sequence[str] = ()) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     below: list[str] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        name = "%s/%s" % (row["host"], row["resource"]) if row["resource"] else str(row["host"])
         if row["message"]:
+            name = "%s/%s" % (row["host"], row["resource"]) if row["resource"] else str(row["host"])
             below.append("%s: %s" % (name, row["message"]))
         if row["blocked"]:
-            below.append("%s: %s would be left out: %s" % (name, row["what"], row["blocked"]))
+            left_out.setdefault((str(row["host"]), str(row["blocked"])), []).append(str(row["what"]))
+    below += ["%s: left out: %s: %s" % (host, ", ".join(what), why) for (host, why), what in left_out.items()]
     return "\n".join([*text, "", *dict.fromkeys([*below, *notes]), summary(rows)])
 
 

@@ -11,7 +11,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._docker_api import DockerApi
-from ._docker_daemon import DockerDaemon
+from ._docker_daemon import DockerDaemon, unit_properties
 from ._docker_engine import DockerEngine
 from ._docker_group import DockerGroup
 from ._errors import FleetError
@@ -117,6 +117,24 @@ class ReadOnlyHost(Host):
         self._host.sleep(seconds)
 
 
+class SleepingDocker(DockerApi):
+    """A daemon that is stopped while its socket is open: asking it would start it, and a plan changes nothing."""
+
+    def get(self, path: str, parameters: t.Mapping[str, str] | None = None) -> t.Any:
+        raise FleetError(
+            "docker_unavailable",
+            "Asking Docker for %s was left, because docker.service is stopped and docker.socket would start it; start it "
+            "with 'systemctl start docker'." % path,
+        )
+
+
+def _sleeps(host: Host) -> bool:
+    def state(unit: str) -> str:
+        return unit_properties(host, unit, "ActiveState").get("ActiveState", "")
+
+    return state("docker.service") in ("inactive", "failed") and state("docker.socket") == "active"
+
+
 @dataclass(frozen=True)
 class Planned:
     """A change, and the resource that must be there before it can be planned in detail (empty: none)."""
@@ -201,12 +219,15 @@ class _Planner:
         self.plan = HostPlan()
         #: What docker_daemon would write, for those that write the same file after it.
         self.daemon_file: tuple[str, str] | None = None
-        self.driver_packages = False
+        #: The change of the driver's packages, when there is one.
+        self.driver_packages: Change | None = None
 
     def run(self) -> HostPlan:
         if not observe_gpus(self.host, with_smi=False).pci:
             self.plan.gpu = False
             return self.plan
+        if _sleeps(self.host):
+            self.api = SleepingDocker()
         steps: dict[str, t.Callable[[Options], None]] = {
             "nvidia_driver": self._driver,
             "nvidia_driver_reload": self._reload,
@@ -249,9 +270,18 @@ class _Planner:
         if any(not change.proof for change in changes):
             self.plan.planned += [Planned(change) for change in changes]
 
-    def _later(self, name: str, what: str, before: t.Any, to: t.Any, after: str, disruption: Disruption) -> None:
+    def _later(
+        self,
+        name: str,
+        what: str,
+        before: t.Any,
+        to: t.Any,
+        after: str,
+        disruption: Disruption = Disruption.NONE,
+        blocked: str | None = None,
+    ) -> None:
         why = "after %s: it cannot be planned in detail before that" % after
-        self.plan.planned.append(Planned(Change(name, what, before, to, why, disruption), after))
+        self.plan.planned.append(Planned(Change(name, what, before, to, why, disruption, blocked=blocked), after))
 
     def _simple(self, resource: Resource[S]) -> S:
         state = resource.observe(self.host)
@@ -265,8 +295,8 @@ class _Planner:
         state = driver.observe(self.host)
         changes = driver.plan(state)
         self._add(changes)
-        self.driver_packages = any(change.action in ("packages", "build") for change in changes)
-        if "nvidia_driver_reload" not in self.wanted and driver.kernel_module and not self.driver_packages:
+        self.driver_packages = next((change for change in changes if change.action in ("packages", "build")), None)
+        if "nvidia_driver_reload" not in self.wanted and driver.kernel_module and self.driver_packages is None:
             self._without_reload(state)
 
     def _without_reload(self, state: DriverState) -> None:
@@ -290,7 +320,8 @@ class _Planner:
     def _reload(self, options: Options) -> None:
         reload = DriverReload(**options)
         state = reload.observe(self.host)
-        waits = self.driver_packages
+        packages = self.driver_packages
+        waits = packages is not None
         try:
             changes = reload.plan(state)
         except FleetError as error:
@@ -307,6 +338,7 @@ class _Planner:
                 reload.expected_version or "as installed",
                 "nvidia_driver",
                 Disruption.UNLOAD_DRIVER if state.loaded is not None else Disruption.NONE,
+                packages.blocked if packages is not None else None,
             )
 
     def _engine(self, options: Options) -> None:
@@ -362,7 +394,7 @@ class _Planner:
             if image.wanted.state == "present":
                 digest = image.pinned.digest if image.pinned is not None else ""
                 to = digest or "the digest of tag %s" % image.wanted.reference.tag
-                self._later(resource.name, "image %s" % image.wanted.reference, None, to, after, Disruption.NONE)
+                self._later(resource.name, "image %s" % image.wanted.reference, None, to, after)
 
     def _services(self, options: Options) -> None:
         models = parse_models(options.get("models") or [], variable="models")
@@ -386,8 +418,17 @@ class _Planner:
         for model in models:
             if model.unit in waiting:
                 self._waiting(waiting[model.unit], state)
-        if ready:
+        if not ready:
+            return
+        try:
             self._add(service.plan(state))
+        except FleetError as error:
+            # They are in the list, only not in this part of it.
+            for unit in waiting:
+                error.message = error.message.replace(
+                    "%s (not in the list)" % unit[len("nim-") : -len(".service")], unit
+                )
+            raise
 
     def _waiting(self, change: Change, state: HostState) -> None:
         """A service that cannot be planned yet: because of an earlier resource, or for good."""

@@ -172,6 +172,9 @@ def test_another_branch_is_loaded_after_its_packages(bare: DriverWorld) -> None:
         ("nvidia_driver", "driver packages", "unload_driver"),
         ("nvidia_driver_reload", "kernel module nvidia", "unload_driver"),
     ]
+    bare.hold_gpu(812, "train.service")
+    answer = plan(bare, **wanted)
+    assert all("train.service" in change["blocked"] for change in answer["changes"])
     # Nobody is about to mend it: then it is wrong.
     [error] = plan(bare, nvidia_driver_reload={"expected_version": "595"})["errors"]
     assert error["reason"] == "driver_mismatch"
@@ -237,6 +240,16 @@ def test_docker_that_is_down_and_nobody_mends(serving: Machine) -> None:
         ("nim_image", "docker_unavailable"),
         ("nim_service", "docker_unavailable"),
     ]
+
+
+def test_a_stopped_docker_is_not_started_by_asking(serving: Machine) -> None:
+    for unit, state in (("service", "inactive"), ("socket", "active")):
+        serving.host.commands["systemctl show * -p ActiveState docker.%s" % unit] = "ActiveState=%s\n" % state
+    serving.api.check = lambda: pytest.fail("Docker was asked")  # type: ignore[method-assign]
+    serving.api.available = serving.api.check  # type: ignore[assignment]
+    answer = plan(serving.host, serving.api, **services(llama()))
+    assert [error["reason"] for error in answer["errors"]] == ["docker_unavailable"] * 2
+    assert "docker.socket would start it" in answer["errors"][1]["message"]
 
 
 def test_pull_newer_asks_no_registry(serving: Machine) -> None:
@@ -482,7 +495,7 @@ def test_table() -> None:
         "cpu   -                                    no GPU",
         "",
         "down: no route",
-        "busy/nim_service: x would be left out: maintenance",
+        "busy: left out: x: maintenance",
         "1 of 4 hosts is as wanted; 3 changes.",
     ]
 
