@@ -44,6 +44,7 @@ def sandbox(*arguments: str) -> None:
 
 
 def read_inventory(path: pathlib.Path) -> Json:
+    """An inventory file as a structure."""
     found: Json = yaml.safe_load(path.read_text())
     return found
 
@@ -328,7 +329,7 @@ class Host:
 class Fleet:
     """The hosts of a scenario and their inventory; by default the scenario's own ``inventory.yml``."""
 
-    #: By scenario.
+    #: The last one of every scenario.
     current: dict[str, Fleet] = {}
 
     def __init__(self, scenario: str, inventory: Json | None = None) -> None:
@@ -368,7 +369,7 @@ class Fleet:
         Args:
             succeeds: What is expected.
             inventory: In place of the scenario's own; its hosts are known in any case.
-            environment: Further variables of the controller, in place of the NGC_API_KEY that works too.
+            environment: Further variables of the controller. NGC_API_KEY is the key that works unless it is here.
         """
         run = self._run(playbook, options, **how)
         assert (run.code == 0) is succeeds, "the run %s" % ("failed" if succeeds else "should have failed")
@@ -421,7 +422,9 @@ class Fleet:
             try:
                 if moment:
                     came = re.compile(moment.encode())
-                    wait_until(lambda: process.poll() is not None or came.search(output.read_bytes()), moment, 400)
+                    wait_until(
+                        lambda: process.poll() is not None or came.search(output.read_bytes()), moment, 400, 0.05
+                    )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(after)
             finally:
