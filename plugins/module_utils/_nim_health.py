@@ -50,7 +50,7 @@ CONFIGURATION_DIRECTORY = "/etc/nim"
 #: A failed start this many seconds before the first look belongs to the deployment that is waited for.
 FRESH_SECONDS = 60.0
 #: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
-UNSTEADY_FAILURES = 2
+UNSTEADY_ENDS = 2
 #: The file that holds the NGC key on the host; read only in order to mask it in log lines.
 KEY_FILE = "/etc/nim/ngc.env"
 
@@ -262,23 +262,25 @@ def parse_time(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Word:
-    """What the unit's main process left word of: its phase, since when, and failed starts in a row."""
+    """What the unit's main process left word of: its phase, since when, failed starts and ends soon after ready in a row."""
 
     phase: str = ""
     since: float = 0.0
     failures: int = 0
     detail: str = ""
+    unsteady: int = 0
 
 
 def read_word(host: Host, name: str) -> Word:
     """The word of a unit's main process; empty when there is none or it is broken."""
     found = _read_object(host, "%s/%s.json" % (WORD_DIRECTORY, name))
-    failures, since = found.get("failures"), found.get("since")
+    failures, unsteady, since = found.get("failures"), found.get("unsteady"), found.get("since")
     return Word(
         phase=str(found.get("phase") or ""),
         since=float(since) if isinstance(since, (int, float)) else 0.0,
         failures=failures if isinstance(failures, int) else 0,
         detail=str(found.get("detail") or ""),
+        unsteady=unsteady if isinstance(unsteady, int) else 0,
     )
 
 
@@ -638,7 +640,7 @@ class Watch:
                 self.percent = None
                 # It ended again and again, and the wrapper has not seen it serve for a while: it may only be ready in
                 # between. A single end is left alone: somebody may have killed it by hand.
-                self.phase = "settling" if word.failures >= UNSTEADY_FAILURES else "ready"
+                self.phase = "settling" if word.unsteady >= UNSTEADY_ENDS else "ready"
                 if self.phase == "ready":
                     return True
         elif (

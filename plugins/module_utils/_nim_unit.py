@@ -52,7 +52,7 @@ COMMAND_SECONDS = 120.0
 #: Pause before the start that follows n failures in a row: 5, 10, 20, 40, then 60 seconds.
 BACKOFF_FIRST = 5.0
 BACKOFF_MOST = 60.0
-#: Seconds that a service must serve before its start counts as a good one: what ends earlier ends again and again.
+#: Seconds that a service must serve before its start counts as a good one.
 STEADY_SECONDS = 30.0
 
 _AWAY_TEXTS = (
@@ -243,19 +243,25 @@ class Unit:
         except (ValueError, LookupError, TypeError) as error:
             raise BadConfigurationError("%s is broken: %r" % (self.configuration, error)) from error
 
-    def failures(self) -> int:
-        """Starts of this very specification that failed since it last served for a while."""
+    def count(self, what: str) -> int:
+        """What was counted of this very specification, in a row: ``failures`` before it was ready, ``unsteady`` ends soon
+        after."""
         known = read_json(self.runtime_file)
-        count = known.get("failures", 0)
+        count = known.get(what, 0)
         return count if known.get("spec") == self.spec and isinstance(count, int) else 0
 
-    def note(self, phase: str, failures: int | None = None, detail: str = "") -> None:
+    def failures(self) -> int:
+        """Starts that failed since the service was ready last."""
+        return self.count("failures")
+
+    def note(self, phase: str, failures: int | None = None, detail: str = "", unsteady: int | None = None) -> None:
         """Leave word for whoever watches the start."""
         content = {
             "phase": phase,
             "since": int(time.time()),
             "spec": self.spec,
             "failures": self.failures() if failures is None else failures,
+            "unsteady": self.count("unsteady") if unsteady is None else unsteady,
             "detail": detail,
         }
         try:
@@ -429,7 +435,7 @@ class Unit:
                     self.became_ready()
                 elif self.ready and not self.steady and time.monotonic() - self.ready_since >= STEADY_SECONDS:
                     self.steady = True
-                    self.note("ready", 0)
+                    self.note("ready", 0, unsteady=0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     waiter.wait(timeout=READY_SECONDS if probe and not self.steady else None)
             text = (waiter.stdout.read() if waiter.stdout else "").strip()
@@ -461,7 +467,7 @@ class Unit:
         self.ready = True
         self.ready_since = time.monotonic()
         say("%s is ready" % self.container)
-        self.note("ready")
+        self.note("ready", 0)
         marker = read_json(self.marker_file)
         if marker.get("status") == "complete":
             self.mark("proven")
@@ -493,13 +499,12 @@ class Unit:
             self.note("stopped", 0)
             return 0
         if self.ready:
-            if self.steady:
-                say("%s %s" % (self.container, reason))
-                self.note("ended", 0, reason)
-                return self.exit_code(code)
-            reason += " soon after it was ready"
+            # Counted, but not waited for: somebody may have ended it by hand.
+            unsteady = 0 if self.steady else self.count("unsteady") + 1
+            if unsteady:
+                reason += " soon after it was ready"
             say("%s %s" % (self.container, reason))
-            self.note("failed", self.failures() + 1, reason)
+            self.note("ended", 0, reason, unsteady)
             return self.exit_code(code)
         say("%s %s before it was ready" % (self.container, reason))
         self.note("failed", self.failures() + 1, reason)

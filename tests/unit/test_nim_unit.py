@@ -244,16 +244,15 @@ def test_ready_resets_the_start_limit_and_the_end_passes_through(machine: Machin
     assert machine.finish(process)[0] == 0
 
 
-def test_an_end_soon_after_ready_counts_as_a_failure(machine: Machine, service: str) -> None:
+def test_an_end_soon_after_ready_is_counted_apart(machine: Machine, service: str) -> None:
     machine.configure(ready_url=service)
-    (machine.root / "run/llama.json").write_text(json.dumps({"spec": "one", "failures": 1}))
+    (machine.root / "run/llama.json").write_text(json.dumps({"spec": "one", "unsteady": 1}))
     machine.put()
     process = machine.start()
     machine.phase("ready")
-    assert machine.runtime()["failures"] == 1
     machine.put(running=False, code=3)
     assert machine.finish(process)[0] == 3
-    assert machine.runtime()["failures"] == 2
+    assert (machine.runtime()["failures"], machine.runtime()["unsteady"]) == (0, 2)
     assert machine.runtime()["detail"] == "ended with code 3 soon after it was ready"
 
 
@@ -263,13 +262,13 @@ def test_a_service_that_served_for_a_while_starts_counting_anew(machine: Machine
     assert constant in text
     machine.wrapper.write_text(text.replace(constant, "STEADY_SECONDS = 0.5"))
     machine.configure(ready_url=service)
-    (machine.root / "run/llama.json").write_text(json.dumps({"spec": "one", "failures": 2}))
+    (machine.root / "run/llama.json").write_text(json.dumps({"spec": "one", "unsteady": 2}))
     machine.put()
     process = machine.start()
-    machine.until(lambda: machine.runtime().get("phase") == "ready" and machine.runtime()["failures"] == 0)
+    machine.until(lambda: machine.runtime().get("phase") == "ready" and machine.runtime()["unsteady"] == 0)
     machine.put(running=False, code=3)
     assert machine.finish(process)[0] == 3
-    assert machine.runtime()["failures"] == 0
+    assert machine.runtime()["unsteady"] == 0
 
 
 def test_a_running_container_with_the_label_is_adopted(machine: Machine) -> None:
@@ -323,6 +322,7 @@ def test_stop_with_a_main_process_stops_the_container_and_run_ends_with_0(machin
         "since": 0,
         "spec": "one",
         "failures": 0,
+        "unsteady": 0,
         "detail": "",
     }
 
