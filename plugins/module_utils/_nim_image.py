@@ -2,47 +2,34 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""Images on a host: tags pinned to digests, checked before the pull, pulled in the background with progress.
-
-What a run has pinned stands in ``/var/lib/gpu_fleet/images.json``, so that later runs and ``nim_service`` know it
-without asking a registry.
-"""
+"""Images on a host: tags pinned to digests, checked before the pull, pulled in the background with progress."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import ipaddress
-import json
-import os
 import random
 import re
 import time
 import typing as t
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ._background import FAILED, LOST, RUNNING, Jobs, JobStatus, Report
+from ._background import Jobs, Report
+from ._disk_space import Need, check_space, used_bytes
 from ._docker_api import DockerApi
+from ._docker_registries import daemon_proxies, insecure_registry
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
 from ._host import Host
-from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress, amount, progress_text
+from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress, amount
+from ._image_record import RECORD_LOCK, PinnedImage, read_record, update_record
 from ._image_reference import DOCKER_HUB, ImageReference, check_mirrors
 from ._ngc_login import REGISTRY, USERNAME, check_api_key, stored_credentials
-from ._nim_family import detect_family
-from ._nim_models import parse_size
 from ._registry import RegistryClient, RegistryImage, image_architecture
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
 from ._resource import Change, Resource
-
-STATE_DIRECTORY = "/var/lib/gpu_fleet"
-RECORD = STATE_DIRECTORY + "/images.json"
-_RECORD_SCHEMA = 1
-#: Only root and short: two jobs that end together must not lose each other's entry.
-_RECORD_LOCK = "/run/gpu_fleet/images.lock"
+from ._wanted_images import WantedImage, parse_images
 
 _TOOLKIT_CONFIGURATION = "/etc/nvidia-container-runtime/config.toml"
 
@@ -55,158 +42,6 @@ _PAUSE_MAX = 60.0
 PULL_MISSING = "missing"
 PULL_NEWER = "newer"
 PULL_NEVER = "never"
-
-
-# -- what is wanted -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WantedImage:
-    """One entry of the list of images.
-
-    Attributes:
-        reference: As the user wrote it, normalised.
-        state: ``present`` or ``absent``.
-        spaces: Bytes that model files will take in a directory, for each model that runs this image; an empty directory
-            stands for Docker's disk.
-        check_requirement: Whether the image's NVIDIA_REQUIRE_* must be met by the driver.
-    """
-
-    reference: ImageReference
-    state: str = "present"
-    spaces: t.Tuple[t.Tuple[str, int], ...] = ()
-    check_requirement: bool = True
-
-
-def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
-    """Read the list of images; an image that several models run is one image, with the disk space of them all.
-
-    Raises:
-        FleetError: ``invalid_option``.
-    """
-    found: t.Dict[str, WantedImage] = {}
-    for number, entry in enumerate(raw or []):
-        where = "%s[%d]" % (option, number)
-        reference = ImageReference.parse(entry.get("image"), where + ".image")
-        size = 0
-        text = entry.get("disk_space")
-        if text not in (None, ""):
-            parsed = parse_size(str(text))
-            if parsed is None:
-                raise FleetError(
-                    "invalid_option",
-                    "%s.disk_space = %s: not a size with a unit; write it like 20GB." % (where, text),
-                )
-            size = parsed
-        directory = entry.get("cache_directory") or ""
-        if directory and not directory.startswith("/"):
-            raise FleetError(
-                "invalid_option",
-                "%s.cache_directory = %s: not an absolute path; begin it with a slash." % (where, directory),
-            )
-        state = entry.get("state") or "present"
-        known = found.get(str(reference))
-        if known is not None and known.state != state:
-            raise FleetError(
-                "invalid_option",
-                "%s.image = %s: the image is wanted both present and absent; remove one entry." % (where, reference),
-            )
-        spaces = known.spaces if known else ()
-        if size and (directory, size) not in spaces:
-            spaces += ((directory, size),)
-        # One model that insists is enough.
-        insists = entry.get("check_requirement") is not False or (known is not None and known.check_requirement)
-        found[str(reference)] = WantedImage(reference, state, spaces, insists)
-    return list(found.values())
-
-
-# -- what a run has pinned ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PinnedImage:
-    """What a reference stands for on this host.
-
-    Attributes:
-        image: The reference as it is wanted, normalised: the key of the record.
-        source: Registry and repository it was pulled from, which differs from ``image`` behind a mirror.
-        digest: Digest in that repository; empty for an image that was loaded from an archive.
-        image_id: Docker's id of the image.
-        run: What to give to ``docker run``: it names exactly this image.
-    """
-
-    image: str
-    source: str
-    digest: str
-    image_id: str
-
-    @property
-    def run(self) -> str:
-        return "%s@%s" % (self.source, self.digest) if self.digest else self.image_id
-
-    def as_dict(self) -> t.Dict[str, str]:
-        return {"source": self.source, "digest": self.digest, "image_id": self.image_id}
-
-
-def read_record(host: Host) -> t.Dict[str, PinnedImage]:
-    """Everything that is pinned on a host, by normalised reference.
-
-    Raises:
-        FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
-    """
-    raw = host.read_text(RECORD)
-    if raw is None:
-        return {}
-    try:
-        document = json.loads(raw)
-        entries = document["images"].items() if document["schema"] == _RECORD_SCHEMA else document["schema"]["unknown"]
-        return {
-            str(image): PinnedImage(str(image), str(entry["source"]), str(entry["digest"]), str(entry["image_id"]))
-            for image, entry in entries
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FleetError(
-            "state_unreadable",
-            "Reading %s failed: it is not what this collection writes (%s: %s); repair or remove it: the tags are then "
-            "taken from the images on the host again." % (RECORD, type(error).__name__, error),
-            path=RECORD,
-        ) from None
-
-
-def pinned_image(host: Host, image: str) -> t.Optional[PinnedImage]:
-    """What an image that a user named is pinned to on this host, or None when it was never pulled or pinned.
-
-    Raises:
-        FleetError: ``invalid_option``, ``state_unreadable``.
-    """
-    return read_record(host).get(str(ImageReference.parse(image)))
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> t.Iterator[None]:
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _update_record(host: Host, image: str, pinned: t.Optional[PinnedImage], lock: str) -> None:
-    with _locked(lock):
-        record = read_record(host)
-        if pinned is None:
-            record.pop(image, None)
-        else:
-            record[image] = pinned
-        document = {
-            "schema": _RECORD_SCHEMA,
-            "images": {name: record[name].as_dict() for name in sorted(record)},
-        }
-        if not host.exists(STATE_DIRECTORY):
-            host.make_dir(STATE_DIRECTORY, mode=0o755)
-        host.write_file(RECORD, json.dumps(document, indent=2) + "\n", mode=0o644)
-
-
-# -- the resource ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -290,7 +125,7 @@ class NimImages(Resource[ImagesState]):
         jobs: t.Optional[Jobs] = None,
         client: t.Callable[..., RegistryClient] = RegistryClient,
         puller: t.Callable[[], DockerPuller] = DockerPuller,
-        record_lock: str = _RECORD_LOCK,
+        record_lock: str = RECORD_LOCK,
     ) -> None:
         self.wanted = parse_images(images)
         self.pull = pull
@@ -508,43 +343,15 @@ class NimImages(Resource[ImagesState]):
             )
 
     def _check_disk(self, host: Host, docker_root: str, tasks: t.Sequence[PullTask]) -> None:
-        mounts = mount_points(host.read_text("/proc/self/mountinfo") or "")
-        needs: t.Dict[str, t.List[t.Tuple[str, int, str]]] = {}
+        needs = []
         for task in tasks:
             size = task.found.compressed_size
-            needs.setdefault(mount_of(docker_root, mounts), []).append(
-                (
-                    docker_root,
-                    int(size * self.disk_factor),
-                    "image %s (%s packed)" % (task.wanted.reference, amount(size)),
-                )
-            )
+            what = "image %s (%s packed)" % (task.wanted.reference, amount(size))
+            needs.append(Need(docker_root, int(size * self.disk_factor), what))
             for directory, wanted in task.wanted.spaces:
-                missing = max(0, wanted - _used(host, directory))
-                path = directory or docker_root
-                needs.setdefault(mount_of(path, mounts), []).append(
-                    (path, missing, "model of %s" % task.wanted.reference)
-                )
-        for mount, entries in needs.items():
-            free, needed = host.free_bytes(entries[0][0]), sum(entry[1] for entry in entries)
-            if needed > free:
-                paths = sorted({entry[0] for entry in entries})
-                raise FleetError(
-                    "disk_full",
-                    "%s on %s needs about %s for %s, and %s is free; free space (docker system df, docker image prune), or "
-                    "move %s to a larger disk."
-                    % (
-                        " and ".join(paths),
-                        mount,
-                        amount(needed),
-                        " and ".join("%s: %s" % (entry[2], amount(entry[1])) for entry in entries),
-                        amount(free),
-                        "it" if len(paths) == 1 else "them",
-                    ),
-                    mount=mount,
-                    bytes_free=free,
-                    bytes_needed=needed,
-                )
+                missing = max(0, wanted - used_bytes(host, directory))
+                needs.append(Need(directory or docker_root, missing, "model of %s" % task.wanted.reference))
+        check_space(host, needs)
 
     def _docker_info(self) -> t.Dict[str, t.Any]:
         if self._info is None:
@@ -569,8 +376,8 @@ class NimImages(Resource[ImagesState]):
             reference.registry,
             credentials[0],
             credentials[1],
-            insecure=_insecure(info, reference.registry),
-            proxies=_proxies(info),
+            insecure=insecure_registry(info, reference.registry),
+            proxies=daemon_proxies(info),
         )
         return client.resolve(reference, architecture or image_architecture(host.machine()))
 
@@ -580,7 +387,7 @@ class NimImages(Resource[ImagesState]):
         if change.action == "pin":
             self.preflight(host, [change])
             pinned: PinnedImage = change.data["pinned"]
-            _update_record(host, pinned.image, pinned, self._record_lock)
+            update_record(host, pinned.image, pinned, self._record_lock)
         elif change.action == "remove":
             self._remove(host, change.data["image"])
         elif change.action == "pull":
@@ -602,7 +409,7 @@ class NimImages(Resource[ImagesState]):
         for name in names:
             if self.api.image(name) is not None:
                 puller.remove(name)
-        _update_record(host, str(image.wanted.reference), None, self._record_lock)
+        update_record(host, str(image.wanted.reference), None, self._record_lock)
 
     def start(self, host: Host, task: PullTask) -> bool:
         """Start the background job of a pull, or attach to it; see :meth:`._background.Jobs.start`."""
@@ -656,7 +463,7 @@ class NimImages(Resource[ImagesState]):
         if task.wanted.reference.tag:
             puller.tag(image_id, task.wanted.reference)
         pinned = PinnedImage(str(task.wanted.reference), source, digest, image_id)
-        _update_record(host, pinned.image, pinned, self._record_lock)
+        update_record(host, pinned.image, pinned, self._record_lock)
         return {"digest": digest, "image_id": image_id}
 
     # -- return values ----------------------------------------------------------------------------
@@ -679,277 +486,6 @@ class NimImages(Resource[ImagesState]):
         return {"images": images}
 
 
-# -- one slice of the module ----------------------------------------------------------------------------
-
-
-@dataclass
-class Slice:
-    """What one call of the module did.
-
-    Attributes:
-        state: The last look; None while not ``finished``.
-        changes: All changes since the first call.
-        progress: For the controller while not ``finished``.
-        resume: What the next call needs.
-    """
-
-    finished: bool
-    state: t.Optional[ImagesState]
-    changes: t.List[Change]
-    blocked: t.List[Change]
-    progress: t.Dict[str, t.Any]
-    resume: t.Dict[str, t.Any]
-
-
-def advance(
-    host: Host, resource: NimImages, resume: t.Optional[t.Mapping[str, t.Any]], seconds: t.Optional[float]
-) -> Slice:
-    """Take the images as far as possible in some seconds (None = to the end).
-
-    Every call looks at the host anew; ``resume`` only tells what earlier calls of the same task have changed and which
-    jobs they wait for, so that a task that was cut off is taken up by the next one.
-
-    Raises:
-        FleetError: With ``changes`` in its facts.
-    """
-    resume = resume or {}
-    done = [_change_from(entry) for entry in resume.get("changes") or []]
-    waited_for: t.List[str] = list(resume.get("jobs") or [])
-    applied: t.Set[str] = set()
-    try:
-        while True:
-            # While a job of ours runs there is nothing else to look at.
-            statuses = resource.jobs.wait(waited_for, seconds)
-            if any(status.state == RUNNING for status in statuses) and not _failed(statuses):
-                return Slice(
-                    False,
-                    None,
-                    done,
-                    [],
-                    _progress(statuses),
-                    {"jobs": waited_for, "changes": [change.as_dict() for change in done]},
-                )
-            state = resource.observe(host)
-            planned = resource.plan(state)
-            todo = [change for change in planned if not change.blocked]
-            pulls = [change for change in todo if change.action == "pull"]
-            _raise_failures(resource.jobs, waited_for, pulls)
-            if not todo:
-                return Slice(True, state, done, [change for change in planned if change.blocked], {}, {})
-
-            attached, fresh = _running(resource.jobs, pulls)
-            # All checks before the first change: a list of images is refused as a whole.
-            pins = [change for change in todo if change.action == "pin"]
-            tasks = resource.preflight(host, fresh + pins) if fresh or pins else []
-            for change in todo:
-                if change.action == "pull":
-                    continue
-                if change.what in applied:
-                    raise _not_converged(change.what)
-                applied.add(change.what)
-                done.append(change)
-                resource.apply(host, change)
-            for change, status in attached:
-                done.append(replace(change, after=status.progress.get("digest") or change.after))
-                waited_for.append(status.job_id)
-            for change, task in zip(fresh, tasks):
-                done.append(replace(change, after=task.found.digest))
-                waited_for.append(task.job_id)
-                resource.start(host, task)
-    except FleetError as error:
-        error.facts.setdefault("changes", [change.as_dict() for change in done])
-        raise
-
-
-def _not_converged(what: str) -> FleetError:
-    return FleetError(
-        "not_converged",
-        "%s was dealt with, but a second look finds it undone; look for another program that manages images." % what,
-    )
-
-
-#: What keeps a check from being made where the host is not ready yet; in check mode an earlier task may be what mends it.
-_NOT_READY = frozenset(("no_key", "registry_unreachable", "tls_error", "docker_unavailable", "no_such_user"))
-#: What an earlier task may mend that check mode has not carried out.
-_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull"))
-
-
-@dataclass
-class Forecast:
-    """What a run would do, for check mode."""
-
-    state: ImagesState
-    changes: t.List[Change]
-    blocked: t.List[Change]
-    warnings: t.List[str]
-
-
-def forecast(host: Host, resource: NimImages) -> Forecast:
-    """The plan, with the checks before the pull made as far as the host allows.
-
-    Raises:
-        FleetError: What would also stop a real run, whatever earlier tasks of it do: a refusal by the registry.
-    """
-    state = resource.observe(host)
-    planned = resource.plan(state)
-    found = Forecast(
-        state,
-        [change for change in planned if not change.blocked],
-        [change for change in planned if change.blocked],
-        [],
-    )
-    pulls = [change for change in found.changes if change.action == "pull"]
-    fresh = _running(resource.jobs, pulls)[1] + [change for change in found.changes if change.action == "pin"]
-    if not fresh:
-        return found
-    try:
-        tasks = resource.preflight(host, fresh)
-    except FleetError as error:
-        if error.reason in _NOT_READY:
-            found.warnings.append("Not checked before the pull: %s" % error.message)
-        elif error.reason in _MENDABLE:
-            found.changes = [change for change in found.changes if change not in fresh]
-            found.blocked += [replace(change, blocked=error.message) for change in fresh]
-        else:
-            raise
-        return found
-    resolved = {str(task.wanted.reference): task.found.digest for task in tasks}
-    found.changes = [
-        replace(change, after=resolved.get(str(change.data["image"].wanted.reference), change.after))
-        for change in found.changes
-    ]
-    return found
-
-
-def _failed(statuses: t.Sequence[JobStatus]) -> bool:
-    return any(status.state in (FAILED, LOST) for status in statuses)
-
-
-def _raise_failures(jobs: Jobs, waited_for: t.Sequence[str], pulls: t.Sequence[Change]) -> None:
-    """A job of ours that has ended while its image is still missing has failed."""
-    names = {pull_job_id(change.data["image"].wanted.reference): change for change in pulls}
-    for job_id in waited_for:
-        status = jobs.read(job_id)
-        if job_id not in names or (status is not None and status.state == RUNNING):
-            continue
-        image = str(names[job_id].data["image"].wanted.reference)
-        if status is None or status.state != "done":
-            raise (status or JobStatus(job_id, LOST)).failure("Pulling %s" % image)
-        raise _not_converged("image %s" % image)
-
-
-def _running(jobs: Jobs, pulls: t.Sequence[Change]) -> t.Tuple[t.List[t.Tuple[Change, JobStatus]], t.List[Change]]:
-    """Pulls that are under way, whoever began them, and those that have to be started."""
-    attached, fresh = [], []
-    for change in pulls:
-        status = jobs.read(pull_job_id(change.data["image"].wanted.reference))
-        if status is not None and status.state == RUNNING:
-            attached.append((change, status))
-        else:
-            fresh.append(change)
-    return attached, fresh
-
-
-def _progress(statuses: t.Sequence[JobStatus]) -> t.Dict[str, t.Any]:
-    running = [status for status in statuses if status.state == RUNNING]
-    texts = [progress_text(str(status.progress.get("name", "image")), status.progress) for status in running]
-    return {
-        "text": "; ".join(texts),
-        "pulls": [status.progress for status in running],
-    }
-
-
-def _change_from(entry: t.Mapping[str, t.Any]) -> Change:
-    return Change(NimImages.name, str(entry["what"]), entry.get("from"), entry.get("to"), str(entry["why"]))
-
-
-# -- the registry alone ---------------------------------------------------------------------------------
-
-#: Refusals that answer the question "may this host have the image", rather than fail to ask it.
-REGISTRY_REASONS = frozenset(
-    (
-        "no_key",
-        "bad_key",
-        "no_entitlement",
-        "no_such_repository",
-        "no_such_tag",
-        "legal",
-        "rate_limit",
-        "registry_unreachable",
-        "registry_error",
-        "tls_error",
-        "architecture",
-    )
-)
-
-
-def look_up(
-    host: Host,
-    image: str,
-    api_key: t.Optional[str] = None,
-    docker_user: str = "root",
-    registry_mirrors: t.Any = None,
-    architecture: t.Optional[str] = None,
-    client: t.Callable[..., RegistryClient] = RegistryClient,
-) -> t.Dict[str, t.Any]:
-    """Return values of ``nim_image_info`` for an image that the registry hands out.
-
-    Raises:
-        FleetError: ``invalid_option``, those of the Docker configuration, and :data:`REGISTRY_REASONS`.
-    """
-    resource = NimImages(
-        [{"image": image}],
-        registry_mirrors=registry_mirrors,
-        api_key=api_key,
-        docker_user=docker_user,
-        client=client,
-    )
-    reference = resource.wanted[0].reference
-    found = resource.resolve(host, reference.rewritten(resource.mirrors), architecture)
-    return {
-        "reference": found.reference,
-        "digest": found.digest,
-        "platform_digest": found.platform_digest,
-        "architecture": found.architecture,
-        "architectures": list(found.architectures),
-        "compressed_size": found.compressed_size,
-        "created": found.created,
-        "cuda_version": found.environment.get("CUDA_VERSION"),
-        "require_cuda": found.environment.get("NVIDIA_REQUIRE_CUDA"),
-        "family": detect_family(found.labels, found.environment, reference.tag).key,
-        "labels": found.labels,
-    }
-
-
-# -- helpers --------------------------------------------------------------------------------------------
-
-
-def mount_points(mountinfo: str) -> t.List[str]:
-    """Mount points in ``/proc/self/mountinfo`` (proc(5)), with its octal escapes resolved."""
-    found = []
-    for line in mountinfo.splitlines():
-        fields = line.split(" ")
-        if len(fields) > 4:
-            found.append(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), fields[4]))
-    return found
-
-
-def mount_of(path: str, mounts: t.Iterable[str]) -> str:
-    """The mount point a path is below."""
-    path = path.rstrip("/") + "/"
-    return max((mount for mount in mounts if path.startswith(mount.rstrip("/") + "/")), key=len, default="/")
-
-
-def _used(host: Host, directory: str) -> int:
-    """Bytes that a model's files already take; 0 when unknown."""
-    if not directory or not host.exists(directory):
-        return 0
-    # A cache on a network file system may hold many files: better a too careful answer than a long wait.
-    answer = host.run(["du", "-s", "-B1", directory], timeout=20)
-    first = answer.stdout.split("\t")[0].strip()
-    return int(first) if answer.ok and first.isdigit() else 0
-
-
 def _environment(local: t.Optional[t.Mapping[str, t.Any]]) -> t.Dict[str, str]:
     """Environment of an image on the host, from ``docker image inspect``."""
     entries = ((local or {}).get("Config") or {}).get("Env") or []
@@ -960,33 +496,3 @@ def _requirements_off(host: Host) -> bool:
     """Whether the container toolkit was told not to enforce NVIDIA_REQUIRE_* (``disable-require`` in its config.toml)."""
     text = host.read_text(_TOOLKIT_CONFIGURATION) or ""
     return bool(re.search(r"(?m)^\s*disable-require\s*=\s*true\b", text))
-
-
-def _insecure(info: t.Mapping[str, t.Any], registry: str) -> t.Optional[bool]:
-    """Whether the daemon was told not to insist on TLS for a registry; None leaves the decision to the client."""
-    config = info.get("RegistryConfig") or {}
-    index = (config.get("IndexConfigs") or {}).get(registry) or {}
-    if index.get("Secure") is False:
-        return True
-    host = registry.rsplit(":", 1)[0].strip("[]")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    for network in config.get("InsecureRegistryCIDRs") or []:
-        try:
-            if address in ipaddress.ip_network(network):
-                return True
-        except ValueError:
-            continue
-    return None
-
-
-def _proxies(info: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, str]]:
-    """The daemon's proxies where our own environment has none; None means the environment's."""
-    if any(os.environ.get(name) for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")):
-        return None
-    found = {"http": info.get("HttpProxy"), "https": info.get("HttpsProxy"), "no": info.get("NoProxy")}
-    # The daemon does not tell a proxy's password but prints xxxxx in its place.
-    usable = {key: str(value) for key, value in found.items() if value and "xxxxx@" not in str(value)}
-    return usable if {"http", "https"} & set(usable) else None

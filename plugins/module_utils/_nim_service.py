@@ -22,10 +22,10 @@ from ._errors import FleetError
 from ._gpu import Gpu, observe_gpus, parse_cgroup
 from ._gpu_placement import Wish, place
 from ._host import FileStat, Host
+from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
 from ._ngc_login import check_api_key, fingerprint, key_in_environment, render_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, LORA_PATH, WEIGHTS_PATH, Family, family_of_image
-from ._nim_image import PinnedImage, read_record
 from ._nim_models import NimModel, addresses_overlap, container_name, probe_address, unit_name
 from ._nim_unit import SPEC_LABEL, source, spec_hash
 from ._resource import Change, Disruption, FileDiff, Resource

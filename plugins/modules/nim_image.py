@@ -228,8 +228,9 @@ import platform
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import advance, forecast
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, render_diff
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages, advance, forecast
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
 
 
 def main() -> None:

@@ -124,8 +124,8 @@ message:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_lookup import REGISTRY_REASONS, look_up
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import REGISTRY_REASONS, look_up
 
 
 def main() -> None:

@@ -1,0 +1,41 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""How a host's Docker daemon reaches registries: with TLS or without, through which proxies; from ``docker info``."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import typing as t
+
+
+def insecure_registry(info: t.Mapping[str, t.Any], registry: str) -> t.Optional[bool]:
+    """Whether the daemon was told not to insist on TLS for a registry; None leaves the decision to the client."""
+    config = info.get("RegistryConfig") or {}
+    index = (config.get("IndexConfigs") or {}).get(registry) or {}
+    if index.get("Secure") is False:
+        return True
+    host = registry.rsplit(":", 1)[0].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    for network in config.get("InsecureRegistryCIDRs") or []:
+        try:
+            if address in ipaddress.ip_network(network):
+                return True
+        except ValueError:
+            continue
+    return None
+
+
+def daemon_proxies(info: t.Mapping[str, t.Any]) -> t.Optional[t.Dict[str, str]]:
+    """The daemon's proxies where our own environment has none; None means the environment's."""
+    if any(os.environ.get(name) for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")):
+        return None
+    found = {"http": info.get("HttpProxy"), "https": info.get("HttpsProxy"), "no": info.get("NoProxy")}
+    # The daemon does not tell a proxy's password but prints xxxxx in its place.
+    usable = {key: str(value) for key, value in found.items() if value and "xxxxx@" not in str(value)}
+    return usable if {"http", "https"} & set(usable) else None

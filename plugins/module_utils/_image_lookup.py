@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What the registry says of one image, asked with a host's login, proxies and trust."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ._host import Host
+from ._nim_family import detect_family
+from ._nim_image import NimImages
+from ._registry import RegistryClient
+
+#: Refusals that answer the question "may this host have the image", rather than fail to ask it.
+REGISTRY_REASONS = frozenset(
+    (
+        "no_key",
+        "bad_key",
+        "no_entitlement",
+        "no_such_repository",
+        "no_such_tag",
+        "legal",
+        "rate_limit",
+        "registry_unreachable",
+        "registry_error",
+        "tls_error",
+        "architecture",
+    )
+)
+
+
+def look_up(
+    host: Host,
+    image: str,
+    api_key: t.Optional[str] = None,
+    docker_user: str = "root",
+    registry_mirrors: t.Any = None,
+    architecture: t.Optional[str] = None,
+    client: t.Callable[..., RegistryClient] = RegistryClient,
+) -> t.Dict[str, t.Any]:
+    """Return values of ``nim_image_info`` for an image that the registry hands out.
+
+    Raises:
+        FleetError: ``invalid_option``, those of the Docker configuration, and :data:`REGISTRY_REASONS`.
+    """
+    resource = NimImages(
+        [{"image": image}],
+        registry_mirrors=registry_mirrors,
+        api_key=api_key,
+        docker_user=docker_user,
+        client=client,
+    )
+    reference = resource.wanted[0].reference
+    found = resource.resolve(host, reference.rewritten(resource.mirrors), architecture)
+    return {
+        "reference": found.reference,
+        "digest": found.digest,
+        "platform_digest": found.platform_digest,
+        "architecture": found.architecture,
+        "architectures": list(found.architectures),
+        "compressed_size": found.compressed_size,
+        "created": found.created,
+        "cuda_version": found.environment.get("CUDA_VERSION"),
+        "require_cuda": found.environment.get("NVIDIA_REQUIRE_CUDA"),
+        "family": detect_family(found.labels, found.environment, reference.tag).key,
+        "labels": found.labels,
+    }

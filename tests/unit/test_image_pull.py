@@ -1,0 +1,200 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Docker's pull: its errors and its progress."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import types
+import typing as t
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import (
+    DockerPuller,
+    PullProgress,
+    progress_text,
+    pull_error,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from image_world import (
+    LLAMA,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('Head "https://nvcr.io/v2/nim/x/manifests/1": unauthorized: authentication required', "bad_key"),
+        (
+            "failed to authorize: failed to fetch oauth token: unexpected status from GET request to "
+            "https://nvcr.io/proxy_auth?scope=x: 403 Forbidden",
+            "no_entitlement",
+        ),
+        (
+            "failed to authorize: failed to fetch oauth token: unexpected status from GET request to "
+            "https://nvcr.io/proxy_auth?scope=x: 401 Unauthorized",
+            "bad_key",
+        ),
+        ("failed to fetch anonymous token: unexpected status: 401 Unauthorized", "bad_key"),
+        ('denied: {"errors": [{"code": "DENIED", "message": "Access Denied"}]}', "no_entitlement"),
+        ("unexpected status code 402 Payment Required", "no_entitlement"),
+        ("unexpected status: 451 Unavailable For Legal Reasons", "legal"),
+        ("manifest unknown: manifest unknown", "no_such_tag"),
+        ("pull access denied for x, repository does not exist or may require 'docker login'", "bad_key"),
+        ("toomanyrequests: Rate exceeded", "rate_limit"),
+        ("received unexpected HTTP status: 503 Service Unavailable", "registry_unreachable"),
+        (
+            'Get "https://nvcr.io/v2/": tls: failed to verify certificate: x509: certificate signed by unknown authority',
+            "tls_error",
+        ),
+        ("net/http: TLS handshake timeout", "registry_unreachable"),
+        ("dial tcp: lookup nvcr.io on 127.0.0.53:53: no such host", "registry_unreachable"),
+        ("dial tcp 1.2.3.4:443: connect: connection refused", "registry_unreachable"),
+        ("unexpected EOF", "registry_unreachable"),
+        ("failed to register layer: write /x: no space left on device", "disk_full"),
+        ("error from registry: Incorrect Repository Format", "engine_cannot_pull"),
+        ("no matching manifest for linux/arm64/v8 in the manifest list entries", "architecture"),
+        ("something else", "pull_failed"),
+    ],
+)
+def test_errors_of_the_daemon(text: str, reason: str) -> None:
+    error = pull_error(LLAMA, text)
+    assert error.reason == reason
+    assert error.message.startswith("Pulling %s failed: %s" % (LLAMA, text[:20]))
+    assert error.message.endswith(".")
+
+
+def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(t.cast(t.Any, __import__("sys").modules), "docker", None)
+    with pytest.raises(FleetError) as error:
+        DockerPuller("/nowhere")
+    assert error.value.reason == "missing_library"
+    assert "python3-docker" in error.value.message
+
+
+def test_the_sdk_without_a_daemon(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FleetError) as error:
+        DockerPuller(str(tmp_path / "docker.sock"))
+    assert error.value.reason == "docker_unavailable"
+
+
+# -- progress ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recording(fixtures: pathlib.Path) -> types.SimpleNamespace:
+    """A real pull: Docker Engine 26.1.5, image store of its own, three layers there before."""
+    folder = fixtures / "docker-pull"
+    manifest = json.loads((folder / "engine-26.1.manifest.json").read_text())
+    return types.SimpleNamespace(
+        layers={layer["digest"]: layer["size"] for layer in manifest["layers"]},
+        events=[json.loads(line) for line in (folder / "engine-26.1.jsonl").read_text().splitlines()],
+    )
+
+
+def test_a_recorded_pull(recording: types.SimpleNamespace) -> None:
+    tracker = PullProgress(recording.layers)
+    start = tracker.snapshot(0)
+    assert start["phase"] == "waiting"
+    assert start["bytes_total"] == sum(recording.layers.values())
+    existing = {event["id"] for event in recording.events if event["status"] == "Already exists"}
+    assert len(existing) == 3
+    shots = []
+    for event in recording.events:
+        tracker.feed(event)
+        shots.append(tracker.snapshot(event["at"]))
+    total = sum(size for digest, size in recording.layers.items() if digest[7:19] not in existing)
+    settled = [shot for shot in shots if shot["bytes_total"] == total]
+    assert len(settled) > 70
+    percents = [shot["percent"] for shot in settled]
+    assert percents == sorted(percents)
+    assert {shot["phase"] for shot in settled} == {"waiting", "downloading", "unpacking", "done"}
+    assert settled[-1]["percent"] == settled[-1]["unpacked_percent"] == 100
+    assert settled[-1]["layers"] == {"done": len(recording.layers)}
+    rated = [shot for shot in settled if shot["rate"]]
+    assert rated
+    for shot in rated:
+        assert shot["eta"] == pytest.approx((total - shot["bytes_done"]) / shot["rate"])
+        assert 0 < shot["rate"] < 40e6
+
+
+def test_a_second_try_keeps_what_is_complete() -> None:
+    tracker = PullProgress({"sha256:" + "a" * 64: 100, "sha256:" + "b" * 64: 100})
+    one, two = "a" * 12, "b" * 12
+    tracker.feed({"id": one, "status": "Pull complete"})
+    tracker.feed({"id": two, "status": "Downloading", "progressDetail": {"current": 60, "total": 100}})
+    assert tracker.snapshot(0)["bytes_done"] == 160
+    tracker.restart()
+    assert tracker.snapshot(1)["bytes_done"] == 100
+    # What the first try brought was not there before: it stays in the total.
+    tracker.feed({"id": one, "status": "Already exists"})
+    assert tracker.snapshot(2)["bytes_total"] == 200
+
+
+def test_events_of_the_containerd_store_do_not_upset_it() -> None:
+    tracker = PullProgress({"sha256:" + "a" * 64: 100})
+    tracker.feed({"id": "a" * 12, "status": "Extracting", "progressDetail": {"current": 4, "units": "s"}})
+    shot = tracker.snapshot(0)
+    assert (shot["bytes_done"], shot["unpacked_percent"], shot["phase"]) == (100, 0, "unpacking")
+
+
+_events = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": st.sampled_from(["a" * 12, "b" * 12, "c" * 12, "1.8.4"]),
+            "status": st.sampled_from(
+                [
+                    "Pulling fs layer",
+                    "Waiting",
+                    "Downloading",
+                    "Verifying Checksum",
+                    "Download complete",
+                    "Extracting",
+                    "Pull complete",
+                    "Already exists",
+                    "Retrying in 5 seconds",
+                ]
+            ),
+            "progressDetail": st.fixed_dictionaries(
+                {}, optional={"current": st.integers(0, 300), "total": st.just(100)}
+            ),
+        }
+    )
+)
+
+
+@settings(deadline=None)
+@given(_events)
+def test_progress_stays_in_its_bounds(events: list[dict[str, t.Any]]) -> None:
+    tracker = PullProgress({"sha256:" + letter * 64: 100 for letter in "ab"})
+    for now, event in enumerate(events):
+        tracker.feed(event)
+        shot = tracker.snapshot(now)
+        assert 0 <= shot["bytes_done"] <= shot["bytes_total"]
+        assert 0 <= shot["percent"] <= 100
+        assert 0 <= shot["unpacked_percent"] <= 100
+        assert progress_text("nim/x", shot)
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [
+        (
+            {"phase": "downloading", "percent": 43, "bytes_done": 1.2e9, "bytes_total": 2.8e9, "rate": 95e6, "eta": 17},
+            "nim/x 43% 1.2 of 2.8 GB, 95.0 MB/s, 0:17 left",
+        ),
+        (
+            {"phase": "downloading", "percent": 1, "bytes_done": 5e8, "bytes_total": 150e9, "rate": 4e6, "eta": 37375},
+            "nim/x 1% 500 MB of 150 GB, 4.0 MB/s, 10:22:55 left",
+        ),
+        ({"phase": "downloading", "percent": 0, "bytes_done": 0, "bytes_total": 2e9}, "nim/x 0% 0 B of 2.0 GB"),
+        ({"phase": "unpacking", "unpacked_percent": 37, "bytes_total": 2.8e9}, "nim/x unpacking 37% of 2.8 GB"),
+        ({"phase": "waiting", "bytes_total": 2.8e9}, "nim/x: waiting for the first bytes of 2.8 GB"),
+        ({}, "nim/x: waiting"),
+    ],
+)
+def test_progress_text(progress: dict[str, t.Any], text: str) -> None:
+    assert progress_text("nim/x", progress) == text
