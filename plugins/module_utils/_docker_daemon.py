@@ -4,8 +4,7 @@
 # This module util is PRIVATE to the collection; it may change at any time.
 """daemon.json by merge of our own keys, applied to the running daemon with the smallest action and read back from it.
 
-Which keys a SIGHUP reaches: dockerd's reference, "Configuration reload behavior", and moby ``daemon/reload*.go``; keys that
-a SIGHUP does not reach are ignored by it without a word. A reload that dockerd rejects is visible in its log only.
+A reload that dockerd rejects is visible in its log only.
 """
 
 from __future__ import annotations
@@ -14,555 +13,51 @@ import json
 import os.path
 import re
 import typing as t
-from dataclasses import dataclass, field
 
+from ._daemon_json import (
+    ABSENT,
+    DEFAULT_CONFIG,
+    Path,
+    action_for,
+    dotted,
+    edits,
+    expand,
+    get_value,
+    merge,
+    parse,
+    redact,
+)
 from ._docker_api import DockerApi, Json
+from ._docker_restart import RESTART_TIMEOUT, daemon_log, observe_running, restart_blocked, restart_docker
+from ._dockerd import (
+    UNIT,
+    DaemonState,
+    LiveDifference,
+    flag_says,
+    flag_values,
+    live_differences,
+    parse_exec_start,
+    same_program,
+    version_tuple,
+)
 from ._errors import FleetError
 from ._host import Host
 from ._resource import Change, Disruption, FileDiff, Resource
+from ._systemd import unit_properties
 
-DEFAULT_CONFIG = "/etc/docker/daemon.json"
-UNIT = "docker.service"
 #: Left behind between writing the file and telling the daemon; gone after a reboot, as is the daemon it speaks of.
 PENDING = "/run/gpu_fleet/docker_daemon.json"
 #: The file as it was before the last change.
 BACKUP = "/var/lib/gpu_fleet/daemon.json.before"
 
-#: Seconds for a reload to show in the daemon, and for a restarted daemon to answer.
+#: Seconds for a reload to show in the daemon.
 RELOAD_TIMEOUT = 10.0
-RESTART_TIMEOUT = 90.0
 
-#: Keys that dockerd takes over on SIGHUP.
-RELOADABLE = frozenset(
-    {
-        "authorization-plugins",
-        "debug",
-        "default-cgroupns-mode",
-        "default-ipc-mode",
-        "default-runtime",
-        "default-shm-size",
-        "features",
-        "insecure-registries",
-        "labels",
-        "live-restore",
-        "max-concurrent-downloads",
-        "max-concurrent-uploads",
-        "max-download-attempts",
-        "registry-mirrors",
-        "runtimes",
-        "shutdown-timeout",
-    }
-)
-#: Of those, the ones whose *absence* a SIGHUP takes over as well; the others keep their last value until a restart.
-RELOADABLE_REMOVAL = frozenset(
-    {"features", "max-concurrent-downloads", "max-concurrent-uploads", "max-download-attempts"}
-)
-#: Features that are set up when the daemon starts: stored by SIGHUP, effective after a restart.
-RESTART_FEATURES = frozenset({"cdi", "containerd-snapshotter"})
-#: Keys that live-restore does not carry over: after a restart the running containers would be lost to the daemon or to the
-#: network.
-LOSES_CONTAINERS = frozenset(
-    {
-        "bip",
-        "bip6",
-        "bridge",
-        "containerd-namespace",
-        "data-root",
-        "default-address-pools",
-        "exec-root",
-        "features.containerd-snapshotter",
-        "fixed-cidr",
-        "fixed-cidr-v6",
-        "iptables",
-        "ip6tables",
-        "ipv6",
-        "storage-driver",
-        "userns-remap",
-    }
-)
-
-#: Command-line flags whose key in daemon.json is named differently (moby ``cmd/dockerd/config*.go``).
-_FLAG_KEYS = {
-    "-D": "debug",
-    "-G": "group",
-    "-H": "hosts",
-    "-b": "bridge",
-    "-g": "data-root",
-    "-l": "log-level",
-    "-p": "pidfile",
-    "-s": "storage-driver",
-    "--add-runtime": "runtimes",
-    "--authorization-plugin": "authorization-plugins",
-    "--cdi-spec-dir": "cdi-spec-dirs",
-    "--default-address-pool": "default-address-pools",
-    "--default-ulimit": "default-ulimits",
-    "--dns-opt": "dns-opts",
-    "--exec-opt": "exec-opts",
-    "--feature": "features",
-    "--graph": "data-root",
-    "--host": "hosts",
-    "--insecure-registry": "insecure-registries",
-    "--label": "labels",
-    "--log-opt": "log-opts",
-    "--node-generic-resource": "node-generic-resources",
-    "--registry-mirror": "registry-mirrors",
-    "--storage-opt": "storage-opts",
-}
-#: Flags that take no value unless it is attached with "=".
-_BOOLEAN_FLAGS = frozenset(
-    {
-        "debug",
-        "experimental",
-        "icc",
-        "init",
-        "ip-forward",
-        "ip-masq",
-        "ip6tables",
-        "iptables",
-        "ipv6",
-        "live-restore",
-        "no-new-privileges",
-        "raw-logs",
-        "rootless",
-        "selinux-enabled",
-        "tls",
-        "tlsverify",
-        "userland-proxy",
-        "validate",
-    }
-)
 #: The one key that dockerd itself merges from flags and file.
 _MERGED_BY_DOCKERD = frozenset({"runtimes"})
 
 _RUNTIME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _KEY_NAME = re.compile(r"[a-z][a-z0-9-]*\Z")
-
-Path = t.Tuple[str, ...]
-
-
-# -- the text of the file -------------------------------------------------------------------------
-
-
-class _Absent:
-    """Marks a key that is to be taken out."""
-
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT: t.Any = _Absent()
-
-
-def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
-    """The document in daemon.json; a missing or blank file is an empty one, as dockerd reads it.
-
-    Raises:
-        FleetError: ``daemon_json_invalid`` when it is no JSON object or names a key twice; the file is left alone.
-    """
-
-    def pairs(members: t.List[t.Tuple[str, t.Any]]) -> Json:
-        found: Json = {}
-        for key, value in members:
-            if key in found:
-                raise ValueError("the key %r stands there twice" % key)
-            found[key] = value
-        return found
-
-    content = (text or "").lstrip("\ufeff")
-    if not content.strip():
-        return {}
-    try:
-        document = json.loads(content, object_pairs_hook=pairs)
-    except ValueError as error:
-        raise FleetError(
-            "daemon_json_invalid",
-            "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (path, error),
-            file=path,
-        ) from error
-    if not isinstance(document, dict):
-        raise FleetError(
-            "daemon_json_invalid",
-            "Reading %s failed: it holds no JSON object. It was left as it is; mend it by hand and run again." % path,
-            file=path,
-        )
-    return document
-
-
-@dataclass(frozen=True)
-class _Member:
-    key: str
-    start: int
-    value_start: int
-    end: int
-
-
-_BLANK = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder()
-
-
-def _members(text: str, start: int) -> t.Tuple[t.List[_Member], int]:
-    """Positions of the members of the object that opens at ``start``, and of its closing brace. The text is valid JSON."""
-
-    def skip(position: int) -> int:
-        found = _BLANK.match(text, position)
-        return found.end() if found else position
-
-    members: t.List[_Member] = []
-    position = skip(start + 1)
-    while text[position] != "}":
-        key, after = _DECODER.raw_decode(text, position)
-        value_start = skip(skip(after) + 1)
-        dummy, end = _DECODER.raw_decode(text, value_start)
-        members.append(_Member(key, position, value_start, end))
-        position = skip(end)
-        if text[position] == ",":
-            position = skip(position + 1)
-    return members, position
-
-
-def _indentation(text: str) -> str:
-    found = re.search(r"\n([ \t]+)\"", text)
-    return found.group(1) if found else "  "
-
-
-def set_value(text: str, path: Path, value: t.Any) -> str:
-    """The text of a JSON object with one value set or (``ABSENT``) taken out; every other character stays.
-
-    Args:
-        path: Keys from the outside in; missing objects on the way are created.
-    """
-    if not text.lstrip("\ufeff").strip():
-        text = "{}\n"
-    unit = _indentation(text)
-    many_lines = "\n" in text.strip() or not parse(text)
-
-    def render(content: t.Any, depth: int) -> str:
-        if not many_lines:
-            return json.dumps(content, ensure_ascii=False)
-        plain = json.dumps(content, ensure_ascii=False, indent=unit)
-        return plain.replace("\n", "\n" + unit * depth)
-
-    start = text.index("{")
-    depth = 0
-    keys = list(path)
-    while True:
-        depth += 1
-        members, close = _members(text, start)
-        key = keys.pop(0)
-        index = next((number for number, member in enumerate(members) if member.key == key), None)
-        if index is None:
-            if value is ABSENT:
-                return text
-            for inner in reversed(keys):
-                value = {inner: value}
-            member_text = "%s: %s" % (json.dumps(key, ensure_ascii=False), render(value, depth))
-            if members:
-                opening = text[start + 1 : members[0].start]
-                return text[: members[-1].end] + "," + (opening or " ") + member_text + text[members[-1].end :]
-            if not many_lines:
-                return text[: start + 1] + member_text + text[close:]
-            inside = "\n" + unit * depth + member_text + "\n" + unit * (depth - 1)
-            return text[: start + 1] + inside + text[close:]
-        member = members[index]
-        if keys and value is ABSENT and text[member.value_start] != "{":
-            return text
-        if keys and text[member.value_start] == "{":
-            start = member.value_start
-            continue
-        if value is not ABSENT:
-            for inner in reversed(keys):
-                value = {inner: value}
-            return text[: member.value_start] + render(value, depth) + text[member.end :]
-        if len(members) == 1:
-            return text[: start + 1] + text[close:]
-        if index == 0:
-            return text[: member.start] + text[members[1].start :]
-        return text[: members[index - 1].end] + text[member.end :]
-
-
-def redact(text: str) -> str:
-    """Proxy passwords and tokens of log drivers made unreadable, for diffs and messages."""
-    text = re.sub(r'(://)[^/@\s"]+@', r"\1***@", text)
-    return re.sub(r'(?i)("[^"\n]*(?:token|secret|password)[^"\n]*"\s*:\s*)"[^"\n]*"', r'\1"***"', text)
-
-
-# -- merging --------------------------------------------------------------------------------------
-
-
-def edits(document: t.Mapping[str, t.Any], wanted: t.Mapping[str, t.Any]) -> t.List[t.Tuple[Path, t.Any]]:
-    """What must be set in a document so that it holds every wanted value; objects are merged, all else is replaced."""
-    result: t.List[t.Tuple[Path, t.Any]] = []
-    for key, value in wanted.items():
-        present = document.get(key, ABSENT)
-        if isinstance(value, dict) and isinstance(present, dict):
-            result += [((key, *path), inner) for path, inner in edits(present, value)]
-        elif present is ABSENT or not _same(present, value):
-            result.append(((key,), value))
-    return result
-
-
-def _same(left: t.Any, right: t.Any) -> bool:
-    """Equality of JSON values: unlike Python's, true is not 1."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    return bool(left == right)
-
-
-def get_value(document: t.Any, path: Path) -> t.Any:
-    """The value at a path, or ``ABSENT``."""
-    for key in path:
-        if not isinstance(document, dict) or key not in document:
-            return ABSENT
-        document = document[key]
-    return document
-
-
-def merge(text: t.Optional[str], changes: t.Sequence[t.Tuple[Path, t.Any]]) -> str:
-    """The text of daemon.json after a list of edits."""
-    result = text or ""
-    for path, value in changes:
-        result = set_value(result, path, value)
-    return result
-
-
-def action_for(path: Path, removal: bool) -> str:
-    """``reload`` or ``restart``: what the running daemon needs to take a changed key over."""
-    key = path[0]
-    if key not in RELOADABLE:
-        return "restart"
-    if key == "features" and (len(path) < 2 or path[1] in RESTART_FEATURES):
-        return "restart"
-    if removal and len(path) == 1 and key not in RELOADABLE_REMOVAL:
-        return "restart"
-    return "reload"
-
-
-def expand(changes: t.Sequence[t.Tuple[Path, t.Any]]) -> t.List[t.Tuple[Path, t.Any]]:
-    """Edits of a whole ``features`` object as one edit per feature, because they need different actions."""
-    result: t.List[t.Tuple[Path, t.Any]] = []
-    for path, value in changes:
-        if path == ("features",) and isinstance(value, dict):
-            result += [(("features", name), inner) for name, inner in value.items()]
-        else:
-            result.append((path, value))
-    return result
-
-
-def dotted(path: Path) -> str:
-    return ".".join(path)
-
-
-# -- the command line of the daemon ---------------------------------------------------------------
-
-
-def flag_values(argv: t.Sequence[str]) -> t.Dict[str, t.List[str]]:
-    """Keys of daemon.json that are set by flags of a dockerd command line, with their values."""
-    found: t.Dict[str, t.List[str]] = {}
-    words = list(argv[1:])
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-") or word == "-":
-            continue
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") and len(flag) > 2:
-            flag, value, equals = flag[:2], flag[2:], "="
-        key = _FLAG_KEYS.get(flag, flag.lstrip("-"))
-        if not equals:
-            if key in _BOOLEAN_FLAGS:
-                value = "true"
-            elif words:
-                value = words.pop(0)
-        found.setdefault(key, []).append(value)
-    return found
-
-
-def _flag_says(values: t.Sequence[str], wanted: t.Any) -> bool:
-    """Whether a flag already gives a scalar the wanted value."""
-    if isinstance(wanted, bool):
-        return values[-1].lower() in (("true", "1", "t") if wanted else ("false", "0", "f"))
-    if isinstance(wanted, (str, int)):
-        return values[-1] == str(wanted)
-    return False
-
-
-def parse_exec_start(text: str) -> t.Tuple[str, ...]:
-    """argv of systemd's ``ExecStart`` property: ``{ path=… ; argv[]=/usr/bin/dockerd -H fd:// ; ignore_errors=no ; … }``."""
-    found = re.search(r"argv\[\]=(.*?) ; ", text)
-    return tuple(found.group(1).split()) if found else ()
-
-
-# -- the running daemon ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunningContainer:
-    """A running container, as far as a restart of the daemon concerns it."""
-
-    id: str
-    name: str
-    started_at: str = ""
-    auto_remove: bool = False
-
-
-@dataclass(frozen=True)
-class DaemonState:
-    """The daemon's configuration, wanted and live.
-
-    Attributes:
-        path: The file that dockerd reads.
-        text: Its content; None when absent.
-        installed: Whether there is a dockerd.
-        answers: Whether the daemon runs and answers.
-        main_pid: Process of the running daemon.
-        argv: Its command line.
-        unit_files: Where the command line comes from: the unit and its drop-ins.
-        info: ``GET /info`` of the live daemon.
-        running: Running containers.
-        dependents: Active units that systemd stops and starts with docker.service.
-        programs: Runtime path as written -> absolute path of the executable, None when there is none.
-        pending: Keys and action that an interrupted run has written to the file but not told this daemon.
-    """
-
-    path: str = DEFAULT_CONFIG
-    text: t.Optional[str] = None
-    installed: bool = False
-    answers: bool = False
-    main_pid: int = 0
-    argv: t.Tuple[str, ...] = ()
-    unit_files: t.Tuple[str, ...] = ()
-    info: Json = field(default_factory=dict)
-    running: t.Tuple[RunningContainer, ...] = ()
-    dependents: t.Tuple[str, ...] = ()
-    programs: t.Mapping[str, t.Optional[str]] = field(default_factory=dict)
-    pending: t.Tuple[str, ...] = ()
-    pending_action: str = ""
-
-    @property
-    def version(self) -> str:
-        return str(self.info.get("ServerVersion", ""))
-
-    def live(self) -> t.Dict[str, t.Any]:
-        """The parts of the live daemon that GPU containers depend on; empty when it does not run."""
-        if not self.answers:
-            return {}
-        return {
-            "version": self.version,
-            "runtimes": sorted(self.info.get("Runtimes") or {}),
-            "default_runtime": str(self.info.get("DefaultRuntime", "")),
-            "live_restore": bool(self.info.get("LiveRestoreEnabled")),
-            "cgroup_driver": str(self.info.get("CgroupDriver", "")),
-            "cdi": bool(self.info.get("CDISpecDirs")),
-        }
-
-
-def version_tuple(version: str) -> t.Tuple[int, ...]:
-    """Leading numbers of an engine version: ``26.1.5+dfsg1`` -> (26, 1, 5)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
-
-
-def live_value(info: t.Mapping[str, t.Any], path: Path) -> t.Any:
-    """What the live daemon has for a key, in the form of daemon.json; ``ABSENT`` when it has none.
-
-    Raises:
-        LookupError: When ``GET /info`` does not tell.
-    """
-    key = path[0]
-    plain = {
-        "debug": "Debug",
-        "default-runtime": "DefaultRuntime",
-        "live-restore": "LiveRestoreEnabled",
-        "log-driver": "LoggingDriver",
-        "data-root": "DockerRootDir",
-        "labels": "Labels",
-    }
-    if len(path) == 1 and key in plain and plain[key] in info:
-        return info[plain[key]]
-    if len(path) == 2 and key == "runtimes":
-        runtime = (info.get("Runtimes") or {}).get(path[1])
-        return ABSENT if runtime is None else runtime
-    if path == ("features", "cdi") and version_tuple(str(info.get("ServerVersion", ""))) >= (25,):
-        return bool(info.get("CDISpecDirs"))
-    if path == ("features", "containerd-snapshotter") and "DriverStatus" in info:
-        return any(list(entry)[:1] == ["driver-type"] for entry in info["DriverStatus"] or [])
-    if path == ("exec-opts",) and "CgroupDriver" in info:
-        return ["native.cgroupdriver=%s" % info["CgroupDriver"]]
-    if path == ("registry-mirrors",):
-        mirrors = (info.get("RegistryConfig") or {}).get("Mirrors")
-        if mirrors is not None:
-            return [str(mirror).rstrip("/") for mirror in mirrors]
-    raise LookupError(dotted(path))
-
-
-def _live_agrees(live: t.Any, wanted: t.Any, path: Path, programs: t.Mapping[str, t.Optional[str]]) -> bool:
-    if path[0] == "runtimes":
-        if live is ABSENT:
-            return False
-        if "path" in wanted:
-            return same_program(str(live.get("path", "")), str(wanted["path"]), programs)
-        return bool(live.get("runtimeType", wanted.get("runtimeType")) == wanted.get("runtimeType"))
-    if path == ("labels",):
-        return sorted(live or []) == sorted(wanted)
-    if path == ("exec-opts",):
-        drivers = [option for option in wanted if option.startswith("native.cgroupdriver=")]
-        return not drivers or drivers == live
-    if path == ("registry-mirrors",):
-        return bool(live == [str(mirror).rstrip("/") for mirror in wanted])
-    if path == ("data-root",):
-        return str(live).rstrip("/") == str(wanted).rstrip("/")
-    return _same(live, wanted)
-
-
-def same_program(left: str, right: str, programs: t.Mapping[str, t.Optional[str]]) -> bool:
-    """Whether two runtime paths are the same executable, written bare or absolute."""
-    if left == right:
-        return True
-    found_left, found_right = programs.get(left), programs.get(right)
-    if found_left is None and found_right is None:
-        # Not installed (any more): where a package would put it counts.
-        return os.path.join("/usr/bin", left) == os.path.join("/usr/bin", right)
-    return found_left is not None and found_left == found_right
-
-
-@dataclass(frozen=True)
-class LiveDifference:
-    """A key that the file has right and the live daemon does not."""
-
-    path: Path
-    live: t.Any
-    wanted: t.Any
-    action: str
-
-
-def live_differences(
-    document: t.Mapping[str, t.Any],
-    owned: t.Sequence[Path],
-    absent: t.Sequence[Path],
-    info: t.Mapping[str, t.Any],
-    programs: t.Mapping[str, t.Optional[str]],
-) -> t.List[LiveDifference]:
-    """Where the live daemon differs from a document, over the keys that we own and that it tells about."""
-    result = []
-    for path in owned:
-        wanted = get_value(document, path)
-        if wanted is ABSENT:
-            continue
-        try:
-            live = live_value(info, path)
-        except LookupError:
-            continue
-        if not _live_agrees(live, wanted, path, programs):
-            result.append(LiveDifference(path, live, wanted, action_for(path, False)))
-    for path in absent:
-        if path[0] == "runtimes" and len(path) == 2 and path[1] in (info.get("Runtimes") or {}):
-            result.append(LiveDifference(path, info["Runtimes"][path[1]], ABSENT, "reload"))
-        elif path == ("default-runtime",) and info.get("DefaultRuntime", "runc") != "runc":
-            result.append(LiveDifference(path, info["DefaultRuntime"], "runc", "reload"))
-    return result
 
 
 def _owned_paths(wanted: t.Mapping[str, t.Any]) -> t.List[Path]:
@@ -574,9 +69,6 @@ def _owned_paths(wanted: t.Mapping[str, t.Any]) -> t.List[Path]:
         else:
             result.append((key,))
     return result
-
-
-# -- the resource ---------------------------------------------------------------------------------
 
 
 class DockerDaemon(Resource[DaemonState]):
@@ -785,7 +277,7 @@ class DockerDaemon(Resource[DaemonState]):
         wanted: Json = {}
         for key, value in self.wanted.items():
             if key in flags and key not in _MERGED_BY_DOCKERD:
-                if _flag_says(flags[key], value):
+                if flag_says(flags[key], value):
                     continue
                 raise FleetError(
                     "daemon_flag_conflict",
@@ -1066,7 +558,7 @@ class DockerDaemon(Resource[DaemonState]):
                 raise FleetError(
                     "daemon_reload_rejected",
                     "Reloading Docker had no effect: the daemon did not take %s over (%s)."
-                    % (", ".join(keys) or state.path, _daemon_log(host)),
+                    % (", ".join(keys) or state.path, daemon_log(host)),
                     file=state.path,
                 )
             host.sleep(0.1)
@@ -1097,122 +589,6 @@ class DockerDaemon(Resource[DaemonState]):
                 raise FleetError(error.reason, error.message, **error.facts) from error
             raise
         host.remove(PENDING)
-
-
-# -- restarting docker without losing containers --------------------------------------------------
-
-
-def observe_running(api: DockerApi, version: t.Tuple[int, ...]) -> t.Tuple[RunningContainer, ...]:
-    """Running containers; ``--rm`` is looked up only for engines that remove such containers when they restart."""
-    found = []
-    for entry in api.containers(all=False):
-        names = entry.get("Names") or [entry["Id"][:12]]
-        auto_remove = False
-        if version < (24, 0, 8):
-            details = api.container(entry["Id"]) or {}
-            auto_remove = bool((details.get("HostConfig") or {}).get("AutoRemove"))
-        found.append(RunningContainer(entry["Id"], names[0].lstrip("/"), auto_remove=auto_remove))
-    return tuple(found)
-
-
-def restart_blocked(state: DaemonState, *, live_restore: bool, keys: t.Sequence[str]) -> t.Optional[str]:
-    """Why a restart of the daemon would hurt running containers; None when it would not.
-
-    Args:
-        live_restore: Whether live-restore is on, or will be by a reload, before the restart.
-        keys: Keys of daemon.json that the restart brings into effect.
-    """
-    if not state.running:
-        return None
-    names = ", ".join(sorted(container.name for container in state.running))
-    swarm = str((state.info.get("Swarm") or {}).get("LocalNodeState", "inactive"))
-    if not live_restore:
-        return (
-            "it would stop the running containers (%s) because live-restore is off; allow live_restore, or stop them first"
-            % names
-        )
-    if swarm not in ("inactive", ""):
-        return (
-            "it would stop the running containers (%s): this host is a swarm node, where live-restore does not work; "
-            "drain it first" % names
-        )
-    lost = sorted(LOSES_CONTAINERS.intersection(keys))
-    if lost:
-        return "live-restore does not carry running containers (%s) over a change of %s; stop them first" % (
-            names,
-            " and ".join(lost),
-        )
-    removed = sorted(container.name for container in state.running if container.auto_remove)
-    if removed and version_tuple(state.version) < (24, 0, 8):
-        return (
-            "Docker Engine %s removes containers that were started with --rm (%s) when it restarts; stop them first, "
-            "or upgrade to 24.0.8 or newer" % (state.version, ", ".join(removed))
-        )
-    if state.dependents:
-        return (
-            "systemd would restart %s with it (Requires= or BindsTo= docker.service); stop them first, or weaken that to "
-            "Wants=" % ", ".join(state.dependents)
-        )
-    return None
-
-
-def restart_docker(host: Host, api: DockerApi, state: DaemonState) -> None:
-    """Restart the daemon once and prove that every container that ran still runs, never having been stopped.
-
-    Raises:
-        FleetError: ``daemon_restart_failed`` when it does not come back, ``containers_restarted`` when one was hit.
-    """
-    before = {one.id: _started_at(api, one.id) for one in state.running}
-    result = host.run(["systemctl", "restart", UNIT], timeout=RESTART_TIMEOUT + 60)
-    deadline = host.monotonic() + RESTART_TIMEOUT
-    while result.ok and not api.available():
-        if host.monotonic() >= deadline:
-            break
-        host.sleep(0.2)
-    if not result.ok or not api.available():
-        raise FleetError(
-            "daemon_restart_failed",
-            "Restarting Docker failed: %s." % _daemon_log(host),
-            rc=result.rc,
-            stderr=result.stderr[-2000:],
-        )
-    hit = sorted(one.name for one in state.running if _started_at(api, one.id) != before[one.id])
-    if hit:
-        raise FleetError(
-            "containers_restarted",
-            "Restarting Docker hit running containers although live-restore was on: %s; see 'docker ps -a' and "
-            "'journalctl -u docker'." % ", ".join(hit),
-            containers=hit,
-        )
-
-
-def _started_at(api: DockerApi, container: str) -> t.Optional[t.Tuple[str, int]]:
-    """Start time and process of a running container; None when it is gone or stopped."""
-    details = (api.container(container) or {}).get("State") or {}
-    return (str(details.get("StartedAt")), int(details.get("Pid") or 0)) if details.get("Running") else None
-
-
-def unit_properties(host: Host, unit: str, *names: str) -> t.Dict[str, str]:
-    """Properties of a systemd unit; empty where there is no systemd."""
-    arguments = [word for name in names for word in ("-p", name)]
-    result = host.run(["systemctl", "show", "--no-pager", *arguments, unit])
-    found: t.Dict[str, str] = {}
-    for line in result.stdout.splitlines():
-        name, equals, value = line.partition("=")
-        if equals:
-            found[name] = value
-    return found
-
-
-def _daemon_log(host: Host) -> str:
-    """The last error the daemon logged."""
-    result = host.run(["journalctl", "-u", UNIT, "-n", "40", "-o", "cat", "--no-pager"])
-    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if "level=error" in line or "level=fatal" in line or line.startswith(("failed to", "unable to")):
-            found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
-            return redact(found.group(1).replace('\\"', '"') if found else line).rstrip(".")
-    return "its log says nothing; see 'journalctl -u docker'"
 
 
 def _find_program(host: Host, name: str) -> t.Optional[str]:

@@ -12,13 +12,9 @@ import typing as t
 from dataclasses import dataclass, field, replace
 
 from ._docker_api import DockerApi
-from ._docker_daemon import (
-    DaemonState,
-    DockerDaemon,
-    restart_blocked,
-    unit_properties,
-    version_tuple,
-)
+from ._docker_daemon import DockerDaemon
+from ._docker_restart import restart_blocked
+from ._dockerd import DaemonState, version_tuple
 from ._errors import FleetError
 from ._host import Host
 from ._os_release import OsRelease, read_os_release
@@ -34,6 +30,7 @@ from ._packages import (
     upstream_version,
 )
 from ._resource import Change, Disruption, Resource
+from ._systemd import unit_properties
 
 DEFAULT_REPOSITORY = "https://download.docker.com/linux"
 #: Oldest engine that NIM 1.x is documented for; NIM 2.x asks for 24.0.

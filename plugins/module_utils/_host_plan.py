@@ -11,7 +11,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._docker_api import DockerApi
-from ._docker_daemon import DockerDaemon, unit_properties
+from ._docker_daemon import DockerDaemon
 from ._docker_engine import DockerEngine
 from ._docker_group import DockerGroup
 from ._errors import FleetError
@@ -25,6 +25,7 @@ from ._nvidia_container_toolkit import NvidiaContainerToolkit
 from ._nvidia_driver import DriverState, NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
 from ._resource import Change, Disruption, Resource
+from ._systemd import unit_properties
 
 Options = t.Mapping[str, t.Any]
 S = t.TypeVar("S")

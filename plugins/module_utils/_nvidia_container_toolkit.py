@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""NVIDIA Container Toolkit: packages in lockstep, runtime registered in Docker, mode explicit, CDI, and a container as proof.
+"""NVIDIA Container Toolkit: packages in lockstep, runtime registered in Docker, mode explicit, CDI, and the proof.
 
 ``nvidia-ctk`` is used for config.toml and CDI specifications only; daemon.json is ours (up to 1.20.0 ``nvidia-ctk runtime
 configure --cdi.enabled`` drops all other features from it, and it replaces the file non-atomically).
@@ -12,25 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 import os.path
 import re
-import tarfile
 import typing as t
 from dataclasses import dataclass, field
 
 from ._docker_api import DockerApi
-from ._docker_daemon import (
-    DaemonState,
-    DockerDaemon,
-    restart_blocked,
-    restart_docker,
-    unit_properties,
-    version_tuple,
-)
+from ._docker_daemon import DockerDaemon
+from ._docker_restart import restart_blocked, restart_docker
+from ._dockerd import DaemonState, version_tuple
 from ._errors import FleetError
+from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._os_release import OsRelease, read_os_release
 from ._packages import (
@@ -45,6 +38,7 @@ from ._packages import (
     upstream_version,
 )
 from ._resource import Change, Disruption, Resource
+from ._systemd import unit_properties
 
 DEFAULT_REPOSITORY = "https://nvidia.github.io/libnvidia-container"
 #: One version for all four, always: they depend on each other's exact behaviour (nvidia-container-toolkit #1091, #59).
@@ -67,12 +61,6 @@ STATIC_CDI_SPEC = "/etc/cdi/nvidia.yaml"
 REFRESH = "nvidia-cdi-refresh"
 #: Record of the last smoke test that passed; gone after a reboot, when it has to be proved again.
 VALIDATION = "/run/gpu_fleet/validations/nvidia_container_toolkit.json"
-
-_SMOKE_NAME = "gpu-fleet-smoke-test"
-_SMOKE_DIRECTORY = "/run/gpu_fleet/smoke_test"
-_C_LIBRARY = ("libdl.so.2", "libm.so.6", "libpthread.so.0", "librt.so.1")
-#: Seconds for the container: on a large host without persistence mode the first NVML call alone takes most of a minute.
-_SMOKE_TIMEOUT = 180
 
 
 @dataclass(frozen=True)
@@ -151,76 +139,6 @@ def configured_mode(text: t.Optional[str]) -> t.Optional[str]:
 def spec_is_for(spec: str, driver_version: str) -> bool:
     """Whether a CDI specification mounts the libraries of a driver version (their names carry it)."""
     return re.search(r"lib[\w-]+\.so\.%s(?![\w.])" % re.escape(driver_version), spec) is not None
-
-
-def parse_gpu_list(text: str) -> t.Tuple[str, ...]:
-    """UUIDs of GPUs and MIG devices in the output of ``nvidia-smi -L``, sorted."""
-    return tuple(sorted(re.findall(r"\(UUID: ((?:GPU|MIG)-[0-9A-Za-z/-]+)\)", text)))
-
-
-#: What a failed GPU container says -> what it means and what to do. First match counts.
-_SIGNATURES: t.Tuple[t.Tuple[str, str, str], ...] = (
-    (
-        r"could not select device driver",
-        "daemon_without_gpu_driver",
-        "dockerd found no NVIDIA hook when it was started; it must be restarted once after the toolkit is installed "
-        "(injection = gpus does it), or use injection = runtime",
-    ),
-    (
-        r"unknown or invalid runtime name",
-        "runtime_not_registered",
-        "the running daemon does not know the runtime 'nvidia'; run again to tell it",
-    ),
-    (
-        r"[Dd]river/library version mismatch",
-        "driver_mismatch",
-        "the loaded kernel module and the driver's libraries have different versions; reload the driver or reboot",
-    ),
-    (
-        r"(unresolvable CDI devices|could not find CDI device|CDI device injection failed)",
-        "cdi_spec_missing",
-        "the CDI specification is missing or stale; see 'systemctl status nvidia-cdi-refresh' and 'nvidia-ctk cdi list'",
-    ),
-    (
-        r"(libnvidia-ml\.so\.1: cannot open|load library failed: libnvidia-ml)",
-        "driver_libraries_missing",
-        "the driver's libraries are not installed on this host; install the driver's user-space packages",
-    ),
-    (
-        r"(driver not loaded|couldn't communicate with the NVIDIA driver|nvml error: driver not loaded)",
-        "driver_not_loaded",
-        "the driver's kernel module is not loaded; load it, then run again",
-    ),
-    (
-        r"Failed to initialize NVML: Unknown Error",
-        "devices_denied",
-        "the container may not open the GPU devices; see the toolkit's troubleshooting page on cgroups, and use a mode "
-        "other than legacy",
-    ),
-    (
-        r"nvidia-smi\"?: (stat |executable file |)?(not found|no such file)|executable file not found",
-        "nothing_injected",
-        "the runtime injected nothing into the container; check 'mode' in /etc/nvidia-container-runtime/config.toml",
-    ),
-    (
-        r"nvidia-container-runtime\"?: (executable file )?(not found|no such file)",
-        "runtime_program_missing",
-        "the registered runtime program is not there; reinstall nvidia-container-toolkit-base",
-    ),
-    (
-        r"[Cc]annot connect to the Docker daemon",
-        "docker_unavailable",
-        "Docker does not run; see 'systemctl status docker'",
-    ),
-)
-
-
-def explain_failure(output: str) -> t.Tuple[str, str]:
-    """Reason and remedy for what a failed GPU container printed."""
-    for pattern, reason, remedy in _SIGNATURES:
-        if re.search(pattern, output):
-            return reason, remedy
-    return "gpu_container_failed", "see 'journalctl -u docker' and /var/log/nvidia-container-runtime.log"
 
 
 class NvidiaContainerToolkit(Resource[ToolkitState]):
@@ -647,179 +565,19 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
             timeout=120,
         )
 
-    # -- smoke test -------------------------------------------------------------------------------
-
     def _smoke_test(self, host: Host) -> None:
         state = self.observe(host)
         if self.validated(state):
             return
-        smi = state.nvidia_smi or "nvidia-smi"
-        listed = host.run([smi, "-L"], timeout=_SMOKE_TIMEOUT)
-        expected = parse_gpu_list(listed.stdout)
-        if not listed.ok or not expected:
-            reason, remedy = explain_failure(listed.stdout + listed.stderr)
-            raise FleetError(
-                "host_gpu_failed" if reason == "gpu_container_failed" else reason,
-                "Listing the GPUs on the host with 'nvidia-smi -L' failed: %s; %s."
-                % (listed.last_line().rstrip("."), remedy),
-                rc=listed.rc,
-            )
-        image = self._build_image(host, smi)
-        arguments = {
-            "runtime": ["--runtime=%s" % RUNTIME, "--env=NVIDIA_VISIBLE_DEVICES=all"],
-            "cdi": ["--device=nvidia.com/gpu=all"],
-            "gpus": ["--gpus=all"],
-        }[self.injection]
-        # What an interrupted run left behind would hold the name.
-        host.run(["docker", "rm", "--force", _SMOKE_NAME], timeout=60)
-        try:
-            result = host.run(
-                [
-                    "docker",
-                    "run",
-                    "--rm",
-                    "--name=%s" % _SMOKE_NAME,
-                    "--pull=never",
-                    "--network=none",
-                    "--log-driver=none",
-                    "--env=NVIDIA_DRIVER_CAPABILITIES=utility",
-                    *arguments,
-                    image,
-                    "nvidia-smi",
-                    "-L",
-                ],
-                timeout=_SMOKE_TIMEOUT,
-            )
-        finally:
-            host.run(["docker", "rm", "--force", _SMOKE_NAME], timeout=60)
-            host.run(["docker", "rmi", "--force", image], timeout=60)
-        output = result.stdout + result.stderr
-        if not result.ok:
-            reason, remedy = explain_failure(output)
-            raise FleetError(
-                reason,
-                "Running 'nvidia-smi -L' in a container (%s) failed: %s; %s."
-                % (" ".join(arguments), _cause(output).rstrip("."), remedy),
-                rc=result.rc,
-                stderr=result.stderr[-2000:],
-            )
-        seen = parse_gpu_list(result.stdout)
-        if seen != expected:
-            raise FleetError(
-                "gpu_container_differs",
-                "A container (%s) sees the GPUs %s where the host has %s; check NVIDIA_VISIBLE_DEVICES defaults and the CDI "
-                "specification." % (" ".join(arguments), ", ".join(seen) or "none", ", ".join(expected)),
-                seen=list(seen),
-                expected=list(expected),
-            )
+        seen = run_gpu_container(host, self.injection, state.nvidia_smi or "nvidia-smi")
         host.make_dir(os.path.dirname(VALIDATION), mode=0o755)
         record = {"key": self._key(state), "gpus": list(seen), "time": int(host.time())}
         host.write_file(VALIDATION, json.dumps(record, indent=2) + "\n", mode=0o644)
-
-    def _build_image(self, host: Host, smi: str) -> str:
-        """An image out of the host's own files: a shell and the C library, so that an injected nvidia-smi can run.
-
-        No registry is needed, and the container has the very libc that the driver's tools were installed for.
-        """
-        archive = build_archive(host, ["/bin/sh", smi])
-        image = "%s:%s" % (_SMOKE_NAME, hashlib.sha256(archive).hexdigest()[:12])
-        path = "%s/image.tar" % _SMOKE_DIRECTORY
-        host.make_dir(_SMOKE_DIRECTORY, mode=0o700)
-        host.write_file(path, archive, mode=0o600)
-        # Behind a link (Debian's alternatives, a driver with a root of its own) the program is mounted where it really is.
-        places = dict.fromkeys((os.path.dirname(smi), os.path.dirname(_resolved(host, smi))))
-        search = "PATH=%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" % ":".join(places)
-        try:
-            host.check(
-                ["docker", "import", "--change", "ENV %s" % search, path, image],
-                reason="gpu_container_failed",
-                doing="Importing the image of the GPU smoke test",
-                timeout=120,
-            )
-        finally:
-            host.remove(_SMOKE_DIRECTORY)
-        return image
-
-
-def _resolved(host: Host, path: str) -> str:
-    """A path without the symbolic links in its last part."""
-    for _link in range(16):
-        target = host.read_link(path)
-        if not target:
-            break
-        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return path
-
-
-def build_archive(host: Host, programs: t.Sequence[str]) -> bytes:
-    """A tar of programs' interpreters and shared libraries (and the shell itself), the root of a tiny container.
-
-    The last program is what the NVIDIA runtime injects, so only its libraries go in.
-    """
-    paths: t.Dict[str, None] = {}
-    todo = list(programs)
-    injected = programs[-1]
-    while todo:
-        program = todo.pop(0)
-        content = host.read_bytes(program) or b""
-        if program != injected:
-            paths[program] = None
-        if content.startswith(b"#!"):
-            words = content[2:].split(b"\n", 1)[0].decode("utf-8", "replace").split()
-            todo += [word for word in words if word.startswith("/") and word not in paths]
-            continue
-        for line in host.run(["ldd", program]).stdout.splitlines():
-            # "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)" and "/lib64/ld-linux-x86-64.so.2 (0x…)"
-            found = re.search(r"(?:=>\s*)?(/\S+)\s+\(0x", line)
-            # The driver's own libraries are injected with it.
-            if not found or "nvidia" in found.group(1) or "libcuda" in found.group(1):
-                continue
-            paths[found.group(1)] = None
-            if os.path.basename(found.group(1)) == "libc.so.6":
-                # The rest of the C library: where nvidia-smi is a wrapper script, ldd does not see what the program needs.
-                for name in _C_LIBRARY:
-                    paths[os.path.join(os.path.dirname(found.group(1)), name)] = None
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        made: t.Set[str] = set()
-
-        def directory(path: str) -> None:
-            if path in ("", "/") or path in made:
-                return
-            directory(os.path.dirname(path))
-            made.add(path)
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.type = tarfile.DIRTYPE
-            entry.mode = 0o755
-            archive.addfile(entry)
-
-        # Places that runtimes and their hooks mount on or write to.
-        for path in ("/dev", "/etc/ld.so.conf.d", "/proc", "/run", "/sys", "/tmp", "/usr/bin", "/var"):  # noqa: S108 (in the image)
-            directory(path)
-        for path in sorted(paths):
-            data = host.read_bytes(path)
-            if data is None:
-                continue
-            directory(os.path.dirname(path))
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size = len(data)
-            entry.mode = 0o755
-            archive.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def _outdates_proof(change: Change) -> bool:
     """Whether a change may alter what a GPU container gets, so that the last smoke test proves nothing any more."""
     return change.action in ("packages", "mode", "gpus_restart", "refresh") or change.action.startswith("daemon_")
-
-
-def _cause(output: str) -> str:
-    """The line of docker's or nvidia-smi's output that says what went wrong."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for line in lines:
-        if re.search(r"(?i)error|fail|unknown|not found|could not", line) and not line.startswith("Run 'docker"):
-            return re.sub(r"\Adocker: (Error response from daemon: )?", "", line)
-    return lines[-1] if lines else "it printed nothing"
 
 
 def _observe_refresh(host: Host) -> RefreshUnits:

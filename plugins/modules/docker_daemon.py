@@ -115,7 +115,8 @@ reason:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_daemon import DaemonState, DockerDaemon
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_daemon import DockerDaemon
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._dockerd import DaemonState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
 
 

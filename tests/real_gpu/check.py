@@ -35,6 +35,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import Fleet
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, driver_holders, observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult, Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck, parse_targets
@@ -45,10 +46,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import 
     build_configuration,
     wrapper_text,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import (
-    NvidiaContainerToolkit,
-    build_archive,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import NvidiaContainerToolkit
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import InvalidExpressionError, satisfied
 
 # Beside this file.

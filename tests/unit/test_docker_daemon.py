@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""daemon.json: the merge, the decision between reload and restart, and the live daemon."""
+"""daemon.json and the live daemon that obeys it: reload or restart, and when neither."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon as dd
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._dockerd import DaemonState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
 from docker_fakes import CONFIG, PID, FakeDockerd
 from fake_host import FakeHost
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NVIDIA = {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}}
 
@@ -25,7 +24,7 @@ def dockerd(host: FakeHost) -> FakeDockerd:
     return FakeDockerd(host)
 
 
-def run(host: FakeHost, dockerd: FakeDockerd, check: bool = False, **arguments: t.Any) -> Outcome[dd.DaemonState]:
+def run(host: FakeHost, dockerd: FakeDockerd, check: bool = False, **arguments: t.Any) -> Outcome[DaemonState]:
     arguments.setdefault("options", {})
     return converge(host, dd.DockerDaemon(api=dockerd, **arguments), check_mode=check)
 
@@ -44,57 +43,6 @@ def converged(host: FakeHost, dockerd: FakeDockerd, **arguments: t.Any) -> list[
     return [change.as_dict() for change in done.changes]
 
 
-# -- text -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("before", "wanted", "after"),
-    [
-        # A: no file, an empty one, a blank one
-        (
-            None,
-            NVIDIA,
-            '{\n  "runtimes": {\n    "nvidia": {\n      "path": "nvidia-container-runtime"\n    }\n  }\n}\n',
-        ),
-        ("", {"debug": True}, '{\n  "debug": true\n}\n'),
-        ("{}", {"debug": True}, '{\n  "debug": true\n}'),
-        # B: another runtime stays, on one line or many
-        (
-            '{ "log-driver": "journald", "runtimes": { "kata": { "path": "/opt/kata" } } }',
-            {"default-runtime": "nvidia", **NVIDIA},
-            '{ "log-driver": "journald", "runtimes": { "kata": { "path": "/opt/kata" }, "nvidia": {"path": '
-            '"nvidia-container-runtime"} }, "default-runtime": "nvidia" }',
-        ),
-        # C: another feature stays
-        (
-            '{\n\t"features": {\n\t\t"containerd-snapshotter": true\n\t}\n}\n',
-            {"features": {"cdi": True}},
-            '{\n\t"features": {\n\t\t"containerd-snapshotter": true,\n\t\t"cdi": true\n\t}\n}\n',
-        ),
-        # odd layout of keys that are not ours is kept to the character
-        (
-            '{\n    "dns":["1.1.1.1",\n  "9.9.9.9"],\n    "debug" : false\n}',
-            {"debug": True},
-            '{\n    "dns":["1.1.1.1",\n  "9.9.9.9"],\n    "debug" : true\n}',
-        ),
-        # custom arguments of our own runtime are somebody's work
-        (
-            '{"runtimes": {"nvidia": {"path": "old", "runtimeArgs": ["--x"]}}}',
-            NVIDIA,
-            '{"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": ["--x"]}}}',
-        ),
-        ('\ufeff{"a": 1}', {"debug": True}, '\ufeff{"a": 1, "debug": true}'),
-        (
-            '{\n  "runtimes": {}\n}',
-            NVIDIA,
-            '{\n  "runtimes": {\n    "nvidia": {\n      "path": "nvidia-container-runtime"\n    }\n  }\n}',
-        ),
-    ],
-)
-def test_merge_samples(before: str | None, wanted: dict[str, t.Any], after: str) -> None:
-    assert dd.merge(before, dd.edits(dd.parse(before), wanted)) == after
-
-
 @pytest.mark.parametrize(
     "text", ['{"a": 1,}', "{", "[]", "null", '"x"', '{"a": 1 "b": 2}', "# c\n{}", '{"a": 1, "a": 2}', "{}{}"]
 )
@@ -109,78 +57,7 @@ def test_broken_files_are_errors_and_stay(host: FakeHost, dockerd: FakeDockerd, 
     assert dockerd.reloads == 0
 
 
-def test_true_is_not_one() -> None:
-    assert dd.edits({"debug": 1}, {"debug": True}) == [(("debug",), True)]
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=8,
-)
-keys = st.sampled_from(["debug", "features", "runtimes", "log-opts", "dns", "labels", "x", "y"])
-documents = st.dictionaries(keys, json_values, max_size=6)
-layouts = st.sampled_from([None, 1, 2, 4, "\t"])
-
-
-def merged(document: t.Any, wanted: t.Any) -> t.Any:
-    if isinstance(document, dict) and isinstance(wanted, dict):
-        result = dict(document)
-        for key, value in wanted.items():
-            result[key] = merged(document[key], value) if key in document else value
-        return result
-    return wanted
-
-
-@settings(max_examples=300, deadline=None)
-@given(documents, documents, layouts)
-def test_merge_is_what_it_says(document: dict[str, t.Any], wanted: dict[str, t.Any], layout: t.Any) -> None:
-    text = json.dumps(document, indent=layout)
-    after = dd.merge(text, dd.edits(document, wanted))
-    result = dd.parse(after)
-    assert result == merged(document, wanted)
-    # order of what was there; foreign keys never lost; a second merge finds nothing
-    assert [key for key in result if key in document] == list(document)
-    assert dd.edits(result, wanted) == []
-    assert dd.merge(after, dd.expand(dd.edits(result, wanted))) == after
-
-
-@settings(max_examples=200, deadline=None)
-@given(documents, st.lists(keys, max_size=3), layouts)
-def test_removal_takes_only_what_it_names(document: dict[str, t.Any], absent: list[str], layout: t.Any) -> None:
-    text = json.dumps(document, indent=layout)
-    after = dd.parse(dd.merge(text, [((key,), dd.ABSENT) for key in absent]))
-    assert after == {key: value for key, value in document.items() if key not in absent}
-
-
 # -- decisions ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "removal", "action"),
-    [
-        (("runtimes", "nvidia"), False, "reload"),
-        (("runtimes", "nvidia"), True, "reload"),
-        (("runtimes",), True, "restart"),
-        (("default-runtime",), False, "reload"),
-        (("default-runtime",), True, "restart"),
-        (("live-restore",), False, "reload"),
-        (("live-restore",), True, "restart"),
-        (("features", "cdi"), False, "restart"),
-        (("features", "containerd-snapshotter"), False, "restart"),
-        (("features", "buildkit"), False, "reload"),
-        (("features", "buildkit"), True, "reload"),
-        (("insecure-registries",), False, "reload"),
-        (("max-concurrent-downloads",), True, "reload"),
-        (("log-driver",), False, "restart"),
-        (("log-opts", "max-size"), False, "restart"),
-        (("exec-opts",), False, "restart"),
-        (("data-root",), False, "restart"),
-        (("default-address-pools",), False, "restart"),
-    ],
-)
-def test_reload_or_restart(path: tuple[str, ...], removal: bool, action: str) -> None:
-    assert dd.action_for(path, removal) == action
 
 
 def test_runtime_is_registered_by_reload(host: FakeHost, dockerd: FakeDockerd) -> None:
@@ -197,22 +74,6 @@ def test_absolute_spelling_of_the_same_program_is_no_difference(host: FakeHost, 
     host.files[CONFIG] = b'{"runtimes": {"nvidia": {"path": "/usr/bin/nvidia-container-runtime", "args": []}}}'
     dockerd.live = json.loads(host.files[CONFIG])
     assert not run(host, dockerd, options=NVIDIA).changed
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "same"),
-    [
-        ("x", "/usr/bin/x", True),
-        ("/usr/bin/x", "x", True),
-        ("x", "/opt/x", False),
-        ("/usr/bin/x", "/opt/x", False),
-        ("a", "/usr/bin/a", True),
-        ("a", "/usr/local/bin/a", False),
-    ],
-)
-def test_same_program(left: str, right: str, same: bool) -> None:
-    programs = {"x": None, "a": "/usr/bin/a", "/usr/bin/a": "/usr/bin/a", "/usr/local/bin/a": "/usr/local/bin/a"}
-    assert dd.same_program(left, right, programs) is same
 
 
 def test_file_right_but_daemon_not_told(host: FakeHost, dockerd: FakeDockerd) -> None:
@@ -361,33 +222,6 @@ def test_removal_of_a_runtime_that_only_the_daemon_still_has(host: FakeHost, doc
 
 
 # -- command line and own checks ------------------------------------------------------------------
-
-
-def test_flags_of_dockerd() -> None:
-    found = dd.flag_values(
-        [
-            "dockerd",
-            "-H",
-            "fd://",
-            "--containerd=/run/c.sock",
-            "-D",
-            "--live-restore",
-            "--log-driver",
-            "journald",
-            "--default-ulimit",
-            "memlock=-1",
-            "-sfoo",
-        ]
-    )
-    assert found == {
-        "hosts": ["fd://"],
-        "containerd": ["/run/c.sock"],
-        "debug": ["true"],
-        "live-restore": ["true"],
-        "log-driver": ["journald"],
-        "default-ulimits": ["memlock=-1"],
-        "storage-driver": ["foo"],
-    }
 
 
 def test_flag_with_the_wanted_value_satisfies(host: FakeHost) -> None:

@@ -14,6 +14,7 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive, parse_gpu_list
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
 from docker_fakes import CONFIG, FakeApt, FakeDockerd
@@ -499,18 +500,18 @@ def test_broken_record_counts_for_nothing(machine: Machine) -> None:
 
 def test_image_holds_a_shell_and_libraries_only(machine: Machine) -> None:
     machine.host.files["/lib/libm.so.6"] = b"\x7fELF m"
-    archive = tk.build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
+    archive = build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
     with tarfile.open(fileobj=io.BytesIO(archive)) as content:
         files = sorted("/" + entry.name for entry in content if entry.isfile())
         assert {"etc", "proc", "tmp", "usr/bin", "lib"} <= {entry.name for entry in content if entry.isdir()}
     assert files == ["/bin/sh", "/lib/libc.so.6", "/lib/libm.so.6"]
-    assert archive == tk.build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
+    assert archive == build_archive(machine.host, ["/bin/sh", "/usr/bin/nvidia-smi"])
 
 
 def test_gpu_list_with_mig() -> None:
     text = LISTED.splitlines()[0] + "\n  MIG 1g.18gb Device 0: (UUID: MIG-c7384736-a75d-5afc-978f-d2f1294409fd)\n"
-    assert tk.parse_gpu_list(text) == (UUIDS[0], "MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
-    assert tk.parse_gpu_list("No devices found.\n") == ()
+    assert parse_gpu_list(text) == (UUIDS[0], "MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
+    assert parse_gpu_list("No devices found.\n") == ()
 
 
 def test_broken_daemon_json_is_left_alone(machine: Machine) -> None:
