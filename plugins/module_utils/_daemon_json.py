@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ._docker_api import Json
 from ._errors import FleetError
+from ._host import Host
 
 DEFAULT_CONFIG = "/etc/docker/daemon.json"
 
@@ -64,6 +65,27 @@ class _Absent:
 ABSENT: t.Any = _Absent()
 
 
+def read(host: Host, path: str) -> t.Tuple[t.Optional[str], str]:
+    """The text of daemon.json (None when absent), and why it is no text that could be kept as it is (empty: it is)."""
+    content = host.read_bytes(path)
+    if content is None:
+        found = host.stat(path)
+        return None, "it is a directory" if found is not None and found.is_dir else ""
+    try:
+        return content.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        return content.decode("utf-8", "replace"), "it is no UTF-8 text (byte %d)" % (error.start + 1)
+
+
+def invalid(path: str, wrong: str) -> FleetError:
+    """``daemon_json_invalid``: the file cannot be edited in place, so it is left alone."""
+    return FleetError(
+        "daemon_json_invalid",
+        "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (path, wrong),
+        file=path,
+    )
+
+
 def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
     """The document in daemon.json; a missing or blank file is an empty one, as dockerd reads it.
 
@@ -85,17 +107,9 @@ def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
     try:
         document = json.loads(content, object_pairs_hook=pairs)
     except ValueError as error:
-        raise FleetError(
-            "daemon_json_invalid",
-            "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (path, error),
-            file=path,
-        ) from error
+        raise invalid(path, str(error)) from error
     if not isinstance(document, dict):
-        raise FleetError(
-            "daemon_json_invalid",
-            "Reading %s failed: it holds no JSON object. It was left as it is; mend it by hand and run again." % path,
-            file=path,
-        )
+        raise invalid(path, "it holds no JSON object")
     return document
 
 

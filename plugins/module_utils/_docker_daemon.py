@@ -23,8 +23,10 @@ from ._daemon_json import (
     edits,
     expand,
     get_value,
+    invalid,
     merge,
     parse,
+    read,
     redact,
 )
 from ._docker_api import DockerApi, Json
@@ -159,7 +161,7 @@ class DockerDaemon(Resource[DaemonState]):
             argv = tuple(raw.rstrip("\0").split("\0")) if raw else ()
         argv = argv or parse_exec_start(shown.get("ExecStart", ""))
         path = self.config_file or (flag_values(argv).get("config-file") or [DEFAULT_CONFIG])[-1]
-        text = host.read_text(path)
+        text, damage = read(host, path)
 
         # Asking a stopped daemon would start it through docker.socket: a look must not.
         info: Json = self.api.info() if active else {}
@@ -177,6 +179,7 @@ class DockerDaemon(Resource[DaemonState]):
         return DaemonState(
             path=path,
             text=text,
+            damage=damage,
             installed=installed,
             answers=active,
             main_pid=main_pid,
@@ -208,6 +211,8 @@ class DockerDaemon(Resource[DaemonState]):
     # -- plan -------------------------------------------------------------------------------------
 
     def plan(self, state: DaemonState) -> t.List[Change]:
+        if state.damage:
+            raise invalid(state.path, state.damage)
         document = parse(state.text, state.path)
         wanted = self._without_flags(state)
         changes = expand(edits(document, self._same_runtimes(document, wanted, state.programs)))
@@ -335,12 +340,7 @@ class DockerDaemon(Resource[DaemonState]):
         """What ``dockerd --validate`` does not see."""
         runtimes = document.get("runtimes") or {}
         if not isinstance(runtimes, dict):
-            raise FleetError(
-                "daemon_json_invalid",
-                "Reading %s failed: runtimes is no object. It was left as it is; mend it by hand and run again."
-                % state.path,
-                file=state.path,
-            )
+            raise invalid(state.path, "runtimes is no object")
         default = document.get("default-runtime", "runc")
         flags = " ".join(flag_values(state.argv).get("runtimes", []))
         known = default in runtimes or default in ("runc", "io.containerd.runc.v2") or "%s=" % default in flags

@@ -127,6 +127,7 @@ class DaemonState:
     Attributes:
         path: The file that dockerd reads.
         text: Its content; None when absent.
+        damage: Why it is no text that could be edited; empty when it is.
         installed: Whether there is a dockerd.
         answers: Whether the daemon runs and answers.
         main_pid: Process of the running daemon.
@@ -141,6 +142,7 @@ class DaemonState:
 
     path: str = DEFAULT_CONFIG
     text: t.Optional[str] = None
+    damage: str = ""
     installed: bool = False
     answers: bool = False
     main_pid: int = 0

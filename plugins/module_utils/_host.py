@@ -195,7 +195,10 @@ class Host:
         data = content.encode("utf-8") if isinstance(content, str) else content
         # A configuration file may be a symbolic link (etckeeper, /etc on another volume): keep the link.
         path = os.path.realpath(path)
-        handle, temporary = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=os.path.dirname(path))
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=os.path.dirname(path))
+        except OSError as error:
+            raise FleetError("write_failed", "Writing %s failed: %s." % (path, error.strerror), path=path) from error
         try:
             with os.fdopen(handle, "wb") as stream:
                 os.fchmod(stream.fileno(), mode)

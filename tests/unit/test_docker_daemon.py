@@ -57,6 +57,23 @@ def test_broken_files_are_errors_and_stay(host: FakeHost, dockerd: FakeDockerd, 
     assert dockerd.reloads == 0
 
 
+@pytest.mark.parametrize("text", [None, b'{"data-root": "/srv/d\xe4ten"}'])
+def test_what_is_no_text_is_an_error_and_stays(host: FakeHost, dockerd: FakeDockerd, text: bytes | None) -> None:
+    if text is None:
+        host.dirs.add(CONFIG)
+    else:
+        host.files[CONFIG] = text
+    with pytest.raises(FleetError) as caught:
+        run(host, dockerd, options={"debug": True})
+    assert caught.value.reason == "daemon_json_invalid"
+    wrong = "it is a directory" if text is None else "it is no UTF-8 text (byte 22)"
+    assert caught.value.message == (
+        "Reading %s failed: %s. It was left as it is; mend it by hand and run again." % (CONFIG, wrong)
+    )
+    assert host.files.get(CONFIG) == text
+    assert dockerd.reloads == 0
+
+
 # -- decisions ------------------------------------------------------------------------------------
 
 

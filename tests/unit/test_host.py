@@ -7,6 +7,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 
 
@@ -19,3 +20,13 @@ def test_a_program_is_found_where_run_finds_it(tmp_path: pathlib.Path, monkeypat
     assert Host().which("driver-tool") == str(program)
     assert Host().run(["driver-tool"]).stdout == "here\n"
     assert Host().which("sh") in ("/usr/bin/sh", "/bin/sh")
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "directory" / "full").mkdir(parents=True)
+    for path, wrong in (("file/x.json", "Not a directory"), ("directory", "Is a directory"), ("no/x", "No such file")):
+        with pytest.raises(FleetError) as caught:
+            Host().write_file(str(tmp_path / path), "x", mode=0o644)
+        assert caught.value.reason == "write_failed"
+        assert wrong in caught.value.message
