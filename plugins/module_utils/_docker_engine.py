@@ -18,6 +18,7 @@ from ._dockerd import DaemonState, version_tuple
 from ._errors import FleetError
 from ._host import Host
 from ._os_release import OsRelease, read_os_release
+from ._package_versions import matches_version, upstream_version
 from ._packages import (
     Available,
     Package,
@@ -25,9 +26,7 @@ from ._packages import (
     Repository,
     RepositoryState,
     check_url,
-    matches_version,
     package_manager,
-    upstream_version,
 )
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties

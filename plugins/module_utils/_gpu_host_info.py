@@ -19,11 +19,12 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
 from ._host import Host
-from ._nvidia_driver import BLACKLIST, secure_boot_enabled
+from ._nouveau import BLACKLIST
 from ._nvidia_driver_packages import QUERY_PATTERNS, to_hold, user_space_version
 from ._nvidia_driver_reload import is_client, on_disk_version
 from ._os_release import OsRelease, read_os_release
 from ._packages import Package, package_manager
+from ._secure_boot import secure_boot_enabled
 
 
 class Look:

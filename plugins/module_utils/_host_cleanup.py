@@ -13,6 +13,8 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ._apt import APT_SOURCES
+from ._dnf import DNF_REPOSITORIES
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import driver_holders
@@ -26,13 +28,14 @@ from ._nim_service import (
     UNIT_DIRECTORY,
     WRAPPER,
 )
+from ._nouveau import BLACKLIST
 from ._nvidia_container_toolkit import CONFIG as TOOLKIT_CONFIG
 from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
-from ._nvidia_driver import BLACKLIST, NON_FREE, PREFERENCES, UNATTENDED
 from ._nvidia_driver_packages import QUERY_PATTERNS, is_driver_package
 from ._nvidia_driver_reload import is_client
+from ._nvidia_driver_state import NON_FREE, PREFERENCES, UNATTENDED
 from ._os_release import read_os_release
-from ._packages import APT_SOURCES, DNF_REPOSITORIES, Package, package_manager
+from ._packages import Package, package_manager
 from ._resource import Change, Disruption, Resource
 
 TARGET = UNIT_DIRECTORY + "/nim.target"

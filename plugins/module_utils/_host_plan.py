@@ -22,8 +22,9 @@ from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
 from ._nim_service import HostState, NimService
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
-from ._nvidia_driver import DriverState, NvidiaDriver
+from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
+from ._nvidia_driver_state import DriverState
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 

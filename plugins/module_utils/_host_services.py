@@ -17,7 +17,8 @@ from ._nim_health import CONFIGURATION_DIRECTORY, PHASE_WORDS, HealthCheck, Heal
 from ._nim_service import listening_sockets
 from ._nvidia_container_toolkit import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
-from ._packages import package_manager, upstream_version
+from ._package_versions import upstream_version
+from ._packages import package_manager
 
 Json = t.Dict[str, t.Any]
 

@@ -26,17 +26,8 @@ from ._errors import FleetError
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._os_release import OsRelease, read_os_release
-from ._packages import (
-    Available,
-    Package,
-    Repository,
-    RepositoryState,
-    check_url,
-    compare_debian,
-    matches_version,
-    package_manager,
-    upstream_version,
-)
+from ._package_versions import compare_debian, matches_version, upstream_version
+from ._packages import Available, Package, Repository, RepositoryState, check_url, package_manager
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 

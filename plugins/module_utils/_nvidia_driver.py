@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing as t
-from dataclasses import dataclass
 
+from ._apt_sources import apt_components, debian_source
+from ._dkms import BUILD_SIGNS, build_error, build_module
 from ._driver_branches import (
     branch_of_version,
     check_branch,
@@ -20,9 +21,19 @@ from ._driver_branches import (
     cuda_of_branch,
     upstream_version,
 )
+from ._driver_transaction import (
+    download_packages,
+    finish_interrupted,
+    guard_removal,
+    headers_unavailable,
+    install_headers,
+    install_prerequisites,
+    switch_stream,
+)
 from ._errors import FleetError
-from ._gpu import GpuInventory, Holder, driver_holders, loaded_modules, observe_gpus
+from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
 from ._host import Host
+from ._nouveau import BLACKLIST, BLACKLIST_CONTENT, write_blacklist
 from ._nvidia_driver_packages import (
     DEFAULT_REPOSITORY_URL,
     QUERY_PATTERNS,
@@ -44,24 +55,21 @@ from ._nvidia_driver_reload import (
     stop_clients,
     unload_modules,
 )
-from ._os_release import OsRelease, read_os_release
-from ._packages import Package, PackageManager, RepositoryState, check_url, matches_version, package_manager
-from ._resource import Change, Disruption, FileDiff, Resource
-
-PREFERENCES = "/etc/apt/preferences.d/gpu-fleet-nvidia-driver"
-BLACKLIST = "/etc/modprobe.d/gpu-fleet-nouveau.conf"
-UNATTENDED = "/etc/apt/apt.conf.d/52gpu-fleet-nvidia"
-NON_FREE = "/etc/apt/sources.list.d/gpu-fleet-debian-non-free.sources"
-_MODULE_STREAM = "/etc/dnf/modules.d/nvidia-driver.module"
-_SECURE_BOOT_VARIABLE = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-#: Public keys that sign modules built on the host: Debian's and upstream's dkms, Ubuntu's shim-signed.
-_MODULE_KEYS = ("/var/lib/dkms/mok.pub", "/var/lib/shim-signed/mok/MOK.der")
-
-BLACKLIST_CONTENT = (
-    "# Managed by gpu_fleet.nim. The NVIDIA driver cannot take a GPU that nouveau drives.\n"
-    "blacklist nouveau\n"
-    "options nouveau modeset=0\n"
+from ._nvidia_driver_state import (
+    NON_FREE,
+    PREFERENCES,
+    UNATTENDED,
+    DriverState,
+    disabled_units,
+    headers_offered,
 )
+from ._os_release import OsRelease, read_os_release
+from ._package_versions import matches_version
+from ._packages import Package, PackageManager, check_url, package_manager
+from ._resource import Change, Disruption, FileDiff, Resource
+from ._secure_boot import MODULE_KEYS, module_key_enrolled, secure_boot_enabled
+
+_MODULE_STREAM = "/etc/dnf/modules.d/nvidia-driver.module"
 UNATTENDED_CONTENT = """\
 // Managed by gpu_fleet.nim. A driver that is upgraded behind running containers takes the GPUs away from the next
 // one that starts; all other unattended upgrades go on.
@@ -75,209 +83,6 @@ Unattended-Upgrade::Package-Blacklist {
   "^firmware-nvidia-gsp";
 };
 """
-#: What dkms says in the output of a package transaction; its name alone is in the names of packages.
-_BUILD_SIGNS = re.compile(
-    r"Bad return status|make\.log|[Kk]ernel headers for (this )?kernel|failed to install during auto"
-)
-#: Packages with headers that the distributions always have.
-_ANY_HEADERS = {
-    "debian": ("linux-headers-amd64", "linux-headers-arm64", "linux-headers-generic"),
-    "rhel": ("kernel-devel",),
-}
-_BUILD_TIMEOUT = 1800.0  # seconds for dkms on a slow machine
-_APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
-
-
-@dataclass(frozen=True)
-class DriverState:
-    """One look at everything the driver consists of.
-
-    Attributes:
-        installed: Packages by name: driver, dkms, headers.
-        interrupted: Packages that an interrupted transaction left half installed.
-        files: Path -> content of the files that are managed here; None when absent.
-        repositories: Repository name -> what is configured of it; filled for the wanted repository only.
-        components: Components of the distribution's own apt repository that are enabled.
-        stream: Enabled module stream on EL, empty when none.
-        on_disk: Module version for the running kernel, empty when there is none.
-        secure_boot: Whether the firmware enforces signatures.
-        key_enrolled: Whether the key that dkms signs with is enrolled.
-        headers: Whether modules can be compiled for the running kernel.
-        runfile: Whether NVIDIA's .run installer put a driver there.
-        headers_offered: False when the package lists of the host know headers, but not those of the running kernel.
-        dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
-        disabled_units: Services of the driver that this hardware needs and that would not start at boot.
-    """
-
-    os: OsRelease
-    machine: str
-    kernel: str
-    inventory: GpuInventory
-    installed: t.Mapping[str, Package]
-    interrupted: tuple[str, ...]
-    files: t.Mapping[str, str | None]
-    repositories: t.Mapping[str, RepositoryState]
-    components: frozenset[str]
-    stream: str
-    on_disk: str
-    secure_boot: bool
-    key_enrolled: bool
-    headers: bool
-    nouveau_loaded: bool
-    runfile: bool
-    holders: tuple[Holder, ...]
-    headers_offered: bool = True
-    dkms: str = ""
-    disabled_units: tuple[str, ...] = ()
-
-    @property
-    def loaded_version(self) -> str:
-        return self.inventory.driver.version if self.inventory.driver else ""
-
-    @property
-    def user_space(self) -> str:
-        return user_space_version(self.installed)
-
-
-# -- looks ----------------------------------------------------------------------------------------
-
-
-def secure_boot_enabled(host: Host) -> bool:
-    """Whether the firmware enforces signatures: the EFI variable's last byte, else what mokutil says."""
-    variable = host.read_bytes(_SECURE_BOOT_VARIABLE)
-    if variable:
-        return variable[-1] == 1
-    if not host.exists("/sys/firmware/efi"):
-        return False
-    return "SecureBoot enabled" in host.run(["mokutil", "--sb-state"], timeout=30).stdout
-
-
-def module_key_enrolled(host: Host) -> bool:
-    """Whether a key that this host signs its own modules with is enrolled in the firmware."""
-    for path in _MODULE_KEYS:
-        if host.exists(path):
-            result = host.run(["mokutil", "--test-key", path], timeout=30)
-            if "is already enrolled" in result.stdout + result.stderr:
-                return True
-    return False
-
-
-def apt_components(host: Host, os_release: OsRelease) -> frozenset[str]:
-    """Components that some enabled apt source has for this release."""
-    found: set[str] = set()
-    for path, text in _apt_sources(host):
-        if path.endswith(".sources"):
-            for fields in _stanzas(text):
-                if os_release.codename in fields.get("suites", "").split():
-                    found.update(fields.get("components", "").split())
-        else:
-            for line in text.splitlines():
-                match = re.match(r"\s*deb\s+(?:\[[^\]]*\]\s*)?\S+\s+(\S+)\s+(.*)", line)
-                if match and match.group(1) == os_release.codename:
-                    found.update(match.group(2).split("#")[0].split())
-    return frozenset(found)
-
-
-def _apt_sources(host: Host) -> list[tuple[str, str]]:
-    paths = ["/etc/apt/sources.list"]
-    paths += ["/etc/apt/sources.list.d/" + name for name in host.list_dir("/etc/apt/sources.list.d")]
-    return [(path, host.read_text(path) or "") for path in paths if path.endswith((".list", ".sources"))]
-
-
-def _stanzas(text: str) -> list[dict[str, str]]:
-    """Enabled stanzas of a deb822 source file with lower-case field names."""
-    stanzas = []
-    for block in re.split(r"\n[ \t]*\n", text):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in block.splitlines():
-            if line.startswith("#"):
-                continue
-            if line[:1] in (" ", "\t") and name:
-                fields[name] += " " + line.strip()
-            elif ":" in line:
-                name, dummy, value = line.partition(":")
-                name = name.strip().lower()
-                fields[name] = value.strip()
-        if fields.get("types") and fields.get("enabled", "yes").lower() != "no" and "deb" in fields["types"].split():
-            stanzas.append(fields)
-    return stanzas
-
-
-def debian_source(host: Host, os_release: OsRelease, components: t.Sequence[str]) -> str:
-    """A source for more components of the archive the host already uses: same URL, same key.
-
-    apt refuses two definitions of one archive with different keys, so the existing one is copied.
-    """
-    url, signed_by = "http://deb.debian.org/debian", "/usr/share/keyrings/debian-archive-keyring.gpg"
-    for path, text in _apt_sources(host):
-        if path.endswith(".sources"):
-            for fields in _stanzas(text):
-                if os_release.codename in fields.get("suites", "").split() and fields.get("uris"):
-                    url, signed_by = fields["uris"].split()[0], fields.get("signed-by", "")
-                    break
-        else:
-            match = re.search(
-                r"^\s*deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+%s\s" % re.escape(os_release.codename), text, re.MULTILINE
-            )
-            if match:
-                option = re.search(r"signed-by=(\S+)", match.group(1) or "")
-                url, signed_by = match.group(2), option.group(1) if option else ""
-    lines = [
-        "# Managed by gpu_fleet.nim.",
-        "Types: deb",
-        "URIs: %s" % url,
-        "Suites: %s" % os_release.codename,
-        "Components: %s" % " ".join(components),
-    ]
-    if signed_by:
-        lines.append("Signed-By: %s" % signed_by)
-    return "\n".join(lines) + "\n"
-
-
-def build_failure(host: Host, kernel: str, output: str = "") -> str:
-    """Why dkms could not build the module, from its own output, status and build log."""
-    status = host.run(["dkms", "status"], timeout=60)
-    text = output + "\n" + status.stdout + "\n" + status.stderr
-    if status.rc == 127:
-        return "dkms is not installed"
-    if "kernel headers for kernel" in text or "kernel headers for this kernel" in text:
-        return "the headers of kernel %s are missing" % kernel
-    logs = re.findall(r"(/var/lib/dkms/\S+?make\.log)", output)
-    for base in ("nvidia", "nvidia-current", "nvidia-current-open", "nvidia-open"):
-        for version in host.list_dir("/var/lib/dkms/" + base):
-            logs.append("/var/lib/dkms/%s/%s/build/make.log" % (base, version))
-            logs.append("/var/lib/dkms/%s/%s/%s/%s/log/make.log" % (base, version, kernel, host.machine()))
-    for path in logs:
-        log = host.read_text(path)
-        if log:
-            errors = [
-                line.strip() for line in log.splitlines() if re.search(r"\berror\b[: ]|fatal error|\*\*\* ", line, re.I)
-            ]
-            if errors:
-                return "%s (%s)" % (errors[0], path)
-    lines = [line.strip() for line in status.stdout.splitlines() if line.startswith("nvidia")]
-    return "dkms says %s" % "; ".join(lines) if lines else "dkms knows no NVIDIA module"
-
-
-def disabled_units(host: Host, wish: Wish) -> list[str]:
-    """Installed services that the wish needs at boot and that are disabled."""
-    units = []
-    if wish.fabric_manager:
-        units.append("nvidia-fabricmanager.service")
-    if wish.persistenced:
-        units.append("nvidia-persistenced.service")
-    return [
-        unit for unit in units if host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() == "disabled"
-    ]
-
-
-def headers_offered(manager: PackageManager, package: str) -> bool:
-    """Whether the lists on the host have a package with headers; yes when they say nothing about headers at all."""
-    return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
-
-
-# -- the resource ---------------------------------------------------------------------------------
 
 
 class NvidiaDriver(Resource[DriverState]):
@@ -531,7 +336,7 @@ class NvidiaDriver(Resource[DriverState]):
             return
         remedy = (
             "enrol the host's module key (mokutil --import %s, then confirm at the console during the next boot)"
-            % (_MODULE_KEYS[1] if state.os.id == "ubuntu" else _MODULE_KEYS[0])
+            % (MODULE_KEYS[1] if state.os.id == "ubuntu" else MODULE_KEYS[0])
         )
         if state.os.id == "ubuntu":
             remedy += ", or set nvidia_driver_source to distribution, whose modules are signed"
@@ -675,7 +480,7 @@ class NvidiaDriver(Resource[DriverState]):
         os_release = read_os_release(host)
         manager = package_manager(host, os_release)
         if change.action == "repair":
-            self._repair(host, manager)
+            finish_interrupted(host, manager)
             self._enable(host)
         elif change.action == "repository":
             manager.apply_repository(change.data["repository"])
@@ -686,15 +491,15 @@ class NvidiaDriver(Resource[DriverState]):
         elif change.action == "file":
             self._write(host, change)
         elif change.action == "blacklist":
-            self._blacklist(host, change)
+            write_blacklist(host)
         elif change.action == "headers":
-            self._install_headers(host, manager, change.data["package"])
+            install_headers(host, manager, change.data["package"])
         elif change.action == "stream":
-            self._switch_stream(host, change.data["stream"])
+            switch_stream(host, change.data["stream"])
         elif change.action == "packages":
             self._swap_packages(host, manager)
         elif change.action == "build":
-            self._build(host)
+            build_module(host)
         elif change.action == "enable":
             self._enable(host)
         elif change.action == "hold":
@@ -705,100 +510,12 @@ class NvidiaDriver(Resource[DriverState]):
             manager.unhold(*[name for name in to_hold(installed) if installed[name].held])
 
     @staticmethod
-    def _repair(host: Host, manager: PackageManager) -> None:
-        """Finish an interrupted transaction. Driver packages that cannot be finished (their module does not build) are
-        removed: the wanted ones are installed right after."""
-        try:
-            manager.repair()
-        except FleetError:
-            broken = manager.interrupted()
-            if not broken or not all(is_driver_package(name) for name in broken):
-                raise
-            host.check(
-                ["apt-get", "-q", "-y", "purge", "--allow-change-held-packages", *broken],
-                reason="package_failed",
-                doing="Removing half-installed driver packages",
-                env=_APT_ENVIRONMENT,
-                timeout=3600,
-            )
-
-    @staticmethod
     def _write(host: Host, change: Change) -> None:
         path, content = change.data["path"], change.data["content"]
         if content is None:
             host.remove(path)
         else:
             host.write_file(path, content, mode=0o644)
-
-    def _blacklist(self, host: Host, change: Change) -> None:
-        """Write the blacklist and rebuild the initramfs, which carries a copy: both, or neither."""
-        before = host.read_text(BLACKLIST)
-        if host.stat("/etc/modprobe.d") is None:
-            host.make_dir("/etc/modprobe.d", mode=0o755)
-        self._write(host, change)
-        if host.which("update-initramfs"):
-            command = ["update-initramfs", "-u", "-k", "all"]
-        elif host.which("dracut"):
-            command = ["dracut", "--force", "--regenerate-all"]
-        else:
-            # No initramfs is made on this host (a virtual machine that boots its kernel directly).
-            return
-        result = host.run(command, timeout=_BUILD_TIMEOUT)
-        if not result.ok:
-            if before is None:
-                host.remove(BLACKLIST)
-            else:
-                host.write_file(BLACKLIST, before, mode=0o644)
-            raise FleetError(
-                "initramfs_failed",
-                "Rebuilding the initramfs so that nouveau stays out (%s) failed: %s. Mend that (often /boot is full) and "
-                "run again." % (command[0], result.last_line().rstrip(".")),
-                stderr=result.stderr[-4000:],
-            )
-
-    def _install_headers(self, host: Host, manager: PackageManager, package: str) -> None:
-        try:
-            manager.install({package: None})
-        except FleetError as error:
-            raise self._no_headers(host.kernel_release(), error.message.rstrip("."), error.facts) from error
-
-    @staticmethod
-    def _no_headers(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
-        return FleetError(
-            "kernel_headers_unavailable",
-            "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
-            "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
-            "or set nvidia_driver_kernel_headers to false when they come from elsewhere." % (kernel, cause),
-            **(facts or {}),
-        )
-
-    def _switch_stream(self, host: Host, stream: str) -> None:
-        """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
-        for arguments in (["module", "reset", "nvidia-driver"], ["module", "enable", "nvidia-driver:" + stream]):
-            host.check(
-                ["dnf", "-q", "-y", *arguments],
-                reason="stream_failed",
-                doing="dnf %s" % " ".join(arguments),
-                remedy="Check that NVIDIA's repository has this stream (dnf module list nvidia-driver).",
-                timeout=600,
-            )
-
-    def _prerequisites(self, host: Host, manager: PackageManager, state: DriverState, plan: PackagePlan) -> None:
-        if not plan.prerequisites or all(name in state.installed for name in plan.prerequisites):
-            return
-        if plan.extras and not manager.available(*plan.prerequisites):
-            if state.os.id in ("rocky", "almalinux", "centos"):
-                manager.install({"epel-release": None})
-                host.run(["crb", "enable"], timeout=120)
-                manager.refresh()
-            else:
-                raise FleetError(
-                    "dkms_unavailable",
-                    "No enabled repository has dkms, which builds the kernel module; enable EPEL and CodeReady Builder "
-                    "(subscription-manager repos --enable codeready-builder-for-rhel-%d-%s-rpms) and run again."
-                    % (state.os.major, state.machine),
-                )
-        manager.install(dict.fromkeys(plan.prerequisites))
 
     def resolve(self, manager: PackageManager, plan: PackagePlan, installed: t.Mapping[str, Package]) -> dict[str, str]:
         """Exact package versions for every choice, all of one driver version.
@@ -874,15 +591,15 @@ class NvidiaDriver(Resource[DriverState]):
             # Finishing an interrupted transaction was enough.
             self._finish(host)
             return
-        self._prerequisites(host, manager, state, plan)
+        install_prerequisites(host, manager, state, plan)
         resolved = self.resolve(manager, plan, state.installed)
         foreign = foreign_packages(plan, state.installed, self.branch)
         held = [name for name, package in state.installed.items() if package.held and is_driver_package(name)]
         if foreign:
-            self._guard_removal(host, plan, foreign)
+            guard_removal(host, plan, foreign)
         pinning = {name: version for name, version in resolved.items() if name == plan.pinning}
         others = {name: version for name, version in resolved.items() if name != plan.pinning}
-        self._download(host, plan, {**pinning, **others})
+        download_packages(host, plan, {**pinning, **others})
         stopped = False
         if state.inventory.driver is not None:
             late = foreign_holders(driver_holders(host))
@@ -908,8 +625,8 @@ class NvidiaDriver(Resource[DriverState]):
             manager.install(others, allow_removal=True)
         except FleetError as error:
             output = str(error.facts.get("stdout", "")) + str(error.facts.get("stderr", ""))
-            if _BUILD_SIGNS.search(output):
-                raise self._build_error(host, output) from error
+            if BUILD_SIGNS.search(output):
+                raise build_error(host, output) from error
             error.message += (
                 " The old driver is unloaded and its services are stopped; running the role again continues here."
                 if stopped
@@ -922,70 +639,13 @@ class NvidiaDriver(Resource[DriverState]):
         """What the packages' own scripts may have left open."""
         self._enable(host)
         if self.kernel_module and not on_disk_version(host, host.kernel_release()):
-            self._build(host)
+            build_module(host)
 
     def _enable(self, host: Host) -> None:
         """Only enabled, not started: they need the module, and the reload that loads it starts them."""
         wish = self.wish(read_os_release(host), observe_gpus(host, with_smi=False), False)
         for unit in disabled_units(host, wish):
             host.check(["systemctl", "enable", unit], reason="enable_failed", doing="systemctl enable %s" % unit)
-
-    def _guard_removal(self, host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
-        """Refuse when packages that are not the driver's would go with it."""
-        if plan.manager != "apt":
-            return
-        result = host.run(["apt-get", "-s", "-q", "purge", "--allow-change-held-packages", *names], timeout=300)
-        going = re.findall(r"^(?:Purg|Remv) (\S+)", result.stdout, re.MULTILINE)
-        strangers = [
-            name
-            for name in going
-            if not is_driver_package(name)
-            and not re.match(r"(linux-(modules|objects|signatures)-nvidia|.*nvidia|libnvidia|libcuda)", name)
-        ]
-        if strangers:
-            raise FleetError(
-                "would_remove",
-                "Replacing %s would remove %s as well, which the driver does not own; remove it yourself if it is not "
-                "needed, and run again." % (", ".join(names[:4]), ", ".join(strangers[:8])),
-                packages=strangers,
-            )
-
-    @staticmethod
-    def _download(host: Host, plan: PackagePlan, wanted: t.Mapping[str, str]) -> None:
-        """Have the packages on the host before anything stops."""
-        if not wanted:
-            return
-        if plan.manager == "apt":
-            command = ["apt-get", "-q", "-y", "install", "--download-only", "--no-install-recommends"]
-            command += ["--allow-downgrades", "--allow-change-held-packages", "-o", "DPkg::Lock::Timeout=600"]
-            command += ["%s=%s" % item for item in wanted.items()]
-        else:
-            command = ["dnf", "-q", "-y", "install", "--downloadonly", "--allowerasing", "--disableplugin=versionlock"]
-            command += ["%s-%s" % item for item in wanted.items()]
-        # The result is not judged: with the pinning package not yet there the resolver may say no to what works later,
-        # and the installation itself names every cause better.
-        host.run(command, env=_APT_ENVIRONMENT, timeout=3600)
-
-    def _build(self, host: Host) -> None:
-        """Build the module for the running kernel; what is missing after a kernel upgrade or an interrupted run."""
-        kernel = host.kernel_release()
-        result = host.run(["dkms", "autoinstall", "-k", kernel], timeout=_BUILD_TIMEOUT)
-        if on_disk_version(host, kernel):
-            return
-        raise self._build_error(host, result.stdout + result.stderr)
-
-    @staticmethod
-    def _build_error(host: Host, output: str) -> FleetError:
-        kernel = host.kernel_release()
-        reason = build_failure(host, kernel, output)
-        return FleetError(
-            "dkms_build_failed",
-            "The NVIDIA kernel module could not be built for the running kernel %s: %s. Install the kernel's headers and a "
-            "compiler, choose a driver branch that supports this kernel, or boot an older kernel; then run again."
-            % (kernel, reason.rstrip(".")),
-            kernel=kernel,
-            output=output[-4000:],
-        )
 
     # -- answer
 
@@ -1018,7 +678,7 @@ class NvidiaDriver(Resource[DriverState]):
             raise in_use_error(state.holders, "Changing the driver packages")
         if not (state.headers or state.headers_offered or plan.headers in state.installed):
             # Check mode only: a run has installed them or said the same.
-            raise self._no_headers(state.kernel, "the package lists of the host do not have %s" % plan.headers)
+            raise headers_unavailable(state.kernel, "the package lists of the host do not have %s" % plan.headers)
         if pending:
             answer["message"] = "The driver of branch %s is not installed yet." % self.branch
             return answer

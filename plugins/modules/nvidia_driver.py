@@ -183,8 +183,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
     own_options,
     run_resource_with_progress,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import DriverState, NvidiaDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import DEFAULT_REPOSITORY_URL
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import DriverState
 
 
 def main() -> None:

@@ -7,6 +7,10 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST, BLACKLIST_CONTENT
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import UNATTENDED_CONTENT
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import _preferences
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import PREFERENCES, UNATTENDED
 from fake_host import FakeHost
 
 KERNEL = "6.8.0-45-generic"
@@ -106,17 +110,14 @@ class DriverWorld(FakeHost):
 
     def configured(self) -> None:
         """Everything of the role that is not a package, as an earlier run left it."""
-        from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_driver as driver
-        from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import _preferences
-
         self.files["/etc/apt/sources.list.d/nvidia-cuda.sources"] = (
             "# Managed by gpu_fleet.nim.\nTypes: deb\nURIs: %s\nSuites: /\nSigned-By: /etc/apt/keyrings/nvidia-cuda.gpg\n"
             % URL
         ).encode()
         self.files["/etc/apt/keyrings/nvidia-cuda.gpg"] = b"\x99\x01key"
-        self.files[driver.PREFERENCES] = _preferences("580", "").encode()
-        self.files[driver.BLACKLIST] = driver.BLACKLIST_CONTENT.encode()
-        self.files[driver.UNATTENDED] = driver.UNATTENDED_CONTENT.encode()
+        self.files[PREFERENCES] = _preferences("580", "").encode()
+        self.files[BLACKLIST] = BLACKLIST_CONTENT.encode()
+        self.files[UNATTENDED] = UNATTENDED_CONTENT.encode()
 
     def ran(self, pattern: str) -> list[str]:
         """Commands that match a regular expression, in order."""

@@ -8,9 +8,11 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine import DockerEngine, EngineState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._package_versions import upstream_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from docker_fakes import CONFIG, FakeApt, FakeDockerd
 from fake_host import FakeHost
@@ -52,7 +54,7 @@ class Machine:
             if self.dockerd.active:
                 self.dockerd._restart()
             self.dockerd.active = self.dockerd.enabled = True
-            self.dockerd.engine = _packages.upstream_version(version)
+            self.dockerd.engine = upstream_version(version)
         if name in ("docker-ce-cli", "docker-cli"):
             self.host.files["/usr/bin/docker"] = b""
 
@@ -79,7 +81,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def installed(machine: Machine, version: str = "28.3.3", **more: t.Any) -> Machine:
     machine.dockerd.active = machine.dockerd.enabled = True
     machine.dockerd.engine = version
-    path, content = _packages.Apt(machine.host).repository_content(DockerEngine().repository(parse_os_release(UBUNTU)))
+    path, content = Apt(machine.host).repository_content(DockerEngine().repository(parse_os_release(UBUNTU)))
     machine.host.files[path] = content.encode()
     machine.host.files["/etc/apt/keyrings/docker.gpg"] = b"\x99" + bytes(40)
     machine.host.files["/var/lib/apt/lists/download.docker.com_linux_ubuntu_dists_noble_stable_Packages"] = b""

@@ -13,6 +13,7 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive, parse_gpu_list
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
@@ -96,7 +97,7 @@ class Machine:
         """Everything in place and proved."""
         release = parse_os_release(OS)
         resource = tk.NvidiaContainerToolkit(api=self.dockerd)
-        path, content = _packages.Apt(self.host).repository_content(resource.repository(release, "x86_64"))
+        path, content = Apt(self.host).repository_content(resource.repository(release, "x86_64"))
         self.host.files[path] = content.encode()
         self.host.files["/etc/apt/keyrings/nvidia-container-toolkit.gpg"] = b"\x99" + bytes(40)
         for name in tk.PACKAGES:

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt_sources import debian_source
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import (
-    BLACKLIST,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import (
     NON_FREE,
     PREFERENCES,
     UNATTENDED,
-    NvidiaDriver,
-    debian_source,
-    secure_boot_enabled,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import OsRelease
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._secure_boot import secure_boot_enabled
 from driver_world import KERNEL, URL, DriverWorld
 from fake_host import FakeHost
 

@@ -1,0 +1,301 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Packages of Debian and Ubuntu: dpkg and apt."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+from ._apt_sources import without_repository
+from ._errors import FleetError
+from ._host import CommandResult
+from ._package_versions import compare_debian
+from ._packages import (
+    TRANSACTION_TIMEOUT,
+    Available,
+    Package,
+    PackageManager,
+    Repository,
+    RepositoryState,
+    listing,
+    sort_newest_first,
+    transaction_failed,
+)
+from ._repository_key import dearmor, is_binary_key
+
+#: Seconds to wait for another package tool (unattended-upgrades, cloud-init) to give its lock back.
+LOCK_TIMEOUT = 600
+
+APT_KEYRINGS = "/etc/apt/keyrings"
+APT_SOURCES = "/etc/apt/sources.list.d"
+
+
+class Apt(PackageManager):
+    """Debian and Ubuntu."""
+
+    family = "debian"
+    compare = staticmethod(compare_debian)
+
+    _ENVIRONMENT = {
+        "DEBIAN_FRONTEND": "noninteractive",
+        "APT_LISTCHANGES_FRONTEND": "none",
+        # Ubuntu's needrestart restarts services after a transaction; which ones restart is decided here, not there.
+        "NEEDRESTART_SUSPEND": "1",
+    }
+
+    def _apt(self, *arguments: str) -> CommandResult:
+        return self.host.run(
+            ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=%d" % LOCK_TIMEOUT, *arguments],
+            env=self._ENVIRONMENT,
+            timeout=TRANSACTION_TIMEOUT,
+        )
+
+    def installed(self, *patterns: str) -> t.Dict[str, Package]:
+        result = self.host.run(
+            ["dpkg-query", "-W", "-f=${Package}\\t${Version}\\t${Architecture}\\t${db:Status-Abbrev}\\n", *patterns]
+        )
+        found: t.Dict[str, Package] = {}
+        native = {"x86_64": "amd64", "aarch64": "arm64"}.get(self.host.machine(), "")
+        for line in result.stdout.splitlines():
+            fields = line.split("\t")
+            if len(fields) != 4 or not fields[1]:
+                continue
+            name, version, architecture, status = fields
+            # Second letter: n and c are "not installed" and "only configuration files left".
+            if len(status) < 2 or status[1] in "nc":
+                continue
+            if name in found and architecture != native:
+                continue
+            found[name] = Package(name, version, architecture, status[1] == "i", status[0] == "h")
+        return found
+
+    def interrupted(self) -> t.List[str]:
+        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${db:Status-Abbrev}\\n"])
+        names = []
+        for line in result.stdout.splitlines():
+            name, dummy, status = line.partition("\t")
+            if len(status) >= 2 and (status[1] in "HUFWt" or status[2:3] == "R"):
+                names.append(name)
+        return names
+
+    def available(self, *names: str) -> t.Dict[str, t.List[Available]]:
+        if not names:
+            return {}
+        result = self.host.run(["apt-cache", "madison", *names])
+        found: t.Dict[str, t.List[Available]] = {}
+        for line in result.stdout.splitlines():
+            fields = [field.strip() for field in line.split("|")]
+            if len(fields) != 3 or not fields[2].endswith("Packages"):
+                continue
+            offer = Available(fields[0], fields[1], fields[2].split(" ")[0])
+            offers = found.setdefault(offer.name, [])
+            if all(known.version != offer.version for known in offers):
+                offers.append(offer)
+        for offers in found.values():
+            sort_newest_first(offers, compare_debian)
+        return found
+
+    # repositories
+
+    def _paths(self, repository: Repository) -> t.Tuple[str, str]:
+        return (
+            "%s/%s.sources" % (APT_SOURCES, repository.name),
+            "%s/%s.gpg" % (APT_KEYRINGS, repository.name),
+        )
+
+    def repository_content(self, repository: Repository) -> t.Tuple[str, str]:
+        path, keyring = self._paths(repository)
+        lines = [
+            "# Managed by gpu_fleet.nim.",
+            "Types: deb",
+            "URIs: %s" % repository.url,
+            "Suites: %s" % repository.suite,
+        ]
+        if repository.components:
+            lines.append("Components: %s" % " ".join(repository.components))
+        if repository.architectures:
+            lines.append("Architectures: %s" % " ".join(repository.architectures))
+        lines.append("Signed-By: %s" % keyring)
+        return path, "\n".join(lines) + "\n"
+
+    def repository_state(self, repository: Repository) -> RepositoryState:
+        path, keyring = self._paths(repository)
+        return RepositoryState(
+            content=self.host.read_text(path),
+            key_present=is_binary_key(self.host.read_bytes(keyring)),
+            rivals=tuple(self._rivals(repository, path)),
+            indexed=self._indexed(repository),
+        )
+
+    def _rivals(self, repository: Repository, own_path: str) -> t.List[str]:
+        candidates = ["/etc/apt/sources.list"]
+        candidates += ["%s/%s" % (APT_SOURCES, name) for name in self.host.list_dir(APT_SOURCES)]
+        rivals = []
+        for path in candidates:
+            if path == own_path or not path.endswith((".list", ".sources")):
+                continue
+            text = self.host.read_text(path)
+            if text and without_repository(path, text, repository) != text:
+                rivals.append(path)
+        return rivals
+
+    def _indexed(self, repository: Repository) -> bool:
+        """apt names its lists after the URL: scheme cut off, ``/`` as ``_``, odd characters percent-encoded."""
+        stem = repository.url.split("://", 1)[1].rstrip("/").replace("_", "%5f").replace("/", "_")
+        stem += "_" if repository.suite == "/" else "_dists_%s_" % repository.suite.replace("/", "_")
+        return any(name.startswith(stem) and "Packages" in name for name in self.host.list_dir("/var/lib/apt/lists"))
+
+    def apply_repository(self, repository: Repository) -> None:
+        path, keyring = self._paths(repository)
+        content = self.repository_content(repository)[1]
+        before = self.host.read_text(path)
+        key_before = self.host.read_bytes(keyring)
+        # The key first: a definition without it would break every later apt run of this host. Another URL may well be
+        # signed with another key.
+        if before != content or not is_binary_key(key_before):
+            key = dearmor(self.fetch(repository.key_url), repository.key_url)
+            self.host.make_dir(APT_KEYRINGS, mode=0o755)
+            self.host.write_file(keyring, key, mode=0o644)
+        for rival in self._rivals(repository, path):
+            text = without_repository(rival, self.host.read_text(rival) or "", repository)
+            if text.strip():
+                self.host.write_file(rival, text, mode=0o644)
+            else:
+                self.host.remove(rival)
+        if before != content:
+            self.host.write_file(path, content, mode=0o644)
+        try:
+            self.refresh(repository)
+        except FleetError:
+            for name, old in ((path, before), (keyring, key_before)):
+                if old is None:
+                    self.host.remove(name)
+                elif self.host.read_bytes(name) != (old.encode("utf-8") if isinstance(old, str) else old):
+                    self.host.write_file(name, old, mode=0o644)
+            raise
+
+    def refresh(self, repository: t.Optional[Repository] = None) -> None:
+        options = ["-o", "APT::Update::Error-Mode=any"]
+        doing = "Downloading the package lists"
+        if repository is not None:
+            # Only this one: another, broken repository of the host is not our affair.
+            options += [
+                "-o",
+                "Dir::Etc::sourcelist=%s" % self._paths(repository)[0],
+                "-o",
+                "Dir::Etc::sourceparts=-",
+                "-o",
+                "APT::Get::List-Cleanup=0",
+            ]
+            doing = "Downloading the package lists of %s" % repository.url
+        result = self._apt("update", *options)
+        if not result.ok:
+            raise FleetError(
+                "repository_unreachable",
+                "%s failed: %s Check the URL, the proxy and the signing key." % (doing, _apt_cause(result)),
+                url=repository.url if repository else "",
+                stderr=result.stderr[-4000:],
+            )
+
+    # packages
+
+    def install(
+        self, wanted: t.Mapping[str, t.Optional[str]], *, allow_removal: bool = False, reinstall: bool = False
+    ) -> None:
+        if not wanted:
+            return
+        self.repair()
+        arguments = ["install", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages"]
+        arguments += ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
+        if not allow_removal:
+            arguments.append("--no-remove")
+        if reinstall:
+            arguments.append("--reinstall")
+        arguments += [name if version is None else "%s=%s" % (name, version) for name, version in wanted.items()]
+        result = self._apt(*arguments)
+        if not result.ok and _stale_lists(result):
+            # Lists that are missing or older than the mirror: one full refresh, one more try.
+            self.refresh()
+            result = self._apt(*arguments)
+        if not result.ok:
+            raise transaction_failed("Installing %s" % listing(wanted), result, _apt_cause(result))
+
+    def remove(self, *names: str, purge: bool = False) -> None:
+        present = [name for name in names if name in self.installed(*names)]
+        if not present:
+            return
+        result = self._apt("purge" if purge else "remove", "--allow-change-held-packages", *present)
+        if not result.ok:
+            raise transaction_failed("Removing %s" % ", ".join(present), result, _apt_cause(result))
+
+    def hold(self, *names: str) -> None:
+        if names:
+            self.host.check(["apt-mark", "hold", *names], reason="hold_failed", doing="Holding %s" % ", ".join(names))
+
+    def unhold(self, *names: str) -> None:
+        if names:
+            self.host.check(
+                ["apt-mark", "unhold", *names],
+                reason="hold_failed",
+                doing="Releasing the hold of %s" % ", ".join(names),
+            )
+
+    def repair(self) -> None:
+        deadline = self.host.monotonic() + LOCK_TIMEOUT
+        while self.interrupted():
+            result = self.host.run(
+                ["dpkg", "--force-confdef", "--force-confold", "--configure", "-a"],
+                env=self._ENVIRONMENT,
+                timeout=TRANSACTION_TIMEOUT,
+            )
+            if result.ok:
+                if not self.interrupted():
+                    return
+                # What was cut off while it was unpacked dpkg cannot finish; apt unpacks it again.
+                result = self._apt(
+                    "install", "--fix-broken", "--no-remove", "--no-install-recommends", "--allow-change-held-packages"
+                )
+                if result.ok:
+                    return
+            # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
+            if "lock" not in result.stderr or self.host.monotonic() >= deadline:
+                raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
+            self.host.sleep(2)
+
+
+def _apt_cause(result: CommandResult) -> str:
+    """The first error of apt or dpkg: the later ones only follow from it."""
+    # dpkg says "error processing package NAME (--configure):" and what was wrong on the next line.
+    text = re.sub(r"(?m)^(dpkg: error processing .*:)\n\s+", r"\1 ", result.stderr + "\n" + result.stdout)
+    lines = [line.strip() for line in text.splitlines()]
+    errors = [line for line in lines if line.startswith(("E:", "Err:", "dpkg: error"))]
+    specific = [
+        line
+        for line in errors
+        if "Sub-process /usr/bin/dpkg" not in line
+        and "Some index files failed" not in line
+        and "Unable to correct problems" not in line
+    ]
+    unmet = [line for line in lines if re.search(r"(Depends|Breaks|Conflicts|PreDepends): .*but", line)]
+    chosen = (specific or unmet or errors or [result.last_line()])[0]
+    if unmet and chosen not in unmet:
+        chosen += " (%s)" % unmet[0]
+    return chosen.replace("E: ", "", 1).rstrip(".") + "."
+
+
+def _stale_lists(result: CommandResult) -> bool:
+    text = result.stdout + result.stderr
+    return any(
+        sign in text
+        for sign in (
+            "Unable to locate package",
+            "has no installation candidate",
+            "404  Not Found",
+            "404 Not Found",
+            "was not found",
+            "but it is not installable",
+        )
+    )

@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Steps of a change of the driver's packages that only need the host and the tool."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+from ._errors import FleetError
+from ._host import Host
+from ._nvidia_driver_packages import PackagePlan, is_driver_package
+from ._nvidia_driver_state import DriverState
+from ._packages import PackageManager
+
+_APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
+
+
+def finish_interrupted(host: Host, manager: PackageManager) -> None:
+    """Finish an interrupted transaction. Driver packages that cannot be finished (their module does not build) are
+    removed: the wanted ones are installed right after."""
+    try:
+        manager.repair()
+    except FleetError:
+        broken = manager.interrupted()
+        if not broken or not all(is_driver_package(name) for name in broken):
+            raise
+        host.check(
+            ["apt-get", "-q", "-y", "purge", "--allow-change-held-packages", *broken],
+            reason="package_failed",
+            doing="Removing half-installed driver packages",
+            env=_APT_ENVIRONMENT,
+            timeout=3600,
+        )
+
+
+def guard_removal(host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
+    """Refuse when packages that are not the driver's would go with it."""
+    if plan.manager != "apt":
+        return
+    result = host.run(["apt-get", "-s", "-q", "purge", "--allow-change-held-packages", *names], timeout=300)
+    going = re.findall(r"^(?:Purg|Remv) (\S+)", result.stdout, re.MULTILINE)
+    strangers = [
+        name
+        for name in going
+        if not is_driver_package(name)
+        and not re.match(r"(linux-(modules|objects|signatures)-nvidia|.*nvidia|libnvidia|libcuda)", name)
+    ]
+    if strangers:
+        raise FleetError(
+            "would_remove",
+            "Replacing %s would remove %s as well, which the driver does not own; remove it yourself if it is not "
+            "needed, and run again." % (", ".join(names[:4]), ", ".join(strangers[:8])),
+            packages=strangers,
+        )
+
+
+def download_packages(host: Host, plan: PackagePlan, wanted: t.Mapping[str, str]) -> None:
+    """Have the packages on the host before anything stops."""
+    if not wanted:
+        return
+    if plan.manager == "apt":
+        command = ["apt-get", "-q", "-y", "install", "--download-only", "--no-install-recommends"]
+        command += ["--allow-downgrades", "--allow-change-held-packages", "-o", "DPkg::Lock::Timeout=600"]
+        command += ["%s=%s" % item for item in wanted.items()]
+    else:
+        command = ["dnf", "-q", "-y", "install", "--downloadonly", "--allowerasing", "--disableplugin=versionlock"]
+        command += ["%s-%s" % item for item in wanted.items()]
+    # The result is not judged: with the pinning package not yet there the resolver may say no to what works later,
+    # and the installation itself names every cause better.
+    host.run(command, env=_APT_ENVIRONMENT, timeout=3600)
+
+
+def switch_stream(host: Host, stream: str) -> None:
+    """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
+    for arguments in (["module", "reset", "nvidia-driver"], ["module", "enable", "nvidia-driver:" + stream]):
+        host.check(
+            ["dnf", "-q", "-y", *arguments],
+            reason="stream_failed",
+            doing="dnf %s" % " ".join(arguments),
+            remedy="Check that NVIDIA's repository has this stream (dnf module list nvidia-driver).",
+            timeout=600,
+        )
+
+
+def install_prerequisites(host: Host, manager: PackageManager, state: DriverState, plan: PackagePlan) -> None:
+    if not plan.prerequisites or all(name in state.installed for name in plan.prerequisites):
+        return
+    if plan.extras and not manager.available(*plan.prerequisites):
+        if state.os.id in ("rocky", "almalinux", "centos"):
+            manager.install({"epel-release": None})
+            host.run(["crb", "enable"], timeout=120)
+            manager.refresh()
+        else:
+            raise FleetError(
+                "dkms_unavailable",
+                "No enabled repository has dkms, which builds the kernel module; enable EPEL and CodeReady Builder "
+                "(subscription-manager repos --enable codeready-builder-for-rhel-%d-%s-rpms) and run again."
+                % (state.os.major, state.machine),
+            )
+    manager.install(dict.fromkeys(plan.prerequisites))
+
+
+def headers_unavailable(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
+    return FleetError(
+        "kernel_headers_unavailable",
+        "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
+        "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
+        "or set nvidia_driver_kernel_headers to false when they come from elsewhere." % (kernel, cause),
+        **(facts or {}),
+    )
+
+
+def install_headers(host: Host, manager: PackageManager, package: str) -> None:
+    try:
+        manager.install({package: None})
+    except FleetError as error:
+        raise headers_unavailable(host.kernel_release(), error.message.rstrip("."), error.facts) from error

@@ -1,0 +1,93 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What a look at a host finds of the NVIDIA driver, and where."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass
+
+from ._gpu import GpuInventory, Holder
+from ._host import Host
+from ._nvidia_driver_packages import Wish, user_space_version
+from ._os_release import OsRelease
+from ._packages import Package, PackageManager, RepositoryState
+
+PREFERENCES = "/etc/apt/preferences.d/gpu-fleet-nvidia-driver"
+UNATTENDED = "/etc/apt/apt.conf.d/52gpu-fleet-nvidia"
+NON_FREE = "/etc/apt/sources.list.d/gpu-fleet-debian-non-free.sources"
+#: Packages with headers that the distributions always have.
+_ANY_HEADERS = {
+    "debian": ("linux-headers-amd64", "linux-headers-arm64", "linux-headers-generic"),
+    "rhel": ("kernel-devel",),
+}
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """One look at everything the driver consists of.
+
+    Attributes:
+        installed: Packages by name: driver, dkms, headers.
+        interrupted: Packages that an interrupted transaction left half installed.
+        files: Path -> content of the files that are managed here; None when absent.
+        repositories: Repository name -> what is configured of it; filled for the wanted repository only.
+        components: Components of the distribution's own apt repository that are enabled.
+        stream: Enabled module stream on EL, empty when none.
+        on_disk: Module version for the running kernel, empty when there is none.
+        secure_boot: Whether the firmware enforces signatures.
+        key_enrolled: Whether the key that dkms signs with is enrolled.
+        headers: Whether modules can be compiled for the running kernel.
+        runfile: Whether NVIDIA's .run installer put a driver there.
+        headers_offered: False when the package lists of the host know headers, but not those of the running kernel.
+        dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
+        disabled_units: Services of the driver that this hardware needs and that would not start at boot.
+    """
+
+    os: OsRelease
+    machine: str
+    kernel: str
+    inventory: GpuInventory
+    installed: t.Mapping[str, Package]
+    interrupted: tuple[str, ...]
+    files: t.Mapping[str, str | None]
+    repositories: t.Mapping[str, RepositoryState]
+    components: frozenset[str]
+    stream: str
+    on_disk: str
+    secure_boot: bool
+    key_enrolled: bool
+    headers: bool
+    nouveau_loaded: bool
+    runfile: bool
+    holders: tuple[Holder, ...]
+    headers_offered: bool = True
+    dkms: str = ""
+    disabled_units: tuple[str, ...] = ()
+
+    @property
+    def loaded_version(self) -> str:
+        return self.inventory.driver.version if self.inventory.driver else ""
+
+    @property
+    def user_space(self) -> str:
+        return user_space_version(self.installed)
+
+
+def disabled_units(host: Host, wish: Wish) -> list[str]:
+    """Installed services that the wish needs at boot and that are disabled."""
+    units = []
+    if wish.fabric_manager:
+        units.append("nvidia-fabricmanager.service")
+    if wish.persistenced:
+        units.append("nvidia-persistenced.service")
+    return [
+        unit for unit in units if host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() == "disabled"
+    ]
+
+
+def headers_offered(manager: PackageManager, package: str) -> bool:
+    """Whether the lists on the host have a package with headers; yes when they say nothing about headers at all."""
+    return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
