@@ -12,8 +12,11 @@ import urllib.parse
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
+from ._health_target import HealthTarget
 from ._host import Host
-from ._nim_health import CONFIGURATION_DIRECTORY, PHASE_WORDS, HealthCheck, HealthTarget, read_word
+from ._nim_health import HealthCheck
+from ._nim_log import PHASE_WORDS
+from ._nim_process_state import CONFIGURATION_DIRECTORY, read_word
 from ._nim_service import listening_sockets
 from ._nvidia_container_toolkit import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease

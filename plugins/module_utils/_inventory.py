@@ -21,9 +21,9 @@ from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
 from ._image_reference import ImageReference, check_mirrors
 from ._ngc_login import check_api_key
-from ._nim_health import scrub
 from ._nim_models import parse_models
 from ._packages import check_url
+from ._redaction import scrub
 
 #: Role name -> option name -> specification, as in ``argument_specs.main.options``.
 Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]

@@ -154,9 +154,10 @@ signature:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck, parse_targets
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
 
 
 def main() -> None:

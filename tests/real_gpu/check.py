@@ -36,9 +36,10 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, dri
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult, Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck, parse_targets
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NimModel, parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import (
     ImageState,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import typing as t
 
 import pytest
 from ansible.module_utils.common import warnings
@@ -13,12 +14,27 @@ from ansible.module_utils.common import warnings
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from fake_host import FakeHost
+from health_world import Nim, World
 
 
 @pytest.fixture
 def host() -> FakeHost:
     """An empty host; fill its files and commands."""
     return FakeHost()
+
+
+@pytest.fixture
+def nim() -> t.Iterator[Nim]:
+    """The HTTP side of a NIM."""
+    server = Nim()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def world() -> World:
+    """A host on which a NIM starts."""
+    return World()
 
 
 @pytest.fixture

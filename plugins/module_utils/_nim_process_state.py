@@ -1,0 +1,170 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What runs of a NIM service: its systemd unit, its container, and the word that the unit's main process leaves."""
+
+from __future__ import annotations
+
+import calendar
+import json
+import re
+import time
+import typing as t
+from dataclasses import dataclass
+
+from ._errors import FleetError
+from ._host import Host
+from ._nim_unit import SPEC_LABEL
+
+Json = t.Dict[str, t.Any]
+
+#: What the units' main process says about the start, and what the containers are meant to run (see _nim_unit).
+WORD_DIRECTORY = "/run/nim"
+CONFIGURATION_DIRECTORY = "/etc/nim"
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """A unit as ``systemctl show`` tells it; ``main_started`` is in seconds of the host's monotonic clock."""
+
+    load: str = "not-found"
+    active: str = "inactive"
+    sub: str = "dead"
+    restarts: int = 0
+    invocation: str = ""
+    result: str = "success"
+    main_status: int = 0
+    condition_met: bool = True
+    main_started: float = 0.0
+
+
+def observe_units(host: Host, units: t.Sequence[str]) -> dict[str, UnitState]:
+    """All units with one call of systemctl."""
+    if not units:
+        return {}
+    keys = "Id,LoadState,ActiveState,SubState,NRestarts,InvocationID,Result,ExecMainStatus,ConditionResult"
+    shown = host.run(
+        ["systemctl", "show", "--property=%s,ExecMainStartTimestampMonotonic" % keys, *units], timeout=30
+    ).stdout
+    found: dict[str, UnitState] = {}
+    for block in re.split(r"\n\s*\n", shown):
+        value = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if not value.get("Id"):
+            continue
+        found[value["Id"]] = UnitState(
+            load=value.get("LoadState", ""),
+            active=value.get("ActiveState", ""),
+            sub=value.get("SubState", ""),
+            restarts=_digits(value.get("NRestarts")),
+            invocation=value.get("InvocationID", ""),
+            result=value.get("Result", ""),
+            main_status=_digits(value.get("ExecMainStatus")),
+            condition_met=value.get("ConditionResult", "yes") != "no",
+            main_started=_digits(value.get("ExecMainStartTimestampMonotonic")) / 1e6,
+        )
+    return {unit: found.get(unit, UnitState()) for unit in units}
+
+
+def _digits(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+@dataclass(frozen=True)
+class ContainerState:
+    """A container as the engine tells it; times are seconds since the epoch."""
+
+    id: str
+    status: str
+    started: float | None
+    finished: float | None
+    exit_code: int
+    oom_killed: bool
+    error: str
+    spec: str = ""
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    @property
+    def instance(self) -> str:
+        """Changes with every start, also when the same container is started again."""
+        return "%s@%s" % (self.id, self.started)
+
+
+def parse_container(inspected: t.Mapping[str, t.Any] | None) -> ContainerState | None:
+    """The few facts of ``docker inspect`` that the wait needs."""
+    if not inspected:
+        return None
+    state = inspected.get("State") or {}
+    return ContainerState(
+        id=str(inspected.get("Id", "")),
+        status=str(state.get("Status", "")),
+        started=parse_time(str(state.get("StartedAt", ""))),
+        finished=parse_time(str(state.get("FinishedAt", ""))),
+        exit_code=int(state.get("ExitCode") or 0),
+        oom_killed=bool(state.get("OOMKilled")),
+        error=str(state.get("Error") or ""),
+        spec=str(((inspected.get("Config") or {}).get("Labels") or {}).get(SPEC_LABEL) or ""),
+    )
+
+
+def parse_time(text: str) -> float | None:
+    """Docker's RFC 3339 time in UTC as seconds since the epoch; its zero time (year 1) is None."""
+    found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z", text)
+    if not found or text.startswith("0001-"):
+        return None
+    whole = calendar.timegm(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S"))
+    return whole + float(found.group(2) or 0)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What the unit's main process left word of: its phase, since when, failed starts and ends soon after ready in a row."""
+
+    phase: str = ""
+    since: float = 0.0
+    failures: int = 0
+    detail: str = ""
+    unsteady: int = 0
+
+
+def read_word(host: Host, name: str) -> Word:
+    """The word of a unit's main process; empty when there is none or it is broken."""
+    found = _read_object(host, "%s/%s.json" % (WORD_DIRECTORY, name))
+    failures, unsteady, since = found.get("failures"), found.get("unsteady"), found.get("since")
+    return Word(
+        phase=str(found.get("phase") or ""),
+        since=float(since) if isinstance(since, (int, float)) else 0.0,
+        failures=failures if isinstance(failures, int) else 0,
+        detail=str(found.get("detail") or ""),
+        unsteady=unsteady if isinstance(unsteady, int) else 0,
+    )
+
+
+def wanted_spec(host: Host, name: str) -> str:
+    """Name of what the service's container is meant to run; empty when that cannot be told."""
+    return str(_read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("spec") or "")
+
+
+def _read_object(host: Host, path: str) -> Json:
+    try:
+        found = json.loads(host.read_text(path) or "{}")
+    except (FleetError, ValueError):
+        # A file that is being replaced or was broken by hand; whoever owns it reports that.
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class ContainerReader(t.Protocol):
+    """The part of the Docker client that is used here."""
+
+    def container(self, name: str) -> Json | None: ...
+
+
+def port_holder(host: Host, port: int) -> str:
+    """Who listens on a TCP port, as "docker-proxy (pid 812)"; empty when it cannot be told."""
+    listed = host.run(["ss", "-Hltnp", "sport", "=", ":%d" % port], timeout=10).stdout
+    found = {"%s (pid %s)" % pair for pair in re.findall(r'\("([^"]+)",pid=(\d+)', listed)}
+    return ", ".join(sorted(found))

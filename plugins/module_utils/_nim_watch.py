@@ -1,0 +1,305 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""How the evidence about one service is judged while it starts: ready, doomed, or still on the way.
+
+Three witnesses are heard together, because each alone misleads: the HTTP port (another server may hold it), the systemd
+unit (``active`` while the container crash-loops), and the container (gone, replaced, ended with code 0 although its key
+was refused).
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field
+
+from ._failure_signatures import Match, find_cause
+from ._health_target import HealthTarget
+from ._nim_endpoints import HttpAnswer
+from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
+from ._nim_process_state import ContainerState, UnitState, Word
+from ._redaction import scrub
+
+Json = t.Dict[str, t.Any]
+
+#: Seconds that the Docker daemon may be away while a service starts (a restart of the daemon takes about 2 to 20 s).
+DOCKER_AWAY_SECONDS = 60.0
+#: Lines of log that are kept and shown.
+TAIL_LINES = 30
+#: A failed start this many seconds before the first look belongs to the deployment that is waited for.
+FRESH_SECONDS = 60.0
+#: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
+UNSTEADY_ENDS = 2
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a service will not become ready.
+
+    Attributes:
+        sentence: What happened, with cause and remedy where they are known.
+        lines: The last lines of the log.
+        signature: Identifier of the known failure that was recognised.
+    """
+
+    reason: str
+    sentence: str
+    what: str
+    remedy: str = ""
+    lines: tuple[str, ...] = ()
+    signature: str | None = None
+
+
+@dataclass
+class Watch:
+    """What is known of one service; everything survives between two calls of the module as JSON."""
+
+    target: HealthTarget
+    since: float
+    looks: int = 0
+    instance: str = ""
+    base_restarts: int = 0
+    base_failures: int = 0
+    restarts: int = 0
+    phase: str = "starting"
+    phase_since: float = 0.0
+    percent: int | None = None
+    cursor: str = ""
+    tail: list[str] = field(default_factory=list)
+    log_read: float = 0.0
+    log_instance: str = ""
+    free_at_start: int = 0
+    downloaded: int = 0
+    docker_away_since: float = 0.0
+    stranger: int = 0
+    result: Json | None = None
+    failure: Failure | None = None
+
+    _KEPT: t.ClassVar[tuple[str, ...]] = (
+        "since",
+        "looks",
+        "instance",
+        "base_restarts",
+        "base_failures",
+        "restarts",
+        "phase",
+        "phase_since",
+        "percent",
+        "cursor",
+        "tail",
+        "log_read",
+        "log_instance",
+        "free_at_start",
+        "downloaded",
+        "docker_away_since",
+        "stranger",
+        "result",
+    )
+
+    def dump(self) -> Json:
+        return {key: getattr(self, key) for key in self._KEPT}
+
+    @classmethod
+    def load(cls, target: HealthTarget, kept: t.Mapping[str, t.Any] | None, now: float) -> Watch:
+        """A watch as an earlier call left it, or a new one."""
+        watch = cls(target=target, since=now, phase_since=now)
+        for key in cls._KEPT:
+            if kept and key in kept:
+                setattr(watch, key, kept[key])
+        return watch
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.failure is not None
+
+    def take_lines(self, lines: t.Sequence[str], now: float, secrets: t.Sequence[str]) -> None:
+        """Follow the log: phase, percentage, and the tail that is shown when it fails."""
+        for line in lines:
+            message = message_of(line)
+            if not message:
+                continue
+            phase = phase_of(message)
+            if phase is not None and phase != self.phase:
+                self.phase, self.phase_since, self.percent = phase, now, None
+            percent = percent_of(message)
+            if percent is not None and self.phase in ("download", "build", "loading", "graphs"):
+                self.percent = percent
+            self.tail += [scrub(part, secrets)[:500] for part in message.splitlines() if part.strip()]
+        del self.tail[:-TAIL_LINES]
+
+    def fail(
+        self, reason: str, what: str, remedy: str = "", exit_code: int | None = None, oom_killed: bool = False
+    ) -> None:
+        """End the wait; cause and remedy come from the log where it says them, else ``remedy`` is given."""
+        match: Match | None = find_cause("\n".join(self.tail), exit_code=exit_code, oom_killed=oom_killed)
+        sentence = "NIM %s %s" % (self.target.name, what)
+        if match is not None:
+            sentence += ": %s; %s" % (match.signature.cause, match.signature.remedy)
+        elif remedy:
+            sentence += "; %s" % remedy
+        signature = None if match is None else match.signature.id
+        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.tail), signature)
+
+    def explain(self, lines: t.Sequence[str]) -> None:
+        """Look for the cause of a failure once more, in lines from elsewhere."""
+        if self.failure is not None:
+            self.tail = list(lines)
+            self.fail(self.failure.reason, self.failure.what, self.failure.remedy)
+
+    def judge(
+        self,
+        now: float,
+        unit: UnitState,
+        unit_started: float,
+        container: ContainerState | None,
+        docker_error: str,
+        answer: HttpAnswer | None,
+        word: Word,
+        downloading: bool,
+    ) -> bool:
+        """Take one look's facts; True when the service is ready. Sets ``failure`` when it is doomed.
+
+        Args:
+            now: Seconds since the epoch.
+            unit_started: When the unit's main process was started, in seconds since the epoch.
+            answer: What ``/v1/health/ready`` said.
+            downloading: Whether the container that fetches the model runs.
+        """
+        running = container is not None and container.running
+        first = self.looks == 0
+        if first:
+            self.base_restarts = unit.restarts
+            fresh = word.phase in ("failed", "back_off") and now - word.since <= FRESH_SECONDS and word.failures == 1
+            self.base_failures = 0 if fresh else word.failures
+        self.looks += 1
+        # The count begins anew when the service was ready.
+        self.restarts = max(self.restarts, unit.restarts)
+        answers_ready = answer is not None and answer.status == 200
+
+        if container is not None and running:
+            if self.instance and container.instance != self.instance:
+                self.fail(
+                    "container_ended",
+                    "did not start: its container ended after %s and was started again"
+                    % _seconds(max(0.0, (container.started or now) - _instance_start(self.instance, self.since))),
+                    "see 'journalctl CONTAINER_NAME=%s'" % self.target.container,
+                )
+                return False
+            self.instance = container.instance
+            self.docker_away_since = 0.0
+            self.stranger = 0
+            if answers_ready:
+                self.percent = None
+                # It ended again and again, and the wrapper has not seen it serve for a while: it may only be ready in
+                # between. A single end is left alone: somebody may have killed it by hand.
+                self.phase = "settling" if word.unsteady >= UNSTEADY_ENDS else "ready"
+                if self.phase == "ready":
+                    return True
+        elif (
+            container is not None
+            and container.status in ("exited", "dead")
+            and self._ended_now(unit, unit_started, container)
+        ):
+            lived = (container.finished or now) - (container.started or now)
+            self.fail(
+                "container_ended",
+                "did not start: its container ended with exit code %d after %s"
+                % (container.exit_code, _seconds(max(0.0, lived)))
+                + (" (%s)" % container.error if container.error else ""),
+                "see 'journalctl CONTAINER_NAME=%s'" % self.target.container,
+                exit_code=container.exit_code,
+                oom_killed=container.oom_killed,
+            )
+            return False
+
+        if word.failures > self.base_failures:
+            detail = word.detail.rstrip(".") or "ended before it was ready"
+            self.fail(
+                "container_ended",
+                "did not start: %s%s" % ("its container " if detail.startswith(("ended", "was")) else "", detail),
+                "see 'journalctl -u %s'" % self.target.unit,
+            )
+        elif unit.load == "not-found":
+            self.fail("unit_missing", "has no unit %s" % self.target.unit, "run the nim role first")
+        elif unit.active == "failed":
+            self.fail(
+                "unit_failed",
+                "did not start: %s failed (%s, exit status %d, %d restarts)"
+                % (self.target.unit, unit.result, unit.main_status, unit.restarts),
+                "see 'journalctl -u %s'" % self.target.unit,
+            )
+        elif unit.active == "inactive" and not unit.condition_met:
+            self.fail(
+                "maintenance",
+                "is held back: a condition of %s is not met" % self.target.unit,
+                "remove /var/lib/nim/maintenance when the host may serve again",
+            )
+        elif unit.active == "inactive" and not running:
+            self.fail(
+                "not_running",
+                "is not running: %s is inactive" % self.target.unit,
+                "start it with 'systemctl start %s'" % self.target.unit,
+            )
+        elif not running and not downloading and unit.restarts >= self.base_restarts + 2:
+            self.fail(
+                "restart_loop",
+                "did not start: %s was restarted %d times without a running container"
+                % (self.target.unit, unit.restarts),
+                "see 'journalctl -u %s'" % self.target.unit,
+            )
+        elif docker_error:
+            self.docker_away_since = self.docker_away_since or now
+            if now - self.docker_away_since >= DOCKER_AWAY_SECONDS:
+                self.fail("docker_unavailable", "cannot be watched: %s" % docker_error.rstrip("."))
+        elif answers_ready and not running:
+            self.stranger += 1
+        return False
+
+    def _ended_now(self, unit: UnitState, unit_started: float, container: ContainerState) -> bool:
+        """Whether an exited container belongs to this start, and is not what an earlier one left behind."""
+        if self.instance:
+            return container.instance == self.instance or (container.finished or 0.0) >= self.since
+        if unit.active in ("failed", "inactive") or unit.sub == "auto-restart":
+            return (container.finished or 0.0) >= unit_started - 1.0 or unit.sub == "auto-restart"
+        return (container.finished or 0.0) >= unit_started - 1.0
+
+    def check_budget(self, now: float) -> None:
+        """Fail when the start has taken longer than it may."""
+        waited = now - self.since
+        if self.failure is None and waited >= self.target.start_timeout:
+            self.fail(
+                "start_timeout",
+                "is not ready after %s (%s)" % (_seconds(waited), PHASE_WORDS.get(self.phase, self.phase)),
+                "raise start_timeout if it only needs longer",
+            )
+
+    def line(self, now: float) -> str:
+        """Progress for one line on the operator's screen."""
+        if self.result is not None:
+            seconds = self.result.get("seconds_to_ready")
+            return "%s ready%s" % (self.target.name, "" if seconds is None else " after " + _seconds(seconds))
+        text = "%s %s" % (self.target.name, PHASE_WORDS.get(self.phase, self.phase))
+        if self.percent is not None:
+            text += " %d %%" % self.percent
+        if self.phase == "download" and self.downloaded >= 10_000_000:
+            text += ", about %s" % _size(self.downloaded)
+        text += ", %s of %s" % (_seconds(now - self.since), _seconds(self.target.start_timeout))
+        if self.restarts > self.base_restarts:
+            text += ", %d restart(s)" % (self.restarts - self.base_restarts)
+        return text
+
+
+def _instance_start(instance: str, otherwise: float) -> float:
+    try:
+        return float(instance.rpartition("@")[2])
+    except ValueError:
+        return otherwise
+
+
+def _seconds(seconds: float) -> str:
+    return "%d s" % round(seconds)
+
+
+def _size(count: int) -> str:
+    return "%.1f GB" % (count / 1e9) if count >= 1e9 else "%d MB" % round(count / 1e6)
