@@ -20,7 +20,7 @@ from ._errors import FleetError
 from ._gpu import driver_holders
 from ._host import Host
 from ._nim_models import is_system_directory
-from ._nim_service import (
+from ._nim_paths import (
     BASE_DIRECTORY,
     CONFIGURATION_DIRECTORY,
     KEY_FILE,

@@ -20,7 +20,8 @@ from ._host import CommandResult, FileStat, Host
 from ._ngc_login import NgcLogin
 from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
-from ._nim_service import HostState, NimService
+from ._nim_service import NimService
+from ._nim_service_state import HostState
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload

@@ -14,10 +14,10 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._health_target import HealthTarget
 from ._host import Host
+from ._listeners import listening_sockets
 from ._nim_health import HealthCheck
 from ._nim_log import PHASE_WORDS
 from ._nim_process_state import CONFIGURATION_DIRECTORY, read_word
-from ._nim_service import listening_sockets
 from ._nvidia_container_toolkit import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
 from ._package_versions import upstream_version

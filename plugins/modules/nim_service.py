@@ -281,7 +281,8 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS, parse_models
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import HostState, NimService
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import HostState
 
 
 def main() -> None:

@@ -38,15 +38,15 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult, Host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NimModel, parse_models
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import (
-    ImageState,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_configuration import (
     Secrets,
     build_configuration,
     wrapper_text,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NimModel, parse_models
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import ImageState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import NvidiaContainerToolkit
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import InvalidExpressionError, satisfied
 

@@ -15,7 +15,7 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import Family
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import ImageState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import ImageState
 
 DIRECTORY = pathlib.Path(__file__).parents[1] / "real_gpu"
 

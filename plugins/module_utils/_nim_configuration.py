@@ -1,0 +1,269 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What is written for a NIM service: its unit, its container's arguments and its secret variables."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import sys
+import typing as t
+from dataclasses import dataclass, field
+
+from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
+from ._nim_models import NimModel
+from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER
+from ._nim_service_state import ImageState
+from ._nim_unit import source, spec_hash
+
+NAME_LABEL = "io.gpu-fleet.nim.name"
+IMAGE_LABEL = "io.gpu-fleet.nim.image"
+DIGEST_LABEL = "io.gpu-fleet.nim.digest"
+
+START_LIMIT_BURST = 4
+#: Seconds that one failed start takes beyond its start timeout: back-off and the stop of what is left.
+START_LIMIT_MARGIN = 120
+
+_HEADER = "# Written by gpu_fleet.nim.nim_service; changes made here are overwritten.\n"
+
+TARGET_TEXT = (
+    _HEADER
+    + """\
+[Unit]
+Description=All NIM services of this host
+Documentation=https://docs.nvidia.com/nim/
+
+[Install]
+WantedBy=multi-user.target
+"""
+)
+
+SLICE_TEXT = (
+    _HEADER
+    + """\
+[Unit]
+Description=Containers of the NIM services
+Before=slices.target
+"""
+)
+
+Json = t.Dict[str, t.Any]
+
+
+def unit_text(model: NimModel, injection: str) -> str:
+    """The unit of one model. The image is not named in it: a new image must not need a daemon-reload."""
+    wants = ["docker.service", "network-online.target"]
+    after = [
+        *wants,
+        "nvidia-persistenced.service",
+        "nvidia-fabricmanager.service",
+        "nvidia-cdi-refresh.service",
+        "nvidia-gpu-reset.target",
+    ]
+    if injection == "cdi":
+        wants.append("nvidia-cdi-refresh.service")
+    interval = START_LIMIT_BURST * (model.start_timeout + START_LIMIT_MARGIN)
+    return (
+        _HEADER
+        + """\
+[Unit]
+Description=NIM {name}
+Documentation=https://docs.nvidia.com/nim/
+# Not Requires=: a restart of Docker must not restart the model.
+Wants={wants}
+After={after}
+PartOf=nim.target
+# Lies there while the host is being worked on; survives a reboot.
+ConditionPathExists=!{maintenance}
+StartLimitIntervalSec={interval}
+StartLimitBurst={burst}
+
+[Service]
+Type=exec
+Environment=HOME=/root
+ExecStart={wrapper} run {name}
+# Also called when the main process died by itself; it then leaves the container alone.
+ExecStop={wrapper} stop {name}
+TimeoutStopSec={timeout_stop}
+KillMode=mixed
+# Always: a NIM may end with code 0 although it failed.
+Restart=always
+# The wrapper waits longer after a failure; a stop during this pause would leave the container running.
+RestartSec=200ms
+RestartPreventExitStatus=77 78
+SuccessExitStatus=77 143
+RuntimeDirectory=nim
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+ReadWritePaths=-{state}
+
+[Install]
+WantedBy=nim.target multi-user.target
+""".format(
+            name=model.name,
+            wants=" ".join(wants),
+            after=" ".join(after),
+            maintenance=MAINTENANCE_FILE,
+            interval=interval,
+            burst=START_LIMIT_BURST,
+            wrapper=WRAPPER,
+            timeout_stop=model.stop_timeout + 30,
+            state=STATE_DIRECTORY,
+        )
+    )
+
+
+def wrapper_text() -> str:
+    """The program that the units run, with a Python that is there whatever Ansible was told to use."""
+    python = sys.executable if sys.executable.startswith(("/usr/bin/", "/usr/libexec/")) else "/usr/bin/python3"
+    return "#!%s\n%s" % (python, source())
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Content of ``/etc/nim/<name>.env``, readable for root alone.
+
+    What is derived from a secret and stands elsewhere (the specification that everybody can read, the differences that
+    Ansible prints) is derived with a random key that is kept in the file: a short password could be guessed from a plain
+    hash of it.
+    """
+
+    key: str
+    values: t.Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def parse(cls, text: str | None) -> Secrets | None:
+        """What :meth:`render` wrote; None for anything that has no key in it."""
+        found = re.match(r"(?:#.*\n)*# key ([0-9a-f]{64})\n", text or "")
+        if found is None:
+            return None
+        lines = (text or "")[found.end() :].splitlines()
+        return cls(found.group(1), dict(_pair(line) for line in lines if "=" in line and not line.startswith("#")))
+
+    def render(self) -> str:
+        """An environment file as ``docker create --env-file`` reads it: no quotes, no escapes."""
+        lines = ["%s=%s\n" % pair for pair in sorted(self.values.items())]
+        return "%s# key %s\n%s" % (_HEADER, self.key, "".join(lines))
+
+    def fingerprint(self, content: str) -> str:
+        return hmac.new(bytes.fromhex(self.key), content.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+    def spec(self) -> str:
+        """The part of a specification that changes with any of them."""
+        return self.fingerprint(json.dumps(sorted(self.values.items())))
+
+    def __str__(self) -> str:
+        """``HF_TOKEN hmac:12ab34cd56ef, …``"""
+        return ", ".join(
+            "%s hmac:%s" % (name, self.fingerprint(json.dumps([name, value]))[:12])
+            for name, value in sorted(self.values.items())
+        )
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, _separator, value = line.partition("=")
+    return name, value
+
+
+def build_configuration(
+    model: NimModel,
+    image: ImageState,
+    gpus: t.Sequence[str],
+    *,
+    injection: str,
+    cgroup_driver: str,
+    secret: Secrets,
+) -> Json:
+    """Content of ``/etc/nim/<name>.json``: all that the wrapper needs, nothing secret.
+
+    ``spec`` names what the container runs; it leaves out what can change without a new container.
+    """
+    family = image.family
+    environment = family.environment(model)
+    if injection == "runtime":
+        environment["NVIDIA_VISIBLE_DEVICES"] = ",".join(gpus)
+    # Docker's slices exist with the systemd driver only.
+    common = ["--cgroup-parent=nim.slice"] if cgroup_driver == "systemd" else []
+    common += ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=%d:%d" % (model.uid, model.gid)]
+    common += ["--pids-limit=-1", "--shm-size=%d" % model.shm_size]
+    common += ["--ulimit=%s=%s" % limit for limit in sorted(model.ulimits.items())]
+    common += _gpu_arguments(gpus, injection)
+    common += _mounts(model, family)
+    network = [] if model.network_mode == "bridge" else ["--network=" + model.network_mode]
+    address = "[%s]" % model.bind_address if ":" in model.bind_address else model.bind_address
+    publish = (
+        [] if model.network_mode == "host" else ["--publish=%s:%d:%d" % (address, model.port, model.container_port)]
+    )
+    create = [*common, *network, *publish, *_environment_arguments(environment), image.reference]
+    create += family.command(model, image.command)
+    content: Json = {"image": image.identifier, "create": create}
+    if secret.values:
+        content["secrets"] = secret.spec()
+    spec = spec_hash(content)
+    labels = ["--label=%s=%s" % (NAME_LABEL, model.name), "--label=%s=%s" % (IMAGE_LABEL, model.image)]
+    labels.append("--label=%s=%s" % (DIGEST_LABEL, image.digest))
+
+    download: Json | None = None
+    step = family.download(model)
+    if step is not None:
+        words = [*_log_arguments(model.container + "-download"), *labels, *common, *network]
+        words += [*_environment_arguments({**environment, **step.environment}), image.reference, *step.command]
+        download = {
+            "create": words,
+            # What decides which files are fetched, and where to.
+            "key": spec_hash(
+                [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory, sorted(gpus)]
+            ),
+        }
+    tls = model.environment.get("NIM_SSL_MODE", "").lower() == "tls"
+    return {
+        "name": model.name,
+        "spec": spec,
+        "image": model.image,
+        "digest": image.digest,
+        "family": family.key,
+        "gpus": list(gpus),
+        "port": model.port,
+        "create": [*_log_arguments(model.container), *labels, *create],
+        "download": download,
+        # Names alone; the values are in the environment file.
+        "secret_environment": sorted(secret.values),
+        # No known way to fetch the files beforehand: the service has to do it, and then it needs the key.
+        "key_in_service": step is None and family.key == "unknown",
+        "cache_directory": model.cache_directory,
+        "ready_url": (model.url.replace("http:", "https:", 1) if tls else model.url) + "/v1/health/ready",
+        "stop_timeout": model.stop_timeout,
+        "docker_timeout": model.start_timeout,
+    }
+
+
+def _log_arguments(tag: str) -> list[str]:
+    return ["--log-driver=journald", "--log-opt=tag=" + tag]
+
+
+def _environment_arguments(environment: t.Mapping[str, str]) -> list[str]:
+    return ["--env=%s=%s" % pair for pair in sorted(environment.items())]
+
+
+def _gpu_arguments(gpus: t.Sequence[str], injection: str) -> list[str]:
+    if injection == "runtime":
+        return ["--runtime=nvidia"]
+    if injection == "cdi":
+        return ["--device=nvidia.com/gpu=" + uuid for uuid in gpus]
+    # The option is read as CSV, so a list of devices needs quotes of its own.
+    return ['--gpus="device=%s"' % ",".join(gpus)]
+
+
+def _mounts(model: NimModel, family: Family) -> list[str]:
+    mounts = ["--mount=type=bind,source=%s,target=%s" % (model.cache_directory, family.cache_path)]
+    for source_path, target in ((model.weights_directory, WEIGHTS_PATH), (model.lora_directory, LORA_PATH)):
+        if source_path:
+            mounts.append("--mount=type=bind,source=%s,target=%s,readonly" % (source_path, target))
+    return mounts

@@ -1,0 +1,21 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Where the files of NIM services lie on a host."""
+
+from __future__ import annotations
+
+UNIT_DIRECTORY = "/etc/systemd/system"
+CONFIGURATION_DIRECTORY = "/etc/nim"
+KEY_FILE = CONFIGURATION_DIRECTORY + "/ngc.env"
+WRAPPER = "/usr/local/libexec/nim/nim-unit"
+BASE_DIRECTORY = "/var/lib/nim"
+STATE_DIRECTORY = BASE_DIRECTORY + "/state"
+MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
+RUNTIME_DIRECTORY = "/run/nim"
+
+
+def secret_path(name: str) -> str:
+    """Environment file of a model; a model cannot be called ``ngc``, whose name the key's file has."""
+    return "%s/%s.env" % (CONFIGURATION_DIRECTORY, name)

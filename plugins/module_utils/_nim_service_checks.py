@@ -1,0 +1,168 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What keeps a NIM service from being set up or started on its host."""
+
+from __future__ import annotations
+
+import ipaddress
+import typing as t
+
+from ._errors import FleetError
+from ._listeners import Listener
+from ._nim_family import BACKEND_PORT_VARIABLE
+from ._nim_models import NimModel, addresses_overlap, probe_address
+from ._nim_service_state import HostState, ImageState, ports_of
+
+
+def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> tuple[str, str]:
+    """Reason and message of what a model needs and the host does not have yet; both empty when nothing is missing."""
+    if not state.docker:
+        return "docker_unavailable", state.docker_problem
+    if not state.gpus:
+        return "no_gpu", state.gpu_problem
+    if injection == "runtime" and "nvidia" not in state.runtimes:
+        return "runtime_missing", "Docker has no runtime 'nvidia'; set up the NVIDIA Container Toolkit first."
+    if model.image not in state.images:
+        return (
+            "image_missing",
+            "Image %s is not on this host; pull it with gpu_fleet.nim.nim_image first." % model.image,
+        )
+    for option in ("weights_directory", "lora_directory"):
+        message = _unreadable(option, getattr(model, option), model, state)
+        if message:
+            return "directory_missing", message
+    return "", ""
+
+
+def check_mask(model: NimModel, state: HostState) -> None:
+    if state.service(model.name).masked:
+        raise FleetError(
+            "unit_masked",
+            "%s is masked, which somebody did to keep it from starting; run 'systemctl unmask %s', or set the "
+            "model to state absent." % (model.unit, model.unit),
+        )
+
+
+def check_port(model: NimModel, models: t.Sequence[NimModel], state: HostState) -> None:
+    """Refuse a model that is about to start on ports that somebody else holds.
+
+    Args:
+        models: All models of the host: one of them may give the port up in this very run.
+
+    Raises:
+        FleetError: ``port_in_use``.
+    """
+    wanted = {other.container: other for other in models}
+    for listener in state.listeners:
+        option = _collision(model, listener, state.images)
+        if not option or listener.container == model.container:
+            continue
+        other = wanted.get(listener.container)
+        if other is not None and (other.state != "started" or not _collision(other, listener, state.images)):
+            continue
+        raise FleetError(
+            "port_in_use",
+            "Model %s cannot have port %d on %s%s: it is held by %s; stop that first, or give the model another "
+            "port%s. Nothing was changed."
+            % (
+                model.name,
+                listener.port,
+                model.bind_address,
+                "" if option == "port" else " for its engine",
+                listener.describe(),
+                "" if option == "port" else " there (%s)" % option,
+            ),
+            port=listener.port,
+            address=model.bind_address,
+            pid=listener.pid,
+            command=listener.command,
+            container=listener.container,
+        )
+
+
+def check_address(model: NimModel, state: HostState) -> None:
+    """Docker cannot publish a port on an address that the host has not; nobody would ever reach the service."""
+    address = probe_address(model.bind_address)
+    if not state.addresses or address in state.addresses or address.startswith("127."):
+        return
+    shown = [known for known in state.addresses if not ipaddress.ip_address(known).is_link_local]
+    raise FleetError(
+        "no_such_address",
+        "Model %s cannot listen on bind_address = %s: the host has %s; set bind_address to 0.0.0.0 or to one of its "
+        "addresses (%s). Nothing was changed."
+        % (
+            model.name,
+            model.bind_address,
+            "IPv6 switched off" if address == "::1" else "no such address",
+            ", ".join(shown[:8]),
+        ),
+        address=model.bind_address,
+    )
+
+
+def check_backend_ports(models: t.Sequence[NimModel], images: t.Mapping[str, ImageState]) -> None:
+    """Only the image tells whether a model has a second port, so this cannot be found on the controller."""
+    taken: list[tuple[NimModel, int, str]] = []
+    for model in models:
+        if model.state == "absent":
+            continue
+        for port, option in ports_of(model, images):
+            for other, other_port, other_option in taken:
+                if port != other_port or (option == other_option == "port"):
+                    # Two that want one port for the API were refused before any host was touched.
+                    continue
+                if not addresses_overlap(model.bind_address, other.bind_address):
+                    continue
+                named = "model %s" % other.name if other is not model else "the same model"
+                raise FleetError(
+                    "invalid_option",
+                    "Model %s: %s = %d: is %s of %s too, because network_mode host shares the host's ports and the "
+                    "engine of %s listens beside its API; set another port, or environment.%s."
+                    % (
+                        model.name,
+                        option,
+                        port,
+                        "the port" if other_option == "port" else "the engine's port",
+                        named,
+                        model.name if option != "port" else other.name,
+                        BACKEND_PORT_VARIABLE,
+                    ),
+                )
+            taken.append((model, port, option))
+
+
+def _collision(model: NimModel, listener: Listener, images: t.Mapping[str, ImageState]) -> str:
+    """The option whose port a listener holds; empty when it holds none of the model's."""
+    if not addresses_overlap(model.bind_address, listener.address):
+        return ""
+    return next((option for port, option in ports_of(model, images) if port == listener.port), "")
+
+
+def _unreadable(option: str, path: str | None, model: NimModel, state: HostState) -> str:
+    """Why the container's user could not read a directory that must be there already; empty when it can."""
+    if not path:
+        return ""
+    found = state.paths.get(path)
+    if found is None or not found.is_dir:
+        return "%s = %s does not exist as a directory on this host; put the files there first." % (option, path)
+    if model.uid == 0:
+        needed = 0o000
+    elif found.uid == model.uid:
+        needed = 0o500
+    elif found.gid == model.gid:
+        needed = 0o050
+    else:
+        needed = 0o005
+    if found.mode & needed != needed:
+        return "%s = %s (%04o owner %d:%d) cannot be read by the container's user %d:%d; use chmod or chown." % (
+            option,
+            path,
+            found.mode,
+            found.uid,
+            found.gid,
+            model.uid,
+            model.gid,
+        )
+    return ""

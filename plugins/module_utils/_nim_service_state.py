@@ -1,0 +1,367 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What a host has of NIM services, and what they depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import typing as t
+from dataclasses import dataclass, field
+
+from ._docker_api import DockerApi
+from ._errors import FleetError
+from ._gpu import Gpu, observe_gpus
+from ._host import FileStat, Host
+from ._image_record import PinnedImage, read_record
+from ._image_reference import ImageReference
+from ._listeners import Listener, find_listeners, own_addresses
+from ._ngc_login import fingerprint, key_in_environment
+from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
+from ._nim_models import NimModel, container_name, unit_name
+from ._nim_paths import (
+    BASE_DIRECTORY,
+    CONFIGURATION_DIRECTORY,
+    KEY_FILE,
+    MAINTENANCE_FILE,
+    RUNTIME_DIRECTORY,
+    STATE_DIRECTORY,
+    UNIT_DIRECTORY,
+    WRAPPER,
+    secret_path,
+)
+from ._nim_unit import SPEC_LABEL
+
+#: Further looks, a second apart, for the container of a docker-proxy.
+PROXY_LOOKS = 3
+
+Json = t.Dict[str, t.Any]
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """A pulled image.
+
+    Attributes:
+        reference: How ``docker create`` is told: by digest where Docker knows it, otherwise by id.
+        command: The image's own default command.
+    """
+
+    identifier: str
+    reference: str
+    digest: str
+    family: Family
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """What the host has under one name.
+
+    Attributes:
+        active: systemd's ActiveState; empty when the unit is not known.
+        enabled: systemd's UnitFileState.
+        running: Whether the container runs.
+        spec: What the container runs, by its label; empty without a container.
+        started_spec: What the wrapper is starting or running, by its own word.
+        failures: Starts that failed in a row.
+    """
+
+    name: str
+    unit_text: str | None = None
+    configuration_text: str | None = None
+    configuration: Json = field(default_factory=dict)
+    masked: bool = False
+    active: str = ""
+    enabled: str = ""
+    need_reload: bool = False
+    container: bool = False
+    running: bool = False
+    downloading: bool = False
+    spec: str = ""
+    started_spec: str = ""
+    phase: str = ""
+    failures: int = 0
+    secret_text: str | None = field(default=None, repr=False)
+    secret_safe: bool = True
+
+    @property
+    def exists(self) -> bool:
+        files = (self.unit_text, self.configuration_text, self.secret_text)
+        return any(text is not None for text in files) or self.container or self.masked
+
+    @property
+    def alive(self) -> bool:
+        """Whether systemd keeps it up or is about to."""
+        return self.active in ("active", "activating", "reloading", "deactivating")
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        found = self.configuration.get("gpus")
+        return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
+
+
+@dataclass(frozen=True)
+class HostState:
+    """One look at everything that the services of a host consist of or depend on."""
+
+    docker: bool = False
+    docker_problem: str = ""
+    docker_version: str = ""
+    cgroup_driver: str = ""
+    runtimes: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    gpu_problem: str = ""
+    maintenance: bool = False
+    services: t.Mapping[str, ServiceState] = field(default_factory=dict)
+    images: t.Mapping[str, ImageState] = field(default_factory=dict)
+    paths: t.Mapping[str, FileStat | None] = field(default_factory=dict)
+    files: t.Mapping[str, str | None] = field(default_factory=dict)
+    target_enabled: bool = False
+    target_active: bool = False
+    target_need_reload: bool = False
+    key_fingerprint: str | None = None
+    key_safe: bool = True
+    listeners: tuple[Listener, ...] = ()
+    addresses: tuple[str, ...] = ()
+    endangered: tuple[str, ...] = ()
+
+    def service(self, name: str) -> ServiceState:
+        return self.services.get(name) or ServiceState(name)
+
+
+def observe_services(
+    host: Host, api: DockerApi, models: t.Sequence[NimModel], *, remove_all: bool = False
+) -> HostState:
+    """One look, without a change.
+
+    Args:
+        models: Models that the host shall have.
+        remove_all: They shall all go; then nothing is looked at that only a running model needs.
+    """
+    problem, info, version, containers, inspected = _look_at_docker(api)
+    wanted = [model for model in models if model.state != "absent" and not remove_all]
+    inventory = observe_gpus(host) if wanted else None
+    names = _names(host, models)
+    units = _units(host, names)
+    by_name = {str(name).lstrip("/"): entry for entry in containers for name in entry.get("Names") or []}
+    key = key_in_environment(host.read_text(KEY_FILE))
+    key_stat = host.stat(KEY_FILE)
+    paths = [BASE_DIRECTORY, STATE_DIRECTORY, CONFIGURATION_DIRECTORY, os.path.dirname(WRAPPER)]
+    images = _images(host, api, wanted) if not problem else {}
+    for model in wanted:
+        paths += [model.cache_directory]
+        paths += [path for path in (model.weights_directory, model.lora_directory) if path]
+    target = units.get("nim.target", {})
+    return HostState(
+        docker=not problem,
+        docker_problem=problem,
+        docker_version=version,
+        cgroup_driver=str(info.get("CgroupDriver", "")),
+        runtimes=tuple(sorted(info.get("Runtimes") or {})),
+        gpus=inventory.gpus if inventory else (),
+        gpu_problem=_gpu_problem(inventory) if inventory else "",
+        maintenance=host.exists(MAINTENANCE_FILE),
+        services={name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)},
+        images=images,
+        paths={path: host.stat(path) for path in paths},
+        files={
+            path: host.read_text(path)
+            for path in (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
+        },
+        target_enabled=target.get("UnitFileState") == "enabled",
+        target_active=target.get("ActiveState") == "active",
+        target_need_reload=target.get("NeedDaemonReload") == "yes",
+        key_fingerprint=fingerprint(key) if key else None,
+        key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
+        listeners=_settled_listeners(host, api, wanted, containers, images),
+        addresses=own_addresses(host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""),
+        endangered=_endangered(host, version, info, inspected),
+    )
+
+
+def _look_at_docker(api: DockerApi) -> tuple[str, Json, str, list[Json], list[Json]]:
+    try:
+        version = str(api.version().get("Version", ""))
+        info = api.info()
+        containers = api.containers(all=True)
+        running = [str(entry.get("Id", "")) for entry in containers if entry.get("State") == "running"]
+        inspected = [found for found in map(api.container, running) if found is not None]
+    except FleetError as error:
+        return error.message, {}, "", [], []
+    return "", info, version, containers, inspected
+
+
+def _names(host: Host, models: t.Sequence[NimModel]) -> set[str]:
+    """Services that are wanted or that an earlier run has put here."""
+    names = {model.name for model in models}
+    for entry in host.list_dir(CONFIGURATION_DIRECTORY):
+        if entry.endswith(".json"):
+            names.add(entry[: -len(".json")])
+    return names
+
+
+def _units(host: Host, names: t.Iterable[str]) -> dict[str, dict[str, str]]:
+    wanted = ["nim.target"] + [unit_name(name) for name in sorted(names)]
+    keys = "Id,ActiveState,UnitFileState,NeedDaemonReload"
+    shown = host.run(["systemctl", "show", "--property", keys, "--", *wanted])
+    found = {}
+    for block in shown.stdout.split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if values.get("Id"):
+            found[values["Id"]] = values
+    return found
+
+
+def _service(host: Host, name: str, unit: t.Mapping[str, str], containers: t.Mapping[str, Json]) -> ServiceState:
+    unit_path = "%s/%s" % (UNIT_DIRECTORY, unit_name(name))
+    masked = host.read_link(unit_path) == "/dev/null"
+    text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+    container = containers.get(container_name(name))
+    runtime = json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
+    failures = runtime.get("failures")
+    download = containers.get(container_name(name) + "-download") or {}
+    secret_file = host.stat(secret_path(name))
+    return ServiceState(
+        name=name,
+        unit_text=None if masked else host.read_text(unit_path),
+        configuration_text=text,
+        configuration=json_object(text),
+        masked=masked or unit.get("UnitFileState", "").startswith("masked"),
+        active=unit.get("ActiveState", ""),
+        enabled=unit.get("UnitFileState", ""),
+        need_reload=unit.get("NeedDaemonReload") == "yes",
+        container=container is not None,
+        running=(container or {}).get("State") == "running",
+        downloading=download.get("State") == "running",
+        spec=str(((container or {}).get("Labels") or {}).get(SPEC_LABEL, "")),
+        started_spec=str(runtime.get("spec", "")),
+        phase=str(runtime.get("phase", "")),
+        failures=failures if isinstance(failures, int) else 0,
+        secret_text=host.read_text(secret_path(name)),
+        secret_safe=secret_file is None or (secret_file.mode == 0o600 and secret_file.uid == 0),
+    )
+
+
+def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
+    record = read_record(host)
+    found = {}
+    for model in models:
+        reference = ImageReference.parse(model.image)
+        pinned = record.get(str(reference))
+        # With a pin it does not matter what the tag means today.
+        names = (pinned.image_id, pinned.run) if pinned is not None else (str(reference),)
+        image = next(filter(None, map(api.image, names)), None)
+        if image is not None:
+            found[model.image] = _image_state(reference, pinned, image)
+    return found
+
+
+def _settled_listeners(
+    host: Host,
+    api: DockerApi,
+    models: t.Sequence[NimModel],
+    containers: t.Sequence[Json],
+    images: t.Mapping[str, ImageState],
+) -> tuple[Listener, ...]:
+    """The listeners, looked at again while a docker-proxy serves no container that was known a moment before: a
+    container that is just being started has its proxy first. A leftover proxy stays unexplained."""
+    ports = {port for model in models if model.state == "started" for port, dummy in ports_of(model, images)}
+    own = {model.container for model in models}
+    listeners = find_listeners(host, ports, containers, own)
+    for _try in range(PROXY_LOOKS):
+        if not any(known.command == "docker-proxy" and not known.container for known in listeners):
+            break
+        host.sleep(1.0)
+        try:
+            containers = api.containers(all=True)
+        except FleetError:
+            break
+        listeners = find_listeners(host, ports, containers, own)
+    return listeners
+
+
+def describe(service: ServiceState, state: HostState) -> str:
+    """``started``, ``starting``, ``stopped``, ``failed``, ``maintenance`` or ``absent``."""
+    if service.running:
+        return "started"
+    if service.alive:
+        return "starting"
+    if service.active == "failed":
+        return "failed"
+    if not service.exists:
+        return "absent"
+    return "maintenance" if state.maintenance and service.enabled == "enabled" else "stopped"
+
+
+def ports_of(model: NimModel, images: t.Mapping[str, ImageState]) -> list[tuple[int, str]]:
+    """TCP ports that a model takes on the host, with the option that says so."""
+    found = [(model.port, "port")]
+    image = images.get(model.image)
+    backend = image.family.backend_port(model) if image else None
+    if backend is not None:
+        found.append((backend, "environment." + BACKEND_PORT_VARIABLE))
+    return found
+
+
+def json_object(text: str | None) -> Json:
+    """Empty for anything that is no JSON object."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: Json) -> ImageState:
+    identifier = str(image.get("Id", ""))
+    known = [str(entry) for entry in image.get("RepoDigests") or []]
+    if pinned is not None:
+        run, digest = pinned.run, pinned.digest
+    else:
+        run = next((entry for entry in known if entry.startswith(reference.name + "@")), (known or [identifier])[0])
+        digest = run.partition("@")[2]
+    config = image.get("Config") or {}
+    return ImageState(
+        identifier=identifier,
+        reference=run if run in known else identifier,
+        digest=digest,
+        family=family_of_image(image, reference.tag),
+        command=tuple(str(word) for word in config.get("Cmd") or ()),
+    )
+
+
+def _gpu_problem(inventory: t.Any) -> str:
+    if inventory.gpus:
+        return ""
+    if not inventory.pci:
+        return "This host has no NVIDIA GPU."
+    if inventory.driver is None:
+        return "The NVIDIA driver is not loaded."
+    return "nvidia-smi shows no GPU: %s." % (inventory.smi_error or "no reason given").rstrip(".")
+
+
+def _endangered(host: Host, version: str, info: Json, containers: t.Sequence[Json]) -> tuple[str, ...]:
+    """Running containers that systemctl daemon-reload may take the GPUs from.
+
+    That happens where systemd manages the cgroups and the devices were given behind runc's back: by ``--gpus`` up to
+    Docker 28, or by the nvidia runtime in legacy mode (NVIDIA's troubleshooting page on "Unknown Error").
+    """
+    if info.get("CgroupDriver") != "systemd":
+        return ()
+    major = int((re.match(r"\d+", version) or ["0"])[0])
+    settings = host.read_text("/etc/nvidia-container-runtime/config.toml") or ""
+    legacy = re.search(r'^\s*mode\s*=\s*"legacy"', settings, re.MULTILINE) is not None
+    found = []
+    for container in containers:
+        configuration = container.get("HostConfig") or {}
+        requested = any(
+            request.get("Driver") != "cdi" and any("gpu" in names for names in request.get("Capabilities") or [])
+            for request in configuration.get("DeviceRequests") or []
+        )
+        if (requested and major < 29) or (legacy and configuration.get("Runtime") == "nvidia"):
+            found.append(str(container.get("Name", "")).lstrip("/"))
+    return tuple(sorted(found))
