@@ -23,7 +23,7 @@ from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_plan
 from docker_fakes import CONFIG, FakeDockerd
 from driver_world import DriverWorld
 from fake_host import FakeHost
-from test_nim_service import KEY, LLAMA, NEMO, ROOT, Machine, llama, nemo
+from nim_machine import KEY, LLAMA, NEMO, ROOT, Machine, llama, nemo
 
 SECRET = "hf_plan-secret \\ \" '"
 MODULES = "ansible_collections.gpu_fleet.nim.plugins.modules."

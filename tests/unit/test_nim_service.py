@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Plans of the services of a host for every kind of change, and what is written for them."""
+"""Plans of the services of a host for every kind of change, and what is done for them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ import ast
 import dataclasses
 import functools
 import json
-import os
-import pathlib
-import re
-import shutil
-import stat
-import subprocess
 import typing as t
 
 import pytest
@@ -21,234 +15,35 @@ import yaml
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _nim_service
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, PciGpu, parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import fingerprint
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS, parse_models
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     KEY_FILE,
     MAINTENANCE_FILE,
     UNIT_DIRECTORY,
     WRAPPER,
-    NimService,
-    Secrets,
-    listening_sockets,
-    own_addresses,
-    unit_text,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import SPEC_LABEL
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, converge
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from ansible_collections.gpu_fleet.nim.plugins.modules import nim_service
-from fake_host import FakeHost
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMI = pathlib.Path(__file__).parent / "fixtures/nvidia-smi/h200-x2.xml"
-GPUS = parse_smi(SMI.read_text())[2]
-ZERO, ONE = (gpu.uuid for gpu in GPUS)
-KEY = "nvapi-unit-test-key-0123456789"
-LLAMA = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
-NEMO = "nvcr.io/nim/nvidia/nemotron-3-nano:2.0.13"
-DIGEST = "sha256:" + "ab" * 32
-
-
-class FakeApi:
-    """Docker as the resource sees it."""
-
-    def __init__(self) -> None:
-        self.up = True
-        self.engine = "26.1.5"
-        self.driver = "systemd"
-        self.runtimes = {"runc": {}, "nvidia": {}}
-        self.list: dict[str, dict[str, t.Any]] = {}
-        self.host_config: dict[str, dict[str, t.Any]] = {}
-        self.images = {
-            reference: {
-                "Id": "sha256:" + letter * 64,
-                "RepoDigests": ["%s@%s" % (reference.rsplit(":", 1)[0], DIGEST)],
-                "Config": {"Labels": {"com.nvidia.nim.version": version}, "Env": [], "Cmd": ["/opt/nim/start.sh"]},
-            }
-            for reference, letter, version in ((LLAMA, "1", "1.8.4"), (NEMO, "2", "2.0.13"))
-        }
-
-    def check(self) -> None:
-        if not self.up:
-            raise FleetError("docker_unavailable", "Asking Docker failed: there is no such socket.")
-
-    def available(self) -> bool:
-        return self.up
-
-    def version(self) -> dict[str, t.Any]:
-        self.check()
-        return {"Version": self.engine}
-
-    def info(self) -> dict[str, t.Any]:
-        self.check()
-        return {"CgroupDriver": self.driver, "Runtimes": self.runtimes}
-
-    def containers(self, all: bool = True, labels: t.Sequence[str] = ()) -> list[dict[str, t.Any]]:
-        self.check()
-        return list(self.list.values())
-
-    def container(self, name: str) -> dict[str, t.Any] | None:
-        self.check()
-        for entry in self.list.values():
-            if name in (entry["Id"], entry["Names"][0].lstrip("/")):
-                return {
-                    "Name": entry["Names"][0],
-                    "State": {"Running": entry["State"] == "running"},
-                    "HostConfig": self.host_config.get(entry["Names"][0].lstrip("/"), {}),
-                }
-        return None
-
-    def image(self, reference: str) -> dict[str, t.Any] | None:
-        self.check()
-        for name, image in self.images.items():
-            if reference in (name, image["Id"], *image["RepoDigests"]):
-                return image
-        return None
-
-    def put(self, name: str, spec: str = "", state: str = "running", port: int | None = None) -> None:
-        self.list[name] = {
-            "Id": name.encode().hex().ljust(64, "0"),
-            "Names": ["/" + name],
-            "Labels": {SPEC_LABEL: spec} if spec else {},
-            "State": state,
-            "Ports": [{"IP": "0.0.0.0", "PublicPort": port, "PrivatePort": 8000, "Type": "tcp"}] if port else [],
-        }
-
-
-class Machine:
-    """A host whose systemd and Docker do what they are told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.api = FakeApi()
-        self.host = FakeHost(
-            commands={
-                "systemctl show --property Id,*": self.show,
-                "systemctl show --property ActiveState *": lambda host, argv, *_rest: self.active.get(argv[-1], ""),
-                "systemctl show --property UnitFileState *": self.unit_file_state,
-                "systemctl daemon-reload": self.daemon_reload,
-                "systemctl enable *": self.enable,
-                "systemctl disable *": self.enable,
-                "systemctl reset-failed *": "",
-                "systemctl restart *": self.restart,
-                "systemctl start *": self.restart,
-                "systemctl stop *": self.stop,
-                "docker stop *": self.docker_stop,
-                "docker rm *": self.docker_rm,
-                "docker exec *": "GPU 0: NVIDIA H200",
-                "journalctl *": "Cannot start nim-llama: docker create: unknown flag\n",
-            }
-        )
-        self.host.dirs |= {UNIT_DIRECTORY, "/run/nim"}
-        self.active: dict[str, str] = {}
-        self.enabled: set[str] = set()
-        self.stale: set[str] = set()
-        self.reloads = 0
-        self.fails: set[str] = set()
-        self.inventory = GpuInventory(pci=(PciGpu("0000:00:06.0", "2335", "Hopper", "nvidia"),), gpus=GPUS)
-        monkeypatch.setattr(_nim_service, "observe_gpus", lambda host: self.inventory)
-
-    def show(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        blocks = []
-        for unit in argv[argv.index("--") + 1 :]:
-            state = "enabled" if unit in self.enabled else "disabled"
-            blocks.append(
-                "Id=%s\nActiveState=%s\nUnitFileState=%s\nNeedDaemonReload=%s\n"
-                % (unit, self.active.get(unit, "inactive"), state, "yes" if unit in self.stale else "no")
-            )
-        return "\n".join(blocks)
-
-    def unit_file_state(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        return "enabled" if argv[-1] in self.enabled else "disabled"
-
-    def daemon_reload(self, *_rest: t.Any) -> str:
-        self.reloads += 1
-        self.stale.clear()
-        return ""
-
-    def enable(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        assert "--no-reload" in argv
-        units = {word for word in argv[2:] if not word.startswith("--")}
-        self.enabled = self.enabled | units if argv[1] == "enable" else self.enabled - units
-        self.stale |= units
-        return ""
-
-    def restart(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        for unit in argv[2:]:
-            self.active[unit] = "active"
-            if unit in self.fails:
-                self.active[unit] = "failed"
-            elif unit.endswith(".service"):
-                name = unit[len("nim-") : -len(".service")]
-                spec = json.loads(host.files["/etc/nim/%s.json" % name])["spec"]
-                host.files["/run/nim/%s.json" % name] = json.dumps({"spec": spec, "failures": 0}).encode()
-                self.api.put("nim-" + name, spec)
-        return ""
-
-    def stop(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        for unit in argv[2:]:
-            if self.active.get(unit) == "active":
-                self.api.list["nim-" + unit[len("nim-") : -len(".service")]]["State"] = "exited"
-            self.active[unit] = "inactive"
-        return ""
-
-    def docker_stop(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        self.api.list[argv[-1]]["State"] = "exited"
-        return ""
-
-    def docker_rm(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
-        del self.api.list[argv[-1]]
-        return ""
-
-    def resource(self, *models: dict[str, t.Any], **options: t.Any) -> NimService:
-        return NimService(parse_models(list(models)), api=t.cast(t.Any, self.api), **options)
-
-    def plan(self, *models: dict[str, t.Any], **options: t.Any) -> list[t.Any]:
-        resource = self.resource(*models, **options)
-        return resource.plan(resource.observe(self.host))
-
-    def converge(self, *models: dict[str, t.Any], **options: t.Any) -> t.Any:
-        resource = self.resource(*models, **options)
-        outcome = converge(self.host, resource, check_mode=False)
-        self.answer = resource.result(outcome.state)
-        return outcome
-
-    def listen(self, port: int, pid: int, command: str, container_id: str = "") -> None:
-        self.host.files["/proc/net/tcp"] = (
-            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-            "   0: 00000000:%04X 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1\n" % port
-        ).encode()
-        self.host.links["/proc/%d/fd/3" % pid] = "socket:[4242]"
-        self.host.files["/proc/%d/comm" % pid] = command.encode() + b"\n"
-        scope = "docker-%s.scope" % container_id if container_id else command + ".service"
-        self.host.files["/proc/%d/cgroup" % pid] = b"0::/system.slice/" + scope.encode()
+from nim_machine import (
+    DIGEST,
+    KEY,
+    NEMO,
+    ONE,
+    ROOT,
+    ZERO,
+    Machine,
+    calls,
+    failure,
+    llama,
+    nemo,
+    summary,
+)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
-
-
-def llama(**options: t.Any) -> dict[str, t.Any]:
-    return dict({"name": "llama", "image": LLAMA}, **options)
-
-
-def nemo(**options: t.Any) -> dict[str, t.Any]:
-    return dict({"name": "nemo", "image": NEMO, "port": 8001}, **options)
-
-
-def summary(changes: t.Sequence[t.Any]) -> list[tuple[str, str]]:
-    return [(change.what, str(change.after)) for change in changes]
-
-
-def calls(machine: Machine, verb: str) -> list[str]:
-    return [" ".join(argv) for argv in machine.host.calls if argv[:2] == ("systemctl", verb)]
-
-
-def failure(machine: Machine, *models: dict[str, t.Any], **options: t.Any) -> FleetError:
-    with pytest.raises(FleetError) as caught:
-        machine.converge(*models, **options)
-    return caught.value
 
 
 # -- the first run and the second -----------------------------------------------------------------
@@ -290,97 +85,6 @@ def test_the_key_is_nowhere_but_in_its_file(machine: Machine) -> None:
     assert KEY not in json.dumps([change.as_dict() for change in outcome.changes])
     assert KEY not in repr([change.diff for change in outcome.changes])
     assert fingerprint(KEY) in json.dumps([change.as_dict() for change in outcome.changes])
-
-
-def test_what_a_1x_container_is_given(machine: Machine) -> None:
-    machine.converge(llama(gpus=[1], profile="vllm-bf16-tp1-pp1", bind_address="127.0.0.1", environment={"B": "x y"}))
-    found = json.loads(machine.host.files["/etc/nim/llama.json"])
-    assert found["create"] == [
-        "--log-driver=journald",
-        "--log-opt=tag=nim-llama",
-        "--label=io.gpu-fleet.nim.name=llama",
-        "--label=io.gpu-fleet.nim.image=" + LLAMA,
-        "--label=io.gpu-fleet.nim.digest=" + DIGEST,
-        "--cgroup-parent=nim.slice",
-        "--cap-drop=ALL",
-        "--security-opt=no-new-privileges",
-        "--user=1000:1000",
-        "--pids-limit=-1",
-        "--shm-size=17179869184",
-        "--ulimit=memlock=-1",
-        "--ulimit=nofile=65536",
-        "--ulimit=stack=67108864",
-        "--runtime=nvidia",
-        "--mount=type=bind,source=/var/lib/nim/cache/llama,target=/opt/nim/.cache",
-        "--publish=127.0.0.1:8000:8000",
-        "--env=B=x y",
-        "--env=NIM_CACHE_PATH=/opt/nim/.cache",
-        "--env=NIM_HTTP_API_PORT=8000",
-        "--env=NIM_MODEL_PROFILE=vllm-bf16-tp1-pp1",
-        "--env=NIM_SERVER_PORT=8000",
-        "--env=NVIDIA_VISIBLE_DEVICES=" + ONE,
-        "nvcr.io/nim/meta/llama-3.1-8b-instruct@" + DIGEST,
-    ]
-    assert found["download"]["create"][-3:] == ["download-to-cache", "--profile", "vllm-bf16-tp1-pp1"]
-    assert not any(word.startswith("--publish") for word in found["download"]["create"])
-    assert found["key_in_service"] is False
-
-
-def test_other_ways_to_give_gpus_and_network(machine: Machine) -> None:
-    machine.converge(llama(gpus="all", network_mode="host", port=9000), injection="gpus")
-    words = json.loads(machine.host.files["/etc/nim/llama.json"])["create"]
-    assert '--gpus="device=%s,%s"' % (ZERO, ONE) in words
-    assert "--network=host" in words
-    assert "--env=NIM_SERVER_PORT=9000" in words
-    assert not any(word.startswith(("--publish", "--runtime")) for word in words)
-    machine.converge(llama(network_mode="models"), injection="cdi")
-    words = json.loads(machine.host.files["/etc/nim/llama.json"])["create"]
-    assert "--device=nvidia.com/gpu=" + ZERO in words
-    assert "--network=models" in words
-    assert b"nvidia-cdi-refresh" in machine.host.files[UNIT_DIRECTORY + "/nim-llama.service"]
-
-
-def test_local_weights_and_loras_are_mounted_read_only_and_nothing_is_fetched(machine: Machine) -> None:
-    machine.host.dirs |= {"/srv/weights", "/srv/loras"}
-    machine.converge(llama(weights_directory="/srv/weights", lora_directory="/srv/loras"), key=KEY)
-    found = json.loads(machine.host.files["/etc/nim/llama.json"])
-    assert "--mount=type=bind,source=/srv/weights,target=/opt/nim/weights,readonly" in found["create"]
-    assert "--mount=type=bind,source=/srv/loras,target=/opt/nim/loras,readonly" in found["create"]
-    assert found["download"] is None
-    assert found["key_in_service"] is False
-
-
-def test_an_image_of_no_known_family_fetches_by_itself(machine: Machine) -> None:
-    machine.api.images[LLAMA]["Config"] = {}
-    machine.converge(llama())
-    found = json.loads(machine.host.files["/etc/nim/llama.json"])
-    assert (found["family"], found["download"], found["key_in_service"]) == ("unknown", None, True)
-
-
-def test_tls_is_asked_with_tls(machine: Machine) -> None:
-    machine.converge(llama(environment={"NIM_SSL_MODE": "TLS"}))
-    assert json.loads(machine.host.files["/etc/nim/llama.json"])["ready_url"].startswith("https://127.0.0.1:8000/")
-
-
-def test_a_cgroupfs_daemon_has_no_slices(machine: Machine) -> None:
-    machine.api.driver = "cgroupfs"
-    machine.converge(llama())
-    assert b"cgroup-parent" not in machine.host.files["/etc/nim/llama.json"]
-
-
-def test_the_pin_of_nim_image_decides_not_the_tag(machine: Machine) -> None:
-    machine.converge(llama())
-    pinned = {"source": "mirror.example/ngc/llama", "digest": "sha256:" + "cd" * 32, "image_id": "sha256:" + "9" * 64}
-    machine.host.dirs.add("/var/lib/gpu_fleet")
-    machine.host.files["/var/lib/gpu_fleet/images.json"] = json.dumps({"schema": 1, "images": {LLAMA: pinned}}).encode()
-    machine.api.images["pinned"] = dict(machine.api.images[LLAMA], Id=pinned["image_id"], RepoDigests=[])
-    (change,) = [change for change in machine.plan(llama()) if change.action == "restart"]
-    assert (change.after, change.disruption) == ("restarted", Disruption.RESTART_NIM)
-    machine.converge(llama())
-    found = json.loads(machine.host.files["/etc/nim/llama.json"])
-    assert found["digest"] == pinned["digest"]
-    # Docker does not know the digest under that name, so the id is given.
-    assert found["create"][-1] == pinned["image_id"]
 
 
 # -- changes --------------------------------------------------------------------------------------
@@ -450,110 +154,10 @@ def test_a_secret_file_that_somebody_changed_is_put_right(machine: Machine) -> N
     assert calls(machine, "restart") == ["systemctl restart nim-llama.service"]
 
 
-def test_a_short_secret_cannot_be_guessed_from_what_everybody_reads(machine: Machine) -> None:
-    """The same secret under another key has another name everywhere."""
-    one, other = (Secrets(key * 64, {"PIN": "0"}) for key in "ab")
-    assert str(one) != str(other) and one.spec() != other.spec()
-    assert Secrets.parse(one.render()) == one
-    assert str(Secrets(one.key, {"PIN": "1"})) != str(one)
-    machine.converge(llama(secret_environment={"PIN": "0"}))
-    there = Secrets.parse(machine.host.files["/etc/nim/llama.env"].decode())
-    assert there and there.key not in machine.host.files["/etc/nim/llama.json"].decode()
-
-
 def test_absent_removes_secrets(machine: Machine) -> None:
     machine.converge(llama(secret_environment={"T": "one"}))
     machine.converge(llama(secret_environment={"T": "one"}, state="absent"))
     assert [path for path in machine.host.files if "llama" in path] == []
-
-
-def test_a_secret_replaces_a_default_of_ours(machine: Machine) -> None:
-    machine.converge(nemo(secret_environment={"NIM_LOG_LEVEL": "DEBUG"}))
-    assert "NIM_LOG_LEVEL=" not in machine.host.files["/etc/nim/nemo.json"].decode()
-
-
-# -- the second port of 2.x -------------------------------------------------------------------------
-
-
-def test_the_engine_port_of_2x_on_the_network_of_the_host(machine: Machine) -> None:
-    wanted = nemo(port=8000, network_mode="host")
-    machine.listen(8001, 977, "nginx")
-    error = failure(machine, wanted)
-    assert error.reason == "port_in_use" and error.facts["port"] == 8001
-    assert "nginx (pid 977)" in error.message and "NIM_BACKEND_PORT" in error.message
-    assert "/etc/nim/nemo.json" not in machine.host.files
-    machine.converge(dict(wanted, environment={"NIM_BACKEND_PORT": 8101}))
-    # Nobody else's network is shared: inside of the container the port is free.
-    machine.converge(nemo(port=8000))
-
-
-FIB_TRIE = """\
-Main:
-  +-- 0.0.0.0/0 3 0 5
-        |-- 127.0.0.0
-           /8 host LOCAL
-        |-- 127.0.0.1
-           /32 host LOCAL
-     |-- 172.30.2.2
-        /32 host LOCAL
-     |-- 172.30.2.255
-        /32 link BROADCAST
-"""
-IF_INET6 = (
-    "fe800000000000000000000000000001 02 40 20 80     eth0\n00000000000000000000000000000001 01 80 10 80       lo\n"
-)
-
-
-def test_addresses_of_the_host() -> None:
-    assert own_addresses(FIB_TRIE, IF_INET6) == ("127.0.0.1", "172.30.2.2", "fe80::1", "::1")
-    assert own_addresses("", "") == ()
-
-
-@pytest.mark.parametrize(
-    ("bind_address", "ipv6", "words"),
-    [
-        ("0.0.0.0", "", ""),
-        ("127.0.0.5", "", ""),
-        ("172.30.2.2", "", ""),
-        ("::", IF_INET6, ""),
-        ("::", "", "IPv6 switched off"),
-        ("172.30.2.9", IF_INET6, "one of its addresses (127.0.0.1, 172.30.2.2, ::1)"),
-    ],
-)
-def test_an_address_that_the_host_has_not(machine: Machine, bind_address: str, ipv6: str, words: str) -> None:
-    machine.host.files["/proc/net/fib_trie"] = FIB_TRIE.encode()
-    machine.host.files["/proc/net/if_inet6"] = ipv6.encode()
-    if not words:
-        machine.plan(llama(bind_address=bind_address))
-        return
-    with pytest.raises(FleetError, match="bind_address = %s" % re.escape(bind_address)) as caught:
-        machine.plan(llama(bind_address=bind_address))
-    assert caught.value.reason == "no_such_address"
-    assert words in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("models", "words"),
-    [
-        ([nemo(network_mode="host")], "the same model"),
-        ([nemo(port=8000, network_mode="host"), llama(port=8001)], "model nemo"),
-        ([llama(port=8001), nemo(port=8000, network_mode="host")], "the port of model llama"),
-        (
-            [nemo(port=8000, network_mode="host"), nemo(name="two", port=8002, network_mode="host")],
-            "the engine's port of model nemo",
-        ),
-    ],
-)
-def test_engine_ports_of_2x_between_models(machine: Machine, models: list[dict[str, t.Any]], words: str) -> None:
-    error = failure(machine, *models)
-    assert error.reason == "invalid_option"
-    assert words in error.message and "8001" in error.message and "NIM_BACKEND_PORT" in error.message
-    assert not calls(machine, "restart")
-
-
-def test_an_engine_port_that_is_none(machine: Machine) -> None:
-    environment = {"NIM_BACKEND_PORT": "http"}
-    assert "is no port" in failure(machine, nemo(network_mode="host", environment=environment)).message
 
 
 def test_timeouts_change_files_and_restart_nothing(machine: Machine) -> None:
@@ -694,18 +298,6 @@ def test_a_hand_edited_unit_is_written_again(machine: Machine) -> None:
     assert [change.action for change in machine.plan(llama())] == ["file", "enable", "enable", "daemon_reload"]
 
 
-def test_a_masked_unit_is_respected(machine: Machine) -> None:
-    machine.converge(llama())
-    path = UNIT_DIRECTORY + "/nim-llama.service"
-    del machine.host.files[path]
-    machine.host.links[path] = "/dev/null"
-    error = failure(machine, llama())
-    assert error.reason == "unit_masked"
-    assert "systemctl unmask nim-llama.service" in error.message
-    assert path not in machine.host.files
-    assert [change.action for change in machine.plan(llama(state="stopped"))] == ["stop", "disable", "daemon_reload"]
-
-
 def test_maintenance_blocks_starts_and_nothing_else(machine: Machine) -> None:
     machine.host.files[MAINTENANCE_FILE] = b""
     outcome = machine.converge(llama())
@@ -720,127 +312,6 @@ def test_a_start_that_systemd_gives_up_is_an_error_with_the_reason(machine: Mach
     error = failure(machine, llama())
     assert error.reason == "start_failed"
     assert "Cannot start nim-llama: docker create: unknown flag" in error.message
-
-
-# -- what is missing or in the way ----------------------------------------------------------------
-
-
-def test_a_host_that_was_never_set_up_can_be_planned_but_not_changed(machine: Machine) -> None:
-    machine.api.up = False
-    machine.inventory = GpuInventory()
-    (change,) = machine.plan(llama())
-    assert (change.what, change.after) == ("nim-llama.service", "started")
-    assert "not possible yet" in change.why
-    error = failure(machine, llama())
-    assert error.reason == "docker_unavailable"
-    assert error.facts["changes"] == []
-    assert (
-        machine.resource(llama()).result(machine.resource(llama()).observe(machine.host))["services"][0]["gpus"] == []
-    )
-
-
-@pytest.mark.parametrize(
-    ("inventory", "words"),
-    [
-        (GpuInventory(), "has no NVIDIA GPU"),
-        (GpuInventory(pci=(PciGpu("x", "2335", "Hopper", ""),)), "driver is not loaded"),
-    ],
-)
-def test_no_gpu(machine: Machine, inventory: GpuInventory, words: str) -> None:
-    machine.inventory = inventory
-    error = failure(machine, llama())
-    assert error.reason == "no_gpu"
-    assert words in error.message
-
-
-def test_image_and_runtime_missing(machine: Machine) -> None:
-    machine.api.runtimes = {"runc": {}}
-    assert failure(machine, llama()).reason == "runtime_missing"
-    assert machine.plan(llama(), injection="gpus")[0].action == "directory"
-    machine.api.runtimes = {"nvidia": {}}
-    machine.api.images.clear()
-    error = failure(machine, llama())
-    assert error.reason == "image_missing"
-    assert "nim_image first" in error.message
-
-
-def test_weights_must_be_there_and_readable(machine: Machine) -> None:
-    error = failure(machine, llama(weights_directory="/srv/w"))
-    assert error.reason == "directory_missing"
-    assert "weights_directory = /srv/w does not exist" in error.message
-    machine.host.dirs.add("/srv/w")
-    machine.host.modes["/srv/w"] = (0o700, 0, 0)
-    assert (
-        "cannot be read by the container's user 1000:1000"
-        in failure(machine, llama(weights_directory="/srv/w")).message
-    )
-    machine.host.modes["/srv/w"] = (0o750, 0, 1000)
-    machine.converge(llama(weights_directory="/srv/w"))
-
-
-def test_a_port_held_by_a_process_is_named_before_anything_is_done(machine: Machine) -> None:
-    machine.listen(8000, 977, "nginx")
-    error = failure(machine, llama())
-    assert error.reason == "port_in_use"
-    assert "port 8000 on 0.0.0.0: it is held by nginx (pid 977) of unit nginx.service;" in error.message
-    assert machine.host.dirs == {UNIT_DIRECTORY, "/run/nim"}
-
-
-def test_a_leftover_docker_proxy_is_named_with_its_container(machine: Machine) -> None:
-    machine.listen(8000, 1212, "docker-proxy")
-    machine.api.put("old-nim", port=8000)
-    error = failure(machine, llama())
-    assert "held by docker-proxy (pid 1212) of container old-nim" in error.message
-    assert error.facts["container"] == "old-nim"
-    machine.api.list.clear()
-    machine.api.put("web")
-    machine.host.links.clear()
-    machine.listen(8000, 1213, "nginx", machine.api.list["web"]["Id"])
-    assert "held by nginx (pid 1213) of container web" in failure(machine, llama()).message
-    machine.api.list.clear()
-    machine.api.put("old-nim", port=8000)
-    del machine.host.files["/proc/net/tcp"]
-    assert "held by container old-nim" in failure(machine, llama()).message
-
-
-def test_a_proxy_whose_container_is_just_being_started(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.converge(llama())
-    ports = machine.api.list["nim-llama"]["Ports"]
-    machine.api.list["nim-llama"]["Ports"] = []
-    machine.listen(8000, 1212, "docker-proxy")
-    before = machine.host.clock
-    assert "held by docker-proxy (pid 1212)" in failure(machine, llama(environment={"A": "1"})).message
-    assert machine.host.clock - before == _nim_service.PROXY_LOOKS
-
-    def started(seconds: float) -> None:
-        machine.api.list["nim-llama"]["Ports"] = ports or [
-            {"IP": "0.0.0.0", "PublicPort": 8000, "PrivatePort": 8000, "Type": "tcp"}
-        ]
-
-    monkeypatch.setattr(machine.host, "sleep", started)
-    assert machine.plan(llama(environment={"A": "1"}))
-
-
-def test_an_own_port_is_no_conflict_nor_is_one_that_is_given_up(machine: Machine) -> None:
-    machine.converge(llama(), nemo())
-    machine.api.list["nim-llama"]["Ports"] = [{"IP": "0.0.0.0", "PublicPort": 8000, "PrivatePort": 8000, "Type": "tcp"}]
-    machine.plan(llama(environment={"A": "1"}), nemo())
-    machine.plan(llama(port=8002), nemo(port=8000))
-    machine.plan(llama(state="absent"), nemo(port=8000))
-    with pytest.raises(FleetError, match="container nim-llama"):
-        machine.plan(nemo(port=8000))
-
-
-def test_a_port_of_a_service_that_is_not_started_now_is_not_looked_at(machine: Machine) -> None:
-    machine.converge(llama())
-    machine.listen(8000, 977, "nginx")
-    assert machine.plan(llama()) == []
-
-
-def test_broken_record_of_images_is_reported_and_left(machine: Machine) -> None:
-    machine.host.files["/var/lib/gpu_fleet/images.json"] = b"{"
-    assert failure(machine, llama()).reason == "state_unreadable"
-    assert machine.host.files["/var/lib/gpu_fleet/images.json"] == b"{"
 
 
 def test_a_file_in_the_place_of_a_directory(machine: Machine) -> None:
@@ -867,9 +338,6 @@ def test_the_cache_belongs_to_the_container(
     assert machine.host.modes["/srv/cache"] == (wanted or found)
 
 
-# -- the GPU loss of daemon-reload ------------------------------------------------------------------
-
-
 def test_containers_that_a_daemon_reload_endangers_are_named_and_looked_at(machine: Machine) -> None:
     machine.api.put("trainer")
     machine.api.host_config["trainer"] = {"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}
@@ -878,94 +346,6 @@ def test_containers_that_a_daemon_reload_endangers_are_named_and_looked_at(machi
     (change,) = [change for change in outcome.changes if change.action == "daemon_reload"]
     assert "may lose their GPUs by it: trainer" in change.why
     assert "Container trainer has lost its GPUs" in machine.answer["warnings"][0]
-
-
-@pytest.mark.parametrize(
-    ("engine", "driver", "host_config", "settings", "endangered"),
-    [
-        ("26.1.5", "systemd", {"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}, "", True),
-        ("26.1.5", "cgroupfs", {"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}, "", False),
-        ("29.0.0", "systemd", {"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}, "", False),
-        ("26.1.5", "systemd", {"DeviceRequests": [{"Driver": "cdi", "Capabilities": [["gpu"]]}]}, "", False),
-        ("26.1.5", "systemd", {"Runtime": "nvidia"}, 'mode = "jit-cdi"', False),
-        ("26.1.5", "systemd", {"Runtime": "nvidia"}, '[nvidia-container-runtime]\nmode = "legacy"', True),
-        ("26.1.5", "systemd", {"Runtime": "runc", "DeviceRequests": None}, 'mode = "legacy"', False),
-    ],
-)
-def test_who_is_endangered(
-    machine: Machine, engine: str, driver: str, host_config: dict[str, t.Any], settings: str, endangered: bool
-) -> None:
-    machine.api.engine, machine.api.driver = engine, driver
-    machine.api.put("trainer")
-    machine.api.host_config["trainer"] = host_config
-    machine.host.files["/etc/nvidia-container-runtime/config.toml"] = settings.encode()
-    state = machine.resource(llama()).observe(machine.host)
-    assert state.endangered == (("trainer",) if endangered else ())
-
-
-# -- texts ----------------------------------------------------------------------------------------
-
-
-def test_unit_text_follows_the_timeouts() -> None:
-    (model,) = parse_models([llama(start_timeout=600, stop_timeout=45)])
-    text = unit_text(model, "runtime")
-    for line in (
-        "StartLimitIntervalSec=2880",
-        "StartLimitBurst=4",
-        "TimeoutStopSec=75",
-        "RestartSec=200ms",
-        "Restart=always",
-        "RestartPreventExitStatus=77 78",
-        "SuccessExitStatus=77 143",
-        "ConditionPathExists=!/var/lib/nim/maintenance",
-        "ExecStart=/usr/local/libexec/nim/nim-unit run llama",
-        "WantedBy=nim.target multi-user.target",
-    ):
-        assert line in text.splitlines()
-    assert "Requires=" not in [line for line in text.splitlines() if not line.startswith("#")]
-    assert "@sha256" not in text
-
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-@pytest.mark.parametrize("injection", ["runtime", "cdi"])
-def test_systemd_accepts_the_units(tmp_path: pathlib.Path, injection: str) -> None:
-    (model,) = parse_models([llama()])
-    wrapper = tmp_path / "nim-unit"
-    wrapper.write_text("#!/bin/sh\n")
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
-    # Verified where it has no strangers around it, with the program it names in reach.
-    texts = {
-        "nim-llama.service": unit_text(model, injection).replace(WRAPPER, str(wrapper)),
-        "nim.target": _nim_service.TARGET_TEXT,
-        "nim.slice": _nim_service.SLICE_TEXT,
-    }
-    for name in ("docker.service", "nvidia-cdi-refresh.service"):
-        texts[name] = "[Service]\nExecStart=/bin/true\n"
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", *(str(tmp_path / name) for name in texts)],
-        capture_output=True,
-        encoding="utf-8",
-        env=dict(os.environ, SYSTEMD_UNIT_PATH="%s:" % tmp_path),
-        check=False,
-    )
-    complaints = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "nim" in line]
-    assert (done.returncode, complaints) == (0, [])
-
-
-def test_listening_sockets() -> None:
-    header = "  sl  local_address ...\n"
-    four = (
-        header
-        + "   0: 0100007F:1F40 00000000:0000 0A 0:0 00:0 0 0 0 77 1\n   1: 0100007F:1F41 00000000:0000 01 0:0 00:0 0 0 0 78 1\n"
-    )
-    assert listening_sockets(four, False) == [("127.0.0.1", 8000, "77")]
-    six = header + "   0: %s:1F40 %s:0000 0A 0:0 00:0 0 0 0 79 1\n"
-    assert listening_sockets(six % ("0" * 32, "0" * 32), True) == [("::", 8000, "79")]
-    mapped = "0000000000000000FFFF00000100007F"
-    assert listening_sockets(six % (mapped, "0" * 32), True) == [("127.0.0.1", 8000, "79")]
-    assert listening_sockets(header + "garbage\n", False) == []
 
 
 def test_module_role_and_models_say_the_same() -> None:
