@@ -146,6 +146,15 @@ def architecture(name: str) -> Architecture | None:
     return ARCHITECTURES.get(_ARCHITECTURE_ALIASES.get(name, name))
 
 
+def branch_supports(number: int, architectures: t.Iterable[str]) -> bool:
+    """Whether a branch drives GPUs of these architectures; an unknown name sets no limit."""
+    for name in architectures:
+        rules = architecture(name)
+        if rules and (number < rules.first_branch or (rules.last_branch and number > rules.last_branch)):
+            return False
+    return True
+
+
 def check_branch(branch: str, option: str = "nvidia_driver_branch") -> Branch:
     """Look a branch up.
 

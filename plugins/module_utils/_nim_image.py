@@ -326,7 +326,15 @@ class NimImages(Resource[ImagesState]):
         cuda = inventory.cuda_version or (cuda_of_branch(branch_of_version(driver)) if driver else None)
         # nvidia-smi -q does not print the compute capability, and unknown counts as fulfilled.
         gpus = [(gpu.brand, None) for gpu in inventory.gpus]
-        verdict = evaluate(environment, driver or None, cuda, gpus, image=name, host_name=self.host_name)
+        verdict = evaluate(
+            environment,
+            driver or None,
+            cuda,
+            gpus,
+            architectures=[gpu.architecture for gpu in inventory.gpus],
+            image=name,
+            host_name=self.host_name,
+        )
         check_verdict(verdict, image=name, driver_version=driver or None)
 
     @staticmethod

@@ -18,7 +18,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._driver_branches import BRANCHES, branch_of_version
+from ._driver_branches import BRANCHES, FIRST_INSTALLABLE, Branch, branch_of_version, branch_supports
 from ._errors import FleetError
 
 PREFIX = "NVIDIA_REQUIRE_"
@@ -30,8 +30,10 @@ GO_TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
 _OPERATORS = ("=", "!=", "<", "<=", ">", ">=")
 #: NVML brands that libnvidia-container (``driver.c``) knows by name; all others, H100 and H200 among them, are "Unknown".
 _BRANDS = ("quadro", "tesla", "nvs", "grid", "geforce", "titan")
-#: EXPR_MAX of libnvidia-container: a term that fails must fit into the buffer of the message.
+#: EXPR_MAX of libnvidia-container: a term that fails must fit as "name operator value" into a buffer of so many bytes.
 _TERM_MAX = 128
+#: UINTMAX_MAX: a component that is not less is malformed.
+_COMPONENT_MAX = 2**64 - 1
 
 #: Brand as nvidia-smi prints it and compute capability (``9.0``) of a GPU; None or a text that is no version = unknown.
 GpuKind = t.Tuple[t.Optional[str], t.Optional[str]]
@@ -49,7 +51,7 @@ class RequirementVerdict:
         ok: The requirement is met, switched off, or cannot be judged because nothing is known of the driver.
         expression: The failed variable's value; for a met requirement all values joined with " and ".
         message: One sentence for a person; empty when ``ok``.
-        smallest_branch: The oldest known driver branch newer than the host's that would do, or None.
+        smallest_branch: The oldest known driver branch newer than the host's that would do (else the newest older one), or None.
         reason: ``requirement`` or ``invalid_requirement``; empty when ``ok``.
     """
 
@@ -62,55 +64,86 @@ class RequirementVerdict:
 
 @dataclass(frozen=True)
 class _Facts:
+    """Of the driver and one GPU; empty = not known."""
+
     driver: str
     cuda: str
     arch: str
     brand: str
+    visible: bool
 
 
 def compare_versions(actual: str, operator: str, expected: str) -> bool:
-    """Component by component as numbers; trailing zero components do not count, a longer version is the greater one."""
-    have, want = _components(actual), _components(expected)
+    """Component by component as numbers; trailing zero components do not count, a longer version is the greater one.
+
+    Raises:
+        ValueError: When comparing reaches something that is no version.
+    """
+    order = _order(actual, expected)
     return {
-        "=": have == want,
-        "!=": have != want,
-        "<": have < want,
-        "<=": have <= want,
-        ">": have > want,
-        ">=": have >= want,
+        "=": order == 0,
+        "!=": order != 0,
+        "<": order < 0,
+        "<=": order <= 0,
+        ">": order > 0,
+        ">=": order >= 0,
     }[operator]
 
 
-def _components(version: str) -> t.Tuple[int, ...]:
-    parts = [int(part or 0) for part in version.split(".")]
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
+def _order(left: str, right: str) -> int:
+    """Negative, zero or positive as ``left`` is less, equal or greater; the first difference decides."""
+    if not (_is_version(left) and _is_version(right)):
+        raise ValueError("%s or %s is no version" % (left, right))
+    while left and right:
+        first, left = _component(left)
+        second, right = _component(right)
+        if first != second:
+            return -1 if first < second else 1
+    return len(left.lstrip(".0")) - len(right.lstrip(".0"))
+
+
+def _component(version: str) -> t.Tuple[int, str]:
+    """The number at the beginning, and what is behind the dots that follow it."""
+    rest = version.lstrip("0123456789")
+    digits = version[: len(version) - len(rest)]
+    # Before int(), which has a limit of its own.
+    if not digits or len(digits.lstrip("0")) > len(str(_COMPONENT_MAX)) or int(digits) >= _COMPONENT_MAX:
+        raise ValueError("%s is no version" % version[:50])
+    return int(digits), rest.lstrip(".")
 
 
 def _is_version(text: str) -> bool:
     return bool(re.fullmatch(r"[0-9.]+", text))
 
 
+def _lower(text: str) -> str:
+    """Lower case of the letters A to Z alone, as strcasecmp() compares."""
+    return re.sub("[A-Z]+", lambda match: match.group().lower(), text)
+
+
 def _term(term: str, facts: _Facts) -> bool:
     match = re.fullmatch(r"([^=!<>]*)([=!<>]*)(.*)", term, re.DOTALL)
     # The pattern matches any text; the parts may be empty.
     name, given, value = match.groups() if match else ("", "", "")
-    operator = next((known for known in _OPERATORS if given and known.startswith(given)), "")
-    name = name.lower()
-    if name not in ("cuda", "driver", "arch", "brand") or not operator or not value:
+    operator = next((entry for entry in _OPERATORS if given and entry.startswith(given)), "")
+    rule = _lower(name)
+    if rule not in ("cuda", "driver", "arch", "brand") or not operator or not value:
         raise InvalidExpressionError(term)
-    if name == "brand":
-        if operator not in ("=", "!="):
+    actual = {"cuda": facts.cuda, "driver": facts.driver, "arch": facts.arch, "brand": facts.brand}[rule]
+    if rule == "brand":
+        if actual and operator not in ("=", "!="):
             raise InvalidExpressionError(term)
-        # No visible device: taken as true.
-        result = not facts.brand or (facts.brand == value.lower()) is (operator == "=")
+        result = not actual or (actual == _lower(value)) is (operator == "=")
+    elif not _is_version(actual) and (rule != "arch" or not facts.visible):
+        # What libnvidia-container does not know is true, and the value is not looked at.
+        result = True
     else:
-        actual = {"cuda": facts.cuda, "driver": facts.driver, "arch": facts.arch}[name]
-        if not _is_version(value):
-            raise InvalidExpressionError(term)
-        result = not _is_version(actual) or compare_versions(actual, operator, value)
-    if not result and len(term) >= _TERM_MAX:
+        try:
+            known = _is_version(actual)
+            result = compare_versions(actual if known else "0", operator, value) or not known
+        except ValueError:
+            raise InvalidExpressionError(term) from None
+    if not result and len(("%s %s %s" % (name, operator, value)).encode("utf-8", "surrogateescape")) >= _TERM_MAX:
         raise InvalidExpressionError(term)
     return result
 
@@ -118,27 +151,30 @@ def _term(term: str, facts: _Facts) -> bool:
 def _value(expression: str, facts: _Facts) -> bool:
     result = True
     for group in expression.split(" "):
-        terms = [term for term in group.split(",") if term]
-        if not terms:
+        if not group:
             continue
-        # all() stops at the first false term and the loop at the first true group, as the original does:
-        # what stands behind is never read, and so cannot be invalid.
-        result = all(_term(term, facts) for term in terms)
-        if result:
-            return True
+        for term in group.split(","):
+            if term:
+                result = _term(term, facts)
+                if not result:
+                    break
+        else:
+            # What stands behind is never read, and so cannot be invalid. A group of commas alone ends it too, with the
+            # outcome of the group before.
+            return result
     return result
 
 
 def _brand(name: t.Optional[str]) -> str:
     if not name:
         return ""
-    return name.lower() if name.lower() in _BRANDS else "unknown"
+    return _lower(name) if _lower(name) in _BRANDS else "unknown"
 
 
 def _all_facts(driver: str, cuda: str, gpus: t.Sequence[GpuKind]) -> t.List[_Facts]:
     if not gpus:
-        return [_Facts(driver, cuda, "", "")]
-    return [_Facts(driver, cuda, arch or "", _brand(brand)) for brand, arch in gpus]
+        return [_Facts(driver, cuda, "", "", False)]
+    return [_Facts(driver, cuda, arch or "", _brand(brand), True) for brand, arch in gpus]
 
 
 def satisfied(expression: str, driver: str, cuda: str, gpus: t.Sequence[GpuKind] = ()) -> bool:
@@ -157,14 +193,14 @@ def satisfied(expression: str, driver: str, cuda: str, gpus: t.Sequence[GpuKind]
 def requirements_of(environment: t.Mapping[str, str]) -> t.List[str]:
     """Values of all requirements in an image's environment, all of which must be met; empty when switched off.
 
-    Images that have CUDA_VERSION but no NVIDIA_REQUIRE_CUDA count as ``cuda>=major.minor``
-    (nvidia-container-toolkit ``internal/config/image/cuda_image.go``).
+    Images that have CUDA_VERSION but no NVIDIA_REQUIRE_CUDA, or an empty one, count as ``cuda>=major.minor``
+    (nvidia-container-toolkit ``internal/config/image/cuda_image.go``). A CUDA_VERSION that is no version says nothing.
     """
     if environment.get("NVIDIA_DISABLE_REQUIRE") in GO_TRUE:
         return []
     values = [value for name, value in environment.items() if name.startswith(PREFIX) and not name.startswith(_JETPACK)]
-    if PREFIX + "CUDA" not in environment:
-        match = re.match(r"(\d+)(?:\.(\d+))?", environment.get("CUDA_VERSION", ""))
+    if not environment.get(PREFIX + "CUDA"):
+        match = re.match(r"v?([0-9]+)(?:\.([0-9]+))?(?![0-9])", environment.get("CUDA_VERSION", ""))
         if match:
             values.append("cuda>=%s.%s" % (match.group(1), match.group(2) or "0"))
     return values
@@ -177,14 +213,57 @@ def _all_satisfied(values: t.Sequence[str], driver: str, cuda: str, gpus: t.Sequ
         return False
 
 
-def _branches_that_do(values: t.Sequence[str], driver: str, gpus: t.Sequence[GpuKind]) -> t.Tuple[t.List[str], bool]:
-    """Known branches newer than the driver's that satisfy, oldest first, and whether all behind the first one do."""
-    host = branch_of_version(driver)
-    newer = [branch for branch in BRANCHES if branch.cuda and (not host or branch.number > int(host))]
-    # A point release: "driver<=555" is false for every real 555 driver.
-    good = [branch.name for branch in newer if _all_satisfied(values, "%s.1" % branch.name, _text(branch.cuda), gpus)]
-    behind = [branch.name for branch in newer if good and branch.number >= int(good[0])]
-    return good, good == behind
+@dataclass(frozen=True)
+class _Remedy:
+    """Which driver would do: ``needs`` is what to say, ``branch`` the smallest one, ``install`` the one to ask for."""
+
+    needs: str
+    branch: t.Optional[str] = None
+    install: t.Optional[str] = None
+
+
+def _remedy(
+    values: t.Sequence[str], driver: str, cuda: str, gpus: t.Sequence[GpuKind], architectures: t.Sequence[str]
+) -> _Remedy:
+    """Look for known driver branches that satisfy all requirements and support the GPUs; newer ones come first."""
+    number = int(branch_of_version(driver) or "0")
+
+    def does(branch: Branch) -> bool:
+        # A point release: "driver<=555" is false for every real 555 driver.
+        return _all_satisfied(values, "%s.1" % branch.name, branch.cuda, gpus)
+
+    known = [branch for branch in BRANCHES if branch.cuda and branch_supports(branch.number, architectures)]
+    # A later release of the host's own branch may be all that is missing: "driver>=535.183".
+    if number and _all_satisfied(values, "%d.999" % number, cuda, gpus):
+        name = str(number)
+        return _Remedy("needs a newer release of driver branch %s" % name, name, name)
+    newer = [branch for branch in known if branch.number > number]
+    good = [branch for branch in newer if does(branch)]
+    if good:
+        installable = [branch.name for branch in good if branch.number >= FIRST_INSTALLABLE]
+        first = good[0]
+        or_newer = good == [branch for branch in newer if branch.number >= first.number]
+        needs = "needs a driver of branch %s%s" % (first.name, " or newer" if or_newer else "")
+        return _Remedy(needs, first.name, installable[0] if installable else None)
+    older = [branch for branch in known if branch.number < number and does(branch)]
+    if older:
+        return _Remedy("needs an older driver, of branch %s" % older[-1].name, older[-1].name)
+    if gpus and _all_satisfied(values, driver, cuda, ()):
+        return _Remedy("does not allow this GPU (%s) with any driver" % _kinds(gpus))
+    wider = [branch for branch in BRANCHES if branch.cuda and branch.number > number and does(branch)]
+    if wider:
+        return _Remedy(
+            "needs a driver of branch %s, which does not support this GPU (%s)"
+            % (wider[0].name, ", ".join(sorted(set(architectures))))
+        )
+    return _Remedy("no driver branch that is known here satisfies")
+
+
+def _kinds(gpus: t.Sequence[GpuKind]) -> str:
+    """``brand tesla, arch 7.5`` in the words of the requirements."""
+    return "; ".join(
+        sorted({"brand %s%s" % (_brand(brand) or "?", ", arch %s" % arch if arch else "") for brand, arch in gpus})
+    )
 
 
 def _text(value: t.Optional[str]) -> str:
@@ -197,6 +276,7 @@ def evaluate(
     cuda_version: t.Optional[str],
     gpus: t.Sequence[GpuKind] = (),
     *,
+    architectures: t.Sequence[str] = (),
     image: str = "The image",
     host_name: str = "this host",
 ) -> RequirementVerdict:
@@ -207,6 +287,7 @@ def evaluate(
         driver_version: Version of the loaded driver; None when no driver is loaded.
         cuda_version: CUDA version of that driver as nvidia-smi prints it.
         gpus: Brand and compute capability of each GPU the container will see.
+        architectures: Names of the GPUs' architectures, so that no branch is named that does not support them.
         image: Subject of the message.
         host_name: Name of the host for the message.
     """
@@ -226,20 +307,18 @@ def evaluate(
                 None,
                 "invalid_requirement",
             )
-        good, or_newer = _branches_that_do(values, driver, gpus)
-        first = next((group for group in value.split(" ") if group.strip(",")), value)
+        remedy = _remedy(values, driver, cuda, gpus, architectures)
+        # Only the first alternative, like the original: images list dozens of older branches behind it.
+        first = next((group for group in value.split(" ") if group.strip(",")), value)[:200]
         runs = "%s runs %s%s" % (host_name, driver or "an unknown driver", " (CUDA %s)" % cuda if cuda else "")
-        if good:
-            needs = "needs a driver of branch %s%s" % (good[0], " or newer" if or_newer else "")
-            remedy = "set nvidia_driver_branch to %r or use an older image" % good[0]
-        else:
-            needs = "needs a driver or GPU that no known driver branch would provide"
-            remedy = "use another image"
+        todo = "use another image"
+        if remedy.install:
+            todo = "set nvidia_driver_branch to %r or use an older image" % remedy.install
         return RequirementVerdict(
             False,
             value,
-            "%s requires %s, which %s; %s: %s." % (image, first, needs, runs, remedy),
-            good[0] if good else None,
+            "%s requires %s, which %s; %s: %s." % (image, first, remedy.needs, runs, todo),
+            remedy.branch,
             "requirement",
         )
     return RequirementVerdict(True, " and ".join(values))

@@ -97,7 +97,7 @@ options:
     type: float
     default: 3.3
   host_name:
-    description: Name of the host for messages; by default the host's own.
+    description: Name of the host for messages; by default the inventory's.
     type: str
   progress_interval:
     description:

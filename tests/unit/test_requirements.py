@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import BRANCHES, Branch
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import (
     InvalidExpressionError,
@@ -72,6 +75,42 @@ TABLE = [
     ("glibc>=2.3", "580.95.05", "13.0", TESLA, INVALID),
     ("cuda>=" + "0" * 150 + "99", "580.95.05", "13.0", TESLA, INVALID),
     ("cuda>=" + "0" * 150 + "12", "580.95.05", "13.0", TESLA, True),
+    # A failing term has to fit as "cuda >= 99..." into 128 bytes with the NUL behind it.
+    ("cuda>=" + "0" * 117 + "99", "580.95.05", "13.0", TESLA, False),
+    ("cuda>=" + "0" * 118 + "99", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda>=99 " + "brand=" + "é" * 60, "580.95.05", "13.0", TESLA, INVALID),
+    # Several dots are one; a dot at the beginning is none.
+    ("cuda>=12..8", "580.95.05", "12.8", TESLA, True),
+    ("cuda=12..8.", "580.95.05", "12.8", TESLA, True),
+    ("cuda>=.5", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda>=.", "580.95.05", "13.0", TESLA, INVALID),
+    # Numbers of a machine word; what is behind the first difference is not read.
+    ("cuda>=18446744073709551614", "580.95.05", "13.0", TESLA, False),
+    ("cuda>=18446744073709551615", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda>=12.99999999999999999999999", "580.95.05", "13.0", TESLA, True),
+    ("cuda>=" + "9" * 5000, "580.95.05", "13.0", TESLA, INVALID),
+    ("driver>=535.183.99999999999999999999999", "535.183.01", "12.2", TESLA, INVALID),
+    # A group of commas ends the evaluation with what was found so far.
+    (", cuda>=99", "580.95.05", "13.0", TESLA, True),
+    ("cuda>=99 , cuda>=12", "580.95.05", "13.0", TESLA, False),
+    ("cuda>=99, cuda>=12", "580.95.05", "13.0", TESLA, True),
+    # Unknown is true before the value is looked at; the capability of a GPU that is there is never unknown to the original.
+    ("cuda>=abc", "580.95.05", "", TESLA, True),
+    ("driver>=abc", "", "13.0", TESLA, True),
+    ("brand>=tesla", "580.95.05", "13.0", [], True),
+    ("arch>=abc", "580.95.05", "13.0", [], True),
+    ("arch>=abc", "580.95.05", "13.0", [("NVIDIA", None)], INVALID),
+    ("brand==tesla", "580.95.05", "13.0", [], INVALID),
+    ("brand=x", "580.95.05", "13.0", [(None, "9.0")], True),
+    # strcasecmp knows the letters A to Z.
+    ("\u212ald>=1", "580.95.05", "13.0", TESLA, INVALID),
+    ("br\u0430nd=tesla", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda>=\u0661\u0662", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda>=12\tcuda>=13", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda<>12", "580.95.05", "13.0", TESLA, INVALID),
+    ("cuda!12.2", "535.183.01", "12.2", TESLA, False),
+    ("cuda>=12.2-1", "535.183.01", "12.2", TESLA, INVALID),
+    ("cuda>=99\n", "580.95.05", "13.0", TESLA, INVALID),
 ]
 
 
@@ -124,6 +163,60 @@ def test_groups_are_alternatives(groups: list[str], driver: str, cuda: str) -> N
 
 
 @settings(deadline=None)
+@given(st.lists(_condition, max_size=4), _condition, _version, _version)
+def test_an_alternative_more_never_refuses_what_was_satisfied(
+    groups: list[str], more: str, driver: str, cuda: str
+) -> None:
+    before = satisfied(" ".join(groups), driver, cuda, TESLA)
+    after = satisfied(" ".join([*groups, more]), driver, cuda, TESLA)
+    assert after >= before or not groups
+
+
+@settings(deadline=None)
+@given(st.lists(_condition, max_size=4), st.text(max_size=30), _version, _version)
+def test_what_stands_behind_a_true_alternative_is_never_read(
+    groups: list[str], rubbish: str, driver: str, cuda: str
+) -> None:
+    if groups and satisfied(" ".join(groups), driver, cuda, TESLA):
+        assert satisfied(" ".join([*groups, rubbish]), driver, cuda, TESLA)
+
+
+@settings(deadline=None)
+@given(st.lists(_condition, min_size=1, max_size=4), _version, _version)
+def test_all_variables_of_an_image_must_be_met(values: list[str], driver: str, cuda: str) -> None:
+    environment = {"NVIDIA_REQUIRE_%d" % number: value for number, value in enumerate(values)}
+    expected = all(satisfied(value, driver, cuda, TESLA) for value in values)
+    assert evaluate(environment, driver, cuda, TESLA).ok is expected
+
+
+@settings(deadline=None)
+@given(_condition, _version, _version, st.integers(1, 3), st.integers(1, 3))
+def test_empty_pieces_count_for_nothing(condition: str, driver: str, cuda: str, spaces: int, commas: int) -> None:
+    plain = satisfied(condition, driver, cuda, TESLA)
+    for padded in (
+        " " * spaces + condition,
+        condition + " " * spaces,
+        "," * commas + condition,
+        condition + "," * commas,
+        condition.upper(),
+    ):
+        assert satisfied(padded, driver, cuda, TESLA) is plain
+
+
+@settings(deadline=None)
+@given(_version, _version, _version)
+def test_the_order_is_transitive(one: str, two: str, three: str) -> None:
+    first, second, third = sorted((one, two, three), key=functools.cmp_to_key(_sign))
+    assert compare_versions(first, "<=", second)
+    assert compare_versions(second, "<=", third)
+    assert compare_versions(first, "<=", third)
+
+
+def _sign(left: str, right: str) -> int:
+    return compare_versions(left, ">", right) - compare_versions(left, "<", right)
+
+
+@settings(deadline=None)
 @given(_condition, _version, st.integers(0, 999))
 def test_more_gpus_never_satisfy_more(condition: str, driver: str, minor: int) -> None:
     more = [*TESLA, ("GeForce", "%d.0" % minor)]
@@ -165,10 +258,113 @@ def test_a_compatible_older_branch_is_not_called_or_newer() -> None:
     assert "branch 550;" in verdict.message
 
 
-def test_no_branch_would_do() -> None:
-    verdict = evaluate({"NVIDIA_REQUIRE_CUDA": "cuda>=99.0"}, "580.95.05", "13.0", TESLA)
-    assert verdict.smallest_branch is None
-    assert "no known driver branch" in verdict.message
+@pytest.mark.parametrize(
+    ("value", "host", "gpus", "architectures", "branch", "message"),
+    [
+        (
+            "cuda>=99.0",
+            "580.95.05",
+            TESLA,
+            [],
+            None,
+            "The image requires cuda>=99.0, which no driver branch that is known here satisfies; gpu03 runs 580.95.05: "
+            "use another image.",
+        ),
+        (
+            "brand=tesla",
+            "580.95.05",
+            GEFORCE,
+            [],
+            None,
+            "The image requires brand=tesla, which does not allow this GPU (brand geforce, arch 8.6) with any driver; "
+            "gpu03 runs 580.95.05: use another image.",
+        ),
+        (
+            "arch>=9.0,cuda>=12",
+            "580.95.05",
+            TESLA,
+            [],
+            None,
+            "The image requires arch>=9.0,cuda>=12, which does not allow this GPU (brand tesla, arch 7.5) with any "
+            "driver; gpu03 runs 580.95.05: use another image.",
+        ),
+        (
+            "driver<571",
+            "580.95.05",
+            TESLA,
+            [],
+            "570",
+            "The image requires driver<571, which needs an older driver, of branch 570; gpu03 runs 580.95.05: use "
+            "another image.",
+        ),
+        (
+            "driver>=580.126",
+            "580.95.05",
+            TESLA,
+            [],
+            "580",
+            "The image requires driver>=580.126, which needs a newer release of driver branch 580; gpu03 runs "
+            "580.95.05: set nvidia_driver_branch to '580' or use an older image.",
+        ),
+        (
+            "cuda>=13.1",
+            "580.95.05",
+            [("Tesla", "7.0")],
+            ["Volta"],
+            None,
+            "The image requires cuda>=13.1, which needs a driver of branch 590, which does not support this GPU (Volta); "
+            "gpu03 runs 580.95.05: use another image.",
+        ),
+        (
+            "cuda>=13.1",
+            "580.95.05",
+            TESLA,
+            ["Turing"],
+            "590",
+            "The image requires cuda>=13.1, which needs a driver of branch 590 or newer; gpu03 runs 580.95.05: set "
+            "nvidia_driver_branch to '590' or use an older image.",
+        ),
+        (
+            "cuda>=11.0",
+            "390.157",
+            TESLA,
+            [],
+            "470",
+            "The image requires cuda>=11.0, which needs a driver of branch 470 or newer; gpu03 runs 390.157: set "
+            "nvidia_driver_branch to '535' or use an older image.",
+        ),
+    ],
+)
+def test_the_message_when_it_is_less_simple(
+    value: str, host: str, gpus: list, architectures: list[str], branch: str | None, message: str
+) -> None:
+    cuda = "9.1" if host.startswith("390") else "13.0"
+    verdict = evaluate({"NVIDIA_REQUIRE_CUDA": value}, host, cuda, gpus, architectures=architectures, host_name="gpu03")
+    assert verdict.smallest_branch == branch
+    assert verdict.message.replace(" (CUDA %s)" % cuda, "") == message
+
+
+@settings(deadline=None)
+@given(
+    st.lists(_condition, min_size=1, max_size=3),
+    st.sampled_from([branch for branch in BRANCHES if branch.cuda]),
+    st.sampled_from([TESLA, GEFORCE, H200]),
+)
+def test_the_branch_that_is_named_satisfies(groups: list[str], host: Branch, gpus: list) -> None:
+    value = " ".join(groups)
+    verdict = evaluate({"NVIDIA_REQUIRE_CUDA": value}, "%s.10" % host.name, host.cuda, gpus)
+    if verdict.ok:
+        assert verdict.smallest_branch is None
+        return
+    named = [branch for branch in BRANCHES if branch.name == verdict.smallest_branch]
+    for branch in named:
+        assert any(satisfied(value, "%s.%d" % (branch.name, at), branch.cuda, gpus) for at in (1, 999))
+    between = [
+        branch
+        for branch in BRANCHES
+        if branch.cuda and host.number < branch.number and (not named or branch.number < named[0].number)
+    ]
+    assert not any(satisfied(value, branch.name + ".1", branch.cuda, gpus) for branch in between)
 
 
 def test_all_variables_must_be_met() -> None:
@@ -193,7 +389,12 @@ def test_not_switched_off(value: str) -> None:
 def test_requirements_of_old_images() -> None:
     assert requirements_of({"CUDA_VERSION": "12.8.0"}) == ["cuda>=12.8"]
     assert requirements_of({"CUDA_VERSION": "12"}) == ["cuda>=12.0"]
-    assert requirements_of({"CUDA_VERSION": "12.8.0", "NVIDIA_REQUIRE_CUDA": ""}) == [""]
+    assert requirements_of({"CUDA_VERSION": "v12.8"}) == ["cuda>=12.8"]
+    assert requirements_of({"CUDA_VERSION": "latest"}) == []
+    assert requirements_of({"CUDA_VERSION": "\u0661\u0662.8"}) == []
+    # The toolkit asks for the length, not for the presence.
+    assert requirements_of({"CUDA_VERSION": "12.8.0", "NVIDIA_REQUIRE_CUDA": ""}) == ["", "cuda>=12.8"]
+    assert requirements_of({"CUDA_VERSION": "12.8.0", "NVIDIA_REQUIRE_CUDA": "cuda>=12"}) == ["cuda>=12"]
     assert requirements_of({"NVIDIA_REQUIRE_JETPACK": "csv-mounts=all"}) == []
     assert requirements_of({}) == []
 
