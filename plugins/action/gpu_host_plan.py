@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 
 import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
 
 try:
     from ansible.template import trust_as_template
@@ -24,115 +26,45 @@ _ROLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "r
 
 
 class Part(t.NamedTuple):
-    """A resource as a role sets it up; a unit test compares it with the role's own task.
+    """A resource as a role sets it up.
 
     Attributes:
         role: Role whose task manages it.
         when: Conditions of that task which hang on variables alone.
-        options: Its options, word for word.
+        options: Its options, as templates.
     """
 
     role: str
     when: tuple[str, ...]
-    options: t.Mapping[str, str]
+    options: t.Mapping[str, t.Any]
 
 
-PARTS: dict[str, Part] = {
-    "nvidia_driver": Part(
-        "nvidia_driver",
-        (),
-        {
-            "source": "{{ nvidia_driver_source }}",
-            "repository_url": "{{ nvidia_driver_repository_url }}",
-            "repository_architecture": "{{ nvidia_driver_repository_architecture }}",
-            "branch": "{{ nvidia_driver_branch }}",
-            "version": "{{ nvidia_driver_version }}",
-            "flavour": "{{ nvidia_driver_flavour }}",
-            "fabric_manager": "{{ nvidia_driver_fabric_manager }}",
-            "imex": "{{ nvidia_driver_imex }}",
-            "persistenced": "{{ nvidia_driver_persistenced }}",
-            "hold": "{{ nvidia_driver_hold }}",
-            "kernel_headers": "{{ nvidia_driver_kernel_headers }}",
-            "kernel_module": "{{ nvidia_driver_kernel_module }}",
-            "secure_boot": "{{ nvidia_driver_secure_boot }}",
-            "unload": "{{ nvidia_driver_reload }}",
-        },
-    ),
-    "nvidia_driver_reload": Part(
-        "nvidia_driver",
-        ("nvidia_driver_reload | bool", "nvidia_driver_kernel_module | bool"),
-        {"expected_version": "{{ nvidia_driver_version or nvidia_driver_branch }}"},
-    ),
-    "docker_engine": Part(
-        "docker",
-        (),
-        {
-            "package_source": "{{ docker_package_source }}",
-            "repository_url": "{{ docker_repository_url }}",
-            "version": "{{ docker_version }}",
-            "minimum_version": "{{ docker_minimum_version }}",
-            "hold": "{{ docker_hold }}",
-        },
-    ),
-    "docker_daemon": Part(
-        "docker",
-        (),
-        {
-            "options": "{{ docker_daemon_options }}",
-            "absent": "{{ docker_daemon_absent }}",
-            "live_restore": "{{ docker_live_restore }}",
-        },
-    ),
-    "docker_group": Part("docker", ("docker_users is defined",), {"users": "{{ docker_users }}"}),
-    "nvidia_container_toolkit": Part(
-        "nvidia_container_toolkit",
-        (),
-        {
-            "repository_url": "{{ nvidia_container_toolkit_repository_url }}",
-            "version": "{{ nvidia_container_toolkit_version }}",
-            "mode": "{{ nvidia_container_toolkit_mode }}",
-            "default_runtime": "{{ nvidia_container_toolkit_default_runtime }}",
-            "cdi": "{{ nvidia_container_toolkit_cdi }}",
-            "hold": "{{ nvidia_container_toolkit_hold }}",
-            "smoke_test": "{{ nvidia_container_toolkit_smoke_test }}",
-            "injection": "{{ nvidia_container_toolkit_injection }}",
-        },
-    ),
-    "ngc_login": Part(
-        "ngc",
-        (),
-        {
-            "api_key": "{{ __ngc_api_key }}",
-            "registry": "{{ ngc_registry }}",
-            "username": "{{ ngc_username }}",
-            "docker_user": "{{ ngc_docker_user }}",
-            "state": "{{ ngc_state }}",
-            "check_repository": "{{ ngc_check_repository }}",
-            "validate": "{{ ngc_validate }}",
-        },
-    ),
-    "nim_image": Part(
-        "nim",
-        ("nim_state == 'present' and __nim_images | length > 0",),
-        {
-            "images": "{{ __nim_images }}",
-            "pull": "{{ nim_image_pull }}",
-            "registry_mirrors": "{{ nim_registry_mirrors }}",
-            "api_key": "{{ nim_ngc_api_key }}",
-        },
-    ),
-    "nim_service": Part(
-        "nim",
-        ("nim_state == 'absent' or nim_models | length > 0",),
-        {
-            "models": "{{ nim_models }}",
-            "state": "{{ nim_state }}",
-            "ngc_api_key": "{{ nim_ngc_api_key }}",
-            "ngc_key_state": "{{ nim_ngc_key_state }}",
-            "gpu_injection": "{{ nim_gpu_injection }}",
-        },
-    ),
-}
+def parts(roles: str = _ROLES) -> dict[str, Part]:
+    """What the roles of the collection set up, read from their own tasks: the first task of each resource.
+
+    What a task makes hang on the result of an earlier one is left out: the plan looks at that itself.
+    """
+    found: dict[str, Part] = {}
+    for role in sorted(os.listdir(roles)):
+        with open(os.path.join(roles, role, "tasks", "main.yml"), encoding="utf-8") as stream:
+            tasks: list[dict[str, t.Any]] = yaml.safe_load(stream)
+        results = [re.compile(r"\b%s\b" % re.escape(task["register"])) for task in tasks if "register" in task]
+        for task in tasks:
+            resource = next((name for name in CHAIN if "gpu_fleet.nim." + name in task), None)
+            if resource is None or resource in found:
+                continue
+            when = task.get("when", [])
+            conditions = [str(condition) for condition in (when if isinstance(when, list) else [when])]
+            found[resource] = Part(
+                role,
+                tuple(text for text in conditions if not any(result.search(text) for result in results)),
+                {
+                    name: value
+                    for name, value in task["gpu_fleet.nim." + resource].items()
+                    if name in RESOURCE_OPTIONS[resource]
+                },
+            )
+    return {resource: found[resource] for resource in CHAIN if resource in found}
 
 
 def _trusted(value: t.Any) -> t.Any:
@@ -147,7 +79,7 @@ def _trusted(value: t.Any) -> t.Any:
 def role_variables(kind: str, roles: str = _ROLES) -> dict[str, t.Any]:
     """Variables of all roles of the collection: those of ``defaults`` or those of ``vars``."""
     found: dict[str, t.Any] = {}
-    for role in sorted({part.role for part in PARTS.values()}):
+    for role in sorted(os.listdir(roles)):
         path = os.path.join(roles, role, kind, "main.yml")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as stream:
@@ -173,14 +105,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         variables = {**role_variables("defaults"), **task_vars, **role_variables("vars")}
         templar = self._templar.copy_with_new_env(available_variables=variables)
 
-        def render(text: str) -> t.Any:
-            return templar.template(trust_as_template(text))
+        def render(value: t.Any) -> t.Any:
+            return templar.template(_trusted(value))
 
         options: dict[str, dict[str, t.Any]] = {}
-        for resource, part in PARTS.items():
+        for resource, part in parts().items():
             try:
                 if all(boolean(render("{{ %s }}" % condition)) for condition in part.when):
-                    options[resource] = {name: render(text) for name, text in part.options.items()}
+                    options[resource] = {name: render(value) for name, value in part.options.items()}
             except (AnsibleError, TypeError):
                 # The message may quote a template with a secret in it.
                 raise AnsibleActionFail(

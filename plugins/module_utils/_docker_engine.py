@@ -17,6 +17,7 @@ from ._docker_restart import restart_blocked
 from ._dockerd import DaemonState, version_tuple
 from ._errors import FleetError
 from ._host import Host
+from ._options import DOCKER_REPOSITORY, MINIMUM_DOCKER_VERSION
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import matches_version, upstream_version
 from ._packages import (
@@ -31,9 +32,6 @@ from ._packages import (
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 
-DEFAULT_REPOSITORY = "https://download.docker.com/linux"
-#: Oldest engine that NIM 1.x is documented for; NIM 2.x asks for 24.0.
-MINIMUM_VERSION = "23.0.1"
 SERVICE = "docker.service"
 
 _CE_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io")
@@ -98,9 +96,9 @@ class DockerEngine(Resource[EngineState]):
     def __init__(
         self,
         package_source: str = "docker",
-        repository_url: str = DEFAULT_REPOSITORY,
+        repository_url: str = DOCKER_REPOSITORY,
         version: str = "",
-        minimum_version: str = MINIMUM_VERSION,
+        minimum_version: str = MINIMUM_DOCKER_VERSION,
         hold: bool = True,
         sdk: bool = True,
         api: t.Optional[DockerApi] = None,

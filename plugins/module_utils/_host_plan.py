@@ -26,24 +26,12 @@ from ._nvidia_container_toolkit import NvidiaContainerToolkit
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_state import DriverState
+from ._options import CHAIN
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 
 Options = t.Mapping[str, t.Any]
 S = t.TypeVar("S")
-
-#: The resources in the order in which they are set up; later ones build on earlier ones.
-CHAIN = (
-    "nvidia_driver",
-    "nvidia_driver_reload",
-    "docker_engine",
-    "docker_daemon",
-    "docker_group",
-    "nvidia_container_toolkit",
-    "ngc_login",
-    "nim_image",
-    "nim_service",
-)
 
 #: What stands in the way of a service, and the resources that may remove it, the likeliest first.
 _SERVICE_NEEDS = {

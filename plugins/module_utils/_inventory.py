@@ -16,12 +16,13 @@ import typing as t
 from dataclasses import dataclass
 
 from ._docker_daemon import DockerDaemon
-from ._docker_engine import MINIMUM_VERSION, DockerEngine
+from ._docker_engine import DockerEngine
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
 from ._image_reference import ImageReference, check_mirrors
 from ._ngc_login import check_api_key
 from ._nim_models import parse_models
+from ._options import MINIMUM_DOCKER_VERSION
 from ._packages import check_url
 from ._redaction import scrub
 
@@ -301,7 +302,7 @@ class _Check:
             self.take(
                 lambda: DockerEngine(
                     version=self.text("docker_version"),
-                    minimum_version=self.text("docker_minimum_version") or MINIMUM_VERSION,
+                    minimum_version=self.text("docker_minimum_version") or MINIMUM_DOCKER_VERSION,
                 ),
                 lambda message: re.sub(r"\b(minimum_version|version) =", r"docker_\1 =", message),
             )

@@ -14,39 +14,8 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError
 from ._image_reference import ImageReference
+from ._options import NIM_MODEL_OPTIONS
 from ._requirements import GO_TRUE
-
-#: Ulimits that keep NIM from "Too many open files" and from failing to pin memory; NVIDIA's documents use these.
-DEFAULT_ULIMITS: dict[str, int] = {"nofile": 65536, "memlock": -1, "stack": 67108864}
-
-#: Argument specification of one entry of ``nim_models``; modules, the role and the documentation follow it.
-NIM_MODEL_OPTIONS: dict[str, dict[str, t.Any]] = {
-    "name": {"type": "str", "required": True},
-    "image": {"type": "str", "required": True},
-    "gpus": {"type": "raw", "default": 1},
-    "port": {"type": "int", "default": 8000},
-    "bind_address": {"type": "str", "default": "0.0.0.0"},  # noqa: S104 - a served model is meant to be reached
-    "cache_directory": {"type": "str"},
-    "shm_size": {"type": "str", "default": "16GB"},
-    "ulimits": {"type": "dict", "default": DEFAULT_ULIMITS},
-    "environment": {"type": "dict", "default": {}},
-    "secret_environment": {"type": "dict", "default": {}, "no_log": True},
-    "profile": {"type": "str"},
-    "served_model_name": {"type": "str"},
-    "weights_directory": {"type": "str"},
-    "custom_model_name": {"type": "str"},
-    "lora_directory": {"type": "str"},
-    "lora_refresh_interval": {"type": "int"},
-    "max_model_length": {"type": "int"},
-    "network_mode": {"type": "str", "default": "bridge"},
-    "user": {"type": "str", "default": "1000:1000"},
-    "engine_arguments": {"type": "list", "elements": "str", "default": []},
-    "start_timeout": {"type": "int", "default": 1800},
-    "stop_timeout": {"type": "int", "default": 60},
-    "disk_space": {"type": "str"},
-    "completion": {"type": "str", "choices": ["auto", "chat", "completion", "none"], "default": "auto"},
-    "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
-}
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
 OWNED_ENVIRONMENT: dict[str, str] = {

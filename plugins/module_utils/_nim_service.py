@@ -37,11 +37,11 @@ from ._nim_service_checks import (
     missing_prerequisite,
 )
 from ._nim_service_state import HostState, ServiceState, describe, json_object, observe_services
+from ._options import GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
 
 Json = t.Dict[str, t.Any]
 
-INJECTIONS = ("runtime", "cdi", "gpus")
 #: Seconds until the wrapper must have said that it runs.
 WRAPPER_TIMEOUT = 15.0
 
@@ -80,10 +80,10 @@ class NimService(Resource[HostState]):
         self._restarted: set[str] = set()
         #: For the secrets of models that have no file with a key of its own yet.
         self._secret_key = secrets.token_hex(32)
-        if injection not in INJECTIONS:
+        if injection not in GPU_INJECTIONS:
             raise FleetError(
                 "invalid_option",
-                "gpu_injection = %r: no such way; use one of %s." % (injection, ", ".join(INJECTIONS)),
+                "gpu_injection = %r: no such way; use one of %s." % (injection, ", ".join(GPU_INJECTIONS)),
             )
 
     # -- observe --------------------------------------------------------------------------------------

@@ -25,13 +25,13 @@ from ._dockerd import DaemonState, version_tuple
 from ._errors import FleetError
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
+from ._options import GPU_INJECTIONS, RUNTIME_MODES, TOOLKIT_REPOSITORY
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import compare_debian, matches_version, upstream_version
 from ._packages import Available, Package, Repository, RepositoryState, check_url, package_manager
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 
-DEFAULT_REPOSITORY = "https://nvidia.github.io/libnvidia-container"
 #: One version for all four, always: they depend on each other's exact behaviour (nvidia-container-toolkit #1091, #59).
 PACKAGES = (
     "nvidia-container-toolkit",
@@ -41,8 +41,6 @@ PACKAGES = (
 )
 #: The major version that this collection knows.
 MAJOR = "1"
-MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
-INJECTIONS = ("runtime", "cdi", "gpus")
 RUNTIME = "nvidia"
 RUNTIME_PROGRAM = "nvidia-container-runtime"
 HOOK = "/usr/bin/nvidia-container-runtime-hook"
@@ -150,7 +148,7 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
 
     def __init__(
         self,
-        repository_url: str = DEFAULT_REPOSITORY,
+        repository_url: str = TOOLKIT_REPOSITORY,
         version: str = "",
         mode: str = "auto",
         default_runtime: bool = False,
@@ -160,7 +158,7 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
         injection: str = "runtime",
         api: t.Optional[DockerApi] = None,
     ) -> None:
-        for option, value, allowed in (("mode", mode, MODES), ("injection", injection, INJECTIONS)):
+        for option, value, allowed in (("mode", mode, RUNTIME_MODES), ("injection", injection, GPU_INJECTIONS)):
             if value not in allowed:
                 raise FleetError(
                     "invalid_option",

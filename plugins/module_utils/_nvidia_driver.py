@@ -35,7 +35,6 @@ from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
 from ._host import Host
 from ._nouveau import BLACKLIST, BLACKLIST_CONTENT, write_blacklist
 from ._nvidia_driver_packages import (
-    DEFAULT_REPOSITORY_URL,
     QUERY_PATTERNS,
     Choice,
     PackagePlan,
@@ -63,6 +62,7 @@ from ._nvidia_driver_state import (
     disabled_units,
     headers_offered,
 )
+from ._options import DRIVER_REPOSITORY
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import matches_version
 from ._packages import Package, PackageManager, check_url, package_manager
@@ -98,7 +98,7 @@ class NvidiaDriver(Resource[DriverState]):
         self,
         *,
         source: str = "nvidia",
-        repository_url: str = DEFAULT_REPOSITORY_URL,
+        repository_url: str = DRIVER_REPOSITORY,
         repository_architecture: str = "",
         branch: str = "580",
         version: str = "",

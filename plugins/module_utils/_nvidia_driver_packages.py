@@ -19,8 +19,6 @@ from ._errors import FleetError
 from ._os_release import OsRelease
 from ._packages import Package, Repository
 
-DEFAULT_REPOSITORY_URL = "https://developer.download.nvidia.com/compute/cuda/repos"
-
 #: Distributions that NVIDIA's repository serves and this collection installs.
 SUPPORTED = ("ubuntu2204", "ubuntu2404", "debian12", "debian13", "rhel8", "rhel9", "rhel10")
 

@@ -118,6 +118,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_daemon import DockerDaemon
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._dockerd import DaemonState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def result(state: DaemonState) -> dict[str, t.Any]:
@@ -126,12 +127,7 @@ def result(state: DaemonState) -> dict[str, t.Any]:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "options": {"type": "dict", "default": {}},
-            "absent": {"type": "list", "elements": "str", "default": []},
-            "live_restore": {"type": "bool"},
-            "config_file": {"type": "path"},
-        },
+        argument_spec=RESOURCE_OPTIONS["docker_daemon"],
         supports_check_mode=True,
     )
     run_resource(module, lambda: DockerDaemon(**module.params), result)

@@ -106,8 +106,6 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine import (
-    DEFAULT_REPOSITORY,
-    MINIMUM_VERSION,
     DockerEngine,
     EngineState,
 )
@@ -116,6 +114,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
     own_options,
     run_resource_with_progress,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def result(state: EngineState) -> dict[str, t.Any]:
@@ -129,15 +128,7 @@ def result(state: EngineState) -> dict[str, t.Any]:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "package_source": {"type": "str", "choices": ["docker", "distribution"], "default": "docker"},
-            "repository_url": {"type": "str", "default": DEFAULT_REPOSITORY},
-            "version": {"type": "str", "default": ""},
-            "minimum_version": {"type": "str", "default": MINIMUM_VERSION},
-            "hold": {"type": "bool", "default": True},
-            "sdk": {"type": "bool", "default": True},
-            **PROGRESS_OPTIONS,
-        },
+        argument_spec={**RESOURCE_OPTIONS["docker_engine"], **PROGRESS_OPTIONS},
         supports_check_mode=True,
     )
     run_resource_with_progress(module, lambda: DockerEngine(**own_options(module)), result)

@@ -65,6 +65,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_group import DockerGroup, GroupState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def result(state: GroupState) -> dict[str, t.Any]:
@@ -73,7 +74,7 @@ def result(state: GroupState) -> dict[str, t.Any]:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"users": {"type": "list", "elements": "str", "required": True}},
+        argument_spec=RESOURCE_OPTIONS["docker_group"],
         supports_check_mode=True,
     )
     run_resource(module, lambda: DockerGroup(**module.params), result)

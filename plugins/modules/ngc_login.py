@@ -143,29 +143,14 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import Fleet
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, run_resource
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
-    USERNAME,
-    VALIDATE_ALWAYS,
-    VALIDATE_NEVER,
-    VALIDATE_ON_CHANGE,
     NgcLogin,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "api_key": {"type": "str", "no_log": True},
-            "registry": {"type": "str", "default": "nvcr.io"},
-            "username": {"type": "str", "default": USERNAME},
-            "docker_user": {"type": "str", "default": "root"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "check_repository": {"type": "str", "default": ""},
-            "validate": {
-                "type": "str",
-                "choices": [VALIDATE_ON_CHANGE, VALIDATE_ALWAYS, VALIDATE_NEVER],
-                "default": VALIDATE_ON_CHANGE,
-            },
-        },
+        argument_spec=RESOURCE_OPTIONS["ngc_login"],
         supports_check_mode=True,
     )
     host = Host()

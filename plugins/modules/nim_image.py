@@ -231,29 +231,13 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import advance, forecast
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, render_diff
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "images": {
-                "type": "list",
-                "elements": "dict",
-                "required": True,
-                "options": {
-                    "image": {"type": "str", "required": True},
-                    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-                    "disk_space": {"type": "str"},
-                    "cache_directory": {"type": "path"},
-                    "check_requirement": {"type": "bool", "default": True},
-                },
-            },
-            "pull": {"type": "str", "choices": ["missing", "newer", "never"], "default": "missing"},
-            "registry_mirrors": {"type": "dict", "default": {}},
-            "api_key": {"type": "str", "no_log": True},
-            "docker_user": {"type": "str", "default": "root"},
-            "retries": {"type": "int", "default": 5},
-            "disk_factor": {"type": "float", "default": 3.3},
+            **RESOURCE_OPTIONS["nim_image"],
             "host_name": {"type": "str"},
             "progress_interval": {"type": "int", "default": 5},
             "resume": {"type": "dict"},

@@ -280,9 +280,10 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS, parse_models
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import HostState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
@@ -290,13 +291,7 @@ def main() -> None:
         # The line in the host's log of what a module was called with: there Ansible looks for secrets in the text of the
         # whole list, where their quotes and backslashes are escaped, and would miss those.
         no_log=True,
-        argument_spec={
-            "models": {"type": "list", "elements": "dict", "required": True, "options": NIM_MODEL_OPTIONS},
-            "ngc_api_key": {"type": "str", "no_log": True},
-            "ngc_key_state": {"type": "str", "choices": ["present", "absent"], "default": "present", "no_log": False},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "gpu_injection": {"type": "str", "choices": ["runtime", "cdi", "gpus"], "default": "runtime"},
-        },
+        argument_spec=RESOURCE_OPTIONS["nim_service"],
         supports_check_mode=True,
     )
     for entry in module.params["models"]:

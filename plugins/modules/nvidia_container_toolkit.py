@@ -144,27 +144,15 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
     run_resource_with_progress,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import (
-    DEFAULT_REPOSITORY,
-    INJECTIONS,
-    MODES,
     NvidiaContainerToolkit,
     ToolkitState,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "repository_url": {"type": "str", "default": DEFAULT_REPOSITORY},
-            "version": {"type": "str", "default": ""},
-            "mode": {"type": "str", "choices": list(MODES), "default": "auto"},
-            "default_runtime": {"type": "bool", "default": False},
-            "cdi": {"type": "bool", "default": False},
-            "hold": {"type": "bool", "default": True},
-            "smoke_test": {"type": "bool", "default": True},
-            "injection": {"type": "str", "choices": list(INJECTIONS), "default": "runtime"},
-            **PROGRESS_OPTIONS,
-        },
+        argument_spec={**RESOURCE_OPTIONS["nvidia_container_toolkit"], **PROGRESS_OPTIONS},
         supports_check_mode=True,
     )
     resources: list[NvidiaContainerToolkit] = []

@@ -184,30 +184,14 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
     run_resource_with_progress,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import DEFAULT_REPOSITORY_URL
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import DriverState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
     """Shell around the resource."""
     module = AnsibleModule(
-        argument_spec={
-            "source": {"type": "str", "choices": ["nvidia", "distribution"], "default": "nvidia"},
-            "repository_url": {"type": "str", "default": DEFAULT_REPOSITORY_URL},
-            "repository_architecture": {"type": "str", "default": ""},
-            "branch": {"type": "str", "default": "580"},
-            "version": {"type": "str", "default": ""},
-            "flavour": {"type": "str", "choices": ["auto", "open", "proprietary"], "default": "auto"},
-            "fabric_manager": {"type": "str", "choices": ["auto", "present", "absent"], "default": "auto"},
-            "imex": {"type": "str", "choices": ["auto", "present", "absent"], "default": "auto"},
-            "persistenced": {"type": "bool", "default": True},
-            "hold": {"type": "bool", "default": True},
-            "kernel_headers": {"type": "bool", "default": True},
-            "kernel_module": {"type": "bool", "default": True},
-            "secure_boot": {"type": "str", "choices": ["check", "enrolled"], "default": "check"},
-            "unload": {"type": "bool", "default": True},
-            **PROGRESS_OPTIONS,
-        },
+        argument_spec={**RESOURCE_OPTIONS["nvidia_driver"], **PROGRESS_OPTIONS},
         supports_check_mode=True,
     )
     built: list[NvidiaDriver] = []

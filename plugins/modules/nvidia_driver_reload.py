@@ -105,13 +105,14 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload, ReloadState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 
 def main() -> None:
     """Shell around the resource."""
     module = AnsibleModule(
         argument_spec={
-            "expected_version": {"type": "str", "default": ""},
+            **RESOURCE_OPTIONS["nvidia_driver_reload"],
             "prepare_reboot": {"type": "bool", "default": False},
             "reboot_reason": {"type": "str", "default": ""},
         },

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The plan of a whole host: bare, converged, broken in places; what the roles pass and what the table shows."""
+"""The plan of a whole host: bare, converged, broken in places."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ import typing as t
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
-from ansible_collections.gpu_fleet.nim.plugins.action import fleet_plan as fleet_plan_action
-from ansible_collections.gpu_fleet.nim.plugins.action import gpu_host_plan as action
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon, _fleet_plan
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import CHAIN, ReadOnlyHost, plan_host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import wanted_images
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost, plan_host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_plan
 from docker_fakes import CONFIG, FakeDockerd
 from driver_world import DriverWorld
 from fake_host import FakeHost
-from nim_machine import KEY, LLAMA, NEMO, ROOT, Machine, llama, nemo
+from nim_machine import KEY, LLAMA, NEMO, Machine, llama, nemo
 
 SECRET = "hf_plan-secret \\ \" '"
 MODULES = "ansible_collections.gpu_fleet.nim.plugins.modules."
@@ -338,192 +334,64 @@ def test_options_are_those_of_the_modules(name: str) -> None:
             if "options" in spec:
                 compare(options[option]["suboptions"], spec["options"])
 
-    compare(documented, gpu_host_plan.OPTIONS[name])
-    assert gpu_host_plan.OPTIONS["ngc_login"]["api_key"]["no_log"]
-    assert gpu_host_plan.OPTIONS["nim_image"]["api_key"]["no_log"]
-    assert gpu_host_plan.OPTIONS["nim_service"]["ngc_api_key"]["no_log"]
+    compare(documented, RESOURCE_OPTIONS[name])
+    assert RESOURCE_OPTIONS["ngc_login"]["api_key"]["no_log"]
+    assert RESOURCE_OPTIONS["nim_image"]["api_key"]["no_log"]
+    assert RESOURCE_OPTIONS["nim_service"]["ngc_api_key"]["no_log"]
 
 
-# -- what the roles pass --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"nvidia_driver": {"brnch": "580"}}, "nvidia_driver.brnch: there is no such option"),
+        ({"nvidia_driver": {"flavour": "x"}}, "nvidia_driver: value of flavour must be one of"),
+        ({"docker_group": {}}, "docker_group: missing required arguments: users"),
+        ({"nim_service": {"models": [{"nme": "x"}]}}, "nim_service.models.nme: there is no such option"),
+        ({"nim_service": {"models": [llama(port="much")]}}, "nim_service: "),
+        (
+            {"nim_service": {"models": [json.dumps(llama(secret_environment={"HF_TOKEN": SECRET}))], "x": 1}},
+            "nim_service.x",
+        ),
+        ({"nim_service": {"models": [llama(secret_environment={"HF_TOKEN": SECRET})], "x": 1}}, "nim_service.x"),
+        ({"nim_service": {"models": [llama(secret_environment=SECRET)]}}, "nim_service: "),
+        ({"nim_service": {"models": SECRET}}, "nim_service: "),
+        ({"nim_service": SECRET}, "nim_service"),
+        ({"nim_servce": {}}, "Unsupported parameters"),
+    ],
+)
+def test_wrong_options_of_the_module(
+    given: dict[str, t.Any],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_host_plan, "plan_host", lambda *dummy: pytest.fail("the host was looked at"))
+    hidden: dict[str, t.Any] = {"ngc_login": {"api_key": KEY}}
+    if "nim_service" not in given:
+        hidden["nim_service"] = {"models": [json.dumps(llama(secret_environment={"HF_TOKEN": SECRET}))]}
+    with patch_module_args({**hidden, **given}), pytest.raises(SystemExit):
+        gpu_host_plan.main()
+    text = capsys.readouterr().out
+    answer = json.loads(text)
+    assert answer["failed"] is True
+    assert part in answer["msg"]
+    assert len(answer["msg"].splitlines()) == 1
+    assert KEY not in text
+    assert SECRET not in repr(answer)
+    assert json.dumps(SECRET)[1:-1] not in text
 
 
-def role_tasks() -> dict[str, tuple[str, dict[str, t.Any]]]:
-    """Resource -> the first task of a role that sets it up."""
-    tasks: dict[str, tuple[str, dict[str, t.Any]]] = {}
-    for path in sorted((ROOT / "roles").glob("*/tasks/main.yml")):
-        for task in yaml.safe_load(path.read_text()):
-            for key in task:
-                if key.startswith("gpu_fleet.nim."):
-                    tasks.setdefault(key[len("gpu_fleet.nim.") :], (path.parts[-3], task))
-    return tasks
+def test_the_module_gives_defaults_as_the_modules_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, t.Any] = {}
 
+    def plan(host: t.Any, wanted: dict[str, t.Any]) -> t.NoReturn:
+        given.update(wanted)
+        raise FleetError("enough", "Enough.")
 
-#: Modules of roles that wait for what others have set up, and set nothing up themselves.
-WAITING = {"nim_health"}
-
-
-def test_every_module_of_every_role_is_in_the_plan() -> None:
-    assert set(role_tasks()) - WAITING == set(action.PARTS) == set(CHAIN)
-
-
-@pytest.mark.parametrize("resource", CHAIN)
-def test_the_plan_passes_what_the_role_passes(resource: str) -> None:
-    role, task = role_tasks()[resource]
-    part = action.PARTS[resource]
-    options = dict(task["gpu_fleet.nim." + resource])
-    options.pop("progress_interval", None)
-    assert part.role == role
-    assert part.options == options
-    assert set(part.options) <= set(gpu_host_plan.OPTIONS[resource])
-    conditions = task.get("when") or []
-    conditions = conditions if isinstance(conditions, list) else [conditions]
-    # The rest hangs on what an earlier task returned, which the plan looks at itself.
-    assert list(part.when) == [text for text in conditions if "__nvidia_driver_packages" not in text]
-
-
-Rendered = t.Callable[..., "dict[str, t.Any]"]
-
-
-@pytest.fixture
-def rendered(monkeypatch: pytest.MonkeyPatch) -> Rendered:
-    """Options as the action plugin makes them out of variables."""
-
-    def render(**variables: t.Any) -> dict[str, t.Any]:
-        # A unit test has not the plugins that templates name: the lookup of the controller's environment, our own filter.
-        keys = {"ngc_api_key": "", "nim_ngc_api_key": "{{ ngc_api_key }}"}
-        # The filter of the role is called as it is, on ports that need no template.
-        models = [{**model, "port": 8000 + number} for number, model in enumerate(variables.get("nim_models", []))]
-        images = {"__nim_images": wanted_images(models)}
-        real = action.role_variables
-        with monkeypatch.context() as patch:
-            patch.setattr(action, "role_variables", lambda kind: {**real(kind), **(images if kind == "vars" else {})})
-            plugin = action.ActionModule.__new__(action.ActionModule)
-            plugin._templar = Templar(loader=DataLoader(), variables={})
-            return t.cast("dict[str, t.Any]", plugin.options(action._trusted({**keys, **variables})))
-
-    return render
-
-
-def test_role_variables_reach_the_options(rendered: Rendered) -> None:
-    options = rendered(
-        ngc_api_key=KEY,
-        nvidia_driver_version="580.95.05",
-        docker_users=["ops"],
-        nim_gpu_injection="cdi",
-        my_port=8009,
-        nim_models=[llama(port="{{ my_port }}", disk_space="20GB"), nemo(state="absent")],
-    )
-    assert list(options) == list(CHAIN)
-    assert options["nvidia_driver"]["branch"] == "580"
-    assert options["nvidia_driver"]["hold"] is True
-    assert options["nvidia_driver_reload"] == {"expected_version": "580.95.05"}
-    assert options["docker_group"] == {"users": ["ops"]}
-    assert options["nvidia_container_toolkit"]["injection"] == "cdi"
-    assert options["ngc_login"]["api_key"] == options["nim_service"]["ngc_api_key"] == KEY
-    [image] = options["nim_image"]["images"]
-    assert (image["image"], image["disk_space"]) == (LLAMA, "20GB")
-    assert [model["port"] for model in options["nim_service"]["models"]] == [8009, 8001]
-
-
-def test_what_the_roles_would_skip_is_not_planned(rendered: Rendered) -> None:
-    options = rendered(nvidia_driver_reload=False, nim_models=[])
-    assert set(CHAIN) - set(options) == {"nvidia_driver_reload", "docker_group", "nim_image", "nim_service"}
-    assert options["nvidia_driver"]["unload"] is False
-    assert rendered(nim_state="absent")["nim_service"]["state"] == "absent"
-
-
-def test_a_variable_that_cannot_be_resolved_is_named_without_its_template(rendered: Rendered) -> None:
-    with pytest.raises(Exception, match="variables of role ngc") as caught:
-        rendered(ngc_api_key="{{ undefined_thing ~ '%s' }}" % KEY)
-    assert KEY not in str(caught.value)
-
-
-# -- the table ------------------------------------------------------------------------------------
-
-CHANGE = {
-    "resource": "nim_service",
-    "what": "nim-llama.service",
-    "from": "started",
-    "to": "restarted",
-    "why": "the container runs something else",
-    "disruption": "restart_nim",
-    "blocked": None,
-    "after": None,
-}
-ERROR = {"resource": "docker_daemon", "reason": "daemon_json_invalid", "message": "Reading failed.", "after": None}
-LOOKS: dict[str, t.Any] = {
-    "quiet": {"gpu": True, "changes": [], "errors": []},
-    "mild": {"gpu": True, "errors": [], "changes": [{**CHANGE, "disruption": "none", "from": None, "to": {"a": 1}}]},
-    "busy": {"gpu": True, "errors": [], "changes": [CHANGE, {**CHANGE, "what": "x", "blocked": "maintenance"}]},
-    "cpu": {"gpu": False, "changes": [], "errors": []},
-    "down": {"unreachable": True, "msg": "no\n route", "changed": False},
-    "sudo": {"failed": True, "msg": "Missing sudo password"},
-    "broken": {"gpu": True, "changes": [], "errors": [ERROR]},
-    "never": None,
-}
-
-
-def all_rows() -> list[dict[str, t.Any]]:
-    return _fleet_plan.ordered([row for host, look in LOOKS.items() for row in _fleet_plan.rows_of(host, look)])
-
-
-def test_rows_and_their_order() -> None:
-    rows = all_rows()
-    assert [(row["host"], row["state"]) for row in rows] == [
-        ("down", "unreachable"),
-        ("sudo", "look failed"),
-        ("broken", "cannot be planned"),
-        ("never", "not looked at"),
-        ("busy", "change"),
-        ("busy", "change"),
-        ("mild", "change"),
-        ("quiet", "as wanted"),
-        ("cpu", "no GPU"),
-    ]
-    assert rows[0]["message"] == "no route"
-    assert _fleet_plan.drifted(rows) == ["down", "sudo", "broken", "never", "busy", "mild"]
-
-
-def test_table() -> None:
-    lines = _fleet_plan.render_table([row for row in all_rows() if row["host"] in ("down", "busy", "mild", "cpu")])
-    assert lines.splitlines() == [
-        "HOST  DISRUPTION              RESOURCE     WHAT               FROM -> TO            WHY",
-        "down  -                                    unreachable",
-        "busy  restart_nim             nim_service  nim-llama.service  started -> restarted  the container runs something else",
-        "      restart_nim (left out)  nim_service  x                  started -> restarted  the container runs something else",
-        'mild  none                    nim_service  nim-llama.service  - -> {"a": 1}         the container runs something else',
-        "cpu   -                                    no GPU",
-        "",
-        "down: no route",
-        "busy: left out: x: maintenance",
-        "1 of 4 hosts is as wanted; 3 changes.",
-    ]
-
-
-def run_table(
-    monkeypatch: pytest.MonkeyPatch, hosts: t.Sequence[str], **arguments: t.Any
-) -> tuple[dict[str, t.Any], str]:
-    plugin = fleet_plan_action.ActionModule.__new__(fleet_plan_action.ActionModule)
-    shown: list[str] = []
-    arguments = {"format": "table", "output": None, "fail_on_drift": False, "variable": "plan", **arguments}
-    monkeypatch.setattr(fleet_plan_action.ActionBase, "run", lambda *_arguments: {})
-    monkeypatch.setattr(plugin, "validate_argument_spec", lambda **_options: (None, arguments), raising=False)
-    monkeypatch.setattr(plugin, "_display", type("D", (), {"display": staticmethod(shown.append)}), raising=False)
-    monkeypatch.setattr(plugin, "_task", type("T", (), {"check_mode": False}), raising=False)
-    variables = {host: {} if LOOKS[host] is None else {"plan": LOOKS[host]} for host in hosts}
-    result = plugin.run(None, {"ansible_play_hosts_all": list(hosts), "hostvars": variables})
-    return result, "\n".join(shown)
-
-
-def test_drift_fails_only_where_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: t.Any) -> None:
-    result, text = run_table(monkeypatch, ["quiet", "down"])
-    assert "failed" not in result
-    assert (result["drift"], result["hosts"]) == (True, ["down"])
-    result, text = run_table(
-        monkeypatch, ["quiet", "down"], fail_on_drift=True, format="json", output=str(tmp_path / "plan.json")
-    )
-    assert result["failed"] is True
-    assert result["msg"] == "Not as wanted, or not known to be: down."
-    assert json.loads(text) == json.loads((tmp_path / "plan.json").read_text()) == result["rows"]
-    result, text = run_table(monkeypatch, ["quiet", "cpu"], fail_on_drift=True)
-    assert "failed" not in result
+    monkeypatch.setattr(gpu_host_plan, "plan_host", plan)
+    with patch_module_args({"nvidia_driver": {"hold": "no"}, "docker_daemon": {}}), pytest.raises(SystemExit):
+        gpu_host_plan.main()
+    assert set(given) == {"nvidia_driver", "docker_daemon"}
+    assert given["nvidia_driver"]["branch"] == "580"
+    assert given["nvidia_driver"]["hold"] is False
+    assert given["docker_daemon"] == {"options": {}, "absent": [], "live_restore": None, "config_file": None}

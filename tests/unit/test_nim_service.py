@@ -16,13 +16,13 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _nim_service
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import fingerprint
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NIM_MODEL_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     KEY_FILE,
     MAINTENANCE_FILE,
     UNIT_DIRECTORY,
     WRAPPER,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import NIM_MODEL_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from ansible_collections.gpu_fleet.nim.plugins.modules import nim_service
 from nim_machine import (

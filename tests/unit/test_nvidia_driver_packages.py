@@ -13,7 +13,6 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches imp
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import (
-    DEFAULT_REPOSITORY_URL,
     Wish,
     foreign_packages,
     is_driver_package,
@@ -22,6 +21,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packa
     to_hold,
     user_space_version,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import DRIVER_REPOSITORY
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import OsRelease
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._packages import Package, package_manager
 from fake_host import FakeHost
@@ -52,7 +52,7 @@ def kernel_of(system: OsRelease) -> str:
 def wish(**changes: object) -> Wish:
     values: dict[str, object] = {
         "source": "nvidia",
-        "repository_url": DEFAULT_REPOSITORY_URL,
+        "repository_url": DRIVER_REPOSITORY,
         "branch": "580",
         "version": "",
         "flavour": "open",
@@ -117,7 +117,7 @@ def test_every_branch_from_nvidia(fixtures: pathlib.Path, name: str, branch: str
     for choice in plan.choices:
         assert choice.optional or [package for package in choice.names if package in resolved]
     assert plan.repository is not None
-    assert plan.repository.url == "%s/%s/x86_64" % (DEFAULT_REPOSITORY_URL, name)
+    assert plan.repository.url == "%s/%s/x86_64" % (DRIVER_REPOSITORY, name)
     if system.family == "debian":
         assert plan.manager == "apt"
         assert plan.headers == "linux-headers-" + kernel_of(system)
