@@ -7,12 +7,9 @@ from __future__ import annotations
 import os
 import re
 import typing as t
-from collections.abc import Mapping
 
 import yaml
-from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible.release import __version__ as core_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import (
     PREFIXES,
     Problem,
@@ -20,10 +17,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import (
     report,
     validate,
 )
-
-#: Before 2.19 ansible-core hands out the template itself where it cannot be resolved, in place of an error, and prints
-#: the message of a failed task with its line breaks escaped.
-_BEFORE_2_19 = tuple(int(part) for part in core_version.split(".")[:2]) < (2, 19)
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import BEFORE_2_19, resolved
 
 _ROLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "roles")
 
@@ -44,22 +38,6 @@ def load_specs(roles: str = _ROLES) -> dict[str, dict[str, t.Any]]:
     return specs
 
 
-def plain(value: t.Any) -> t.Any:
-    """A copy in plain Python types; reading it resolves what Ansible resolves late."""
-    if isinstance(value, Mapping):
-        return {plain(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, str):
-        text = str(value)
-        if _BEFORE_2_19 and "{{" in text and "}}" in text:
-            raise AnsibleError("something in it is undefined")
-        return text
-    if isinstance(value, (bool, int, float)) or value is None:
-        return value
-    return str(value)
-
-
 def _why(error: Exception) -> str:
     """What was wrong with a template, without the template: before 2.19 messages quote it, and it may hold secrets."""
     text = " ".join(str(error).split())
@@ -75,7 +53,7 @@ def resolve(hostvars: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         if not str(name).startswith(PREFIXES):
             continue
         try:
-            found[str(name)] = plain(hostvars[name])
+            found[str(name)] = resolved(hostvars[name])
         except Exception as error:
             # Up to ansible-core 2.18 a template lets through whatever it raises: ZeroDivisionError, RecursionError, ...
             found[str(name)] = Unresolved(_why(error))
@@ -119,7 +97,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                 count,
                 "\n".join("  " + line for line in lines),
             )
-            if _BEFORE_2_19:
+            if BEFORE_2_19:
+                # It prints the message of a failed task with its line breaks escaped.
                 self._display.display(result["msg"], color="red", stderr=True)
         else:
             result["msg"] = "The variables of %d hosts are sound." % len(hosts)

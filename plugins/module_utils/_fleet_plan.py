@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import typing as t
 
 from ._resource import Disruption
+from ._text_table import shorten, text_table, value_text
 
 Row = t.Dict[str, t.Any]
 
@@ -114,15 +114,8 @@ def summary(rows: t.Sequence[Row]) -> str:
 
 def render_table(rows: t.Sequence[Row], notes: t.Sequence[str] = ()) -> str:
     """The rows as a table of plain text, with what would be left out or went wrong below it."""
-    lines = [[heading for heading, _key in COLUMNS]]
-    previous = None
-    for row in rows:
-        lines.append(
-            ["" if key == "host" and row["host"] == previous else _cell(row, key) for _heading, key in COLUMNS]
-        )
-        previous = row["host"]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    lines = [[_cell(row, key) for _heading, key in COLUMNS] for row in rows]
+    text = text_table([heading for heading, _key in COLUMNS], lines, group=1)
     below: list[str] = []
     left_out: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -138,24 +131,16 @@ def render_table(rows: t.Sequence[Row], notes: t.Sequence[str] = ()) -> str:
 def _cell(row: Row, key: str) -> str:
     if row["state"] == CHANGE:
         if key == "change":
-            return "%s -> %s" % (_short(_value(row["from"]), _WIDTH // 2), _short(_value(row["to"]), _WIDTH // 2))
-        text = _value(row[key])
+            return "%s -> %s" % (
+                shorten(value_text(row["from"]), _WIDTH // 2),
+                shorten(value_text(row["to"]), _WIDTH // 2),
+            )
+        text = value_text(row[key])
         if key == "disruption" and row["blocked"]:
             text += " (left out)"
-        return _short(text, _LAST_WIDTH if key == "why" else _WIDTH)
+        return shorten(text, _LAST_WIDTH if key == "why" else _WIDTH)
     if key == "disruption":
         return "-"
     if key == "what":
         return str(row["state"])
     return str(row[key] or "") if key in ("host", "resource") else ""
-
-
-def _value(value: t.Any) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _short(text: str, width: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

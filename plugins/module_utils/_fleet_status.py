@@ -9,6 +9,8 @@ from __future__ import annotations
 import collections
 import typing as t
 
+from ._text_table import text_table
+
 Row = t.Dict[str, t.Any]
 
 #: Heading and key of the table's columns; the first ones are the same for all services of a host.
@@ -120,14 +122,8 @@ def gpus_text(look: t.Mapping[str, t.Any]) -> str:
 
 def render_table(rows: t.Sequence[Row]) -> str:
     """The rows as a table of plain text, with what went wrong below it."""
-    lines: list[list[str]] = [[heading for heading, _key in COLUMNS]]
-    previous: Row = {}
-    for row in rows:
-        same = previous.get("host") == row["host"]
-        lines.append(["" if same and key in HOST_COLUMNS else _cell(row, key) for _heading, key in COLUMNS])
-        previous = row
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    lines = [[_cell(row, key) for _heading, key in COLUMNS] for row in rows]
+    text = text_table([heading for heading, _key in COLUMNS], lines, group=len(HOST_COLUMNS))
     notes: list[str] = []
     for row in rows:
         if row.get("message"):

@@ -10,6 +10,7 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.action import fleet_plan as fleet_plan_action
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_plan
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils import _fleet_table
 
 CHANGE = {
     "resource": "nim_service",
@@ -77,7 +78,7 @@ def run_table(
     plugin = fleet_plan_action.ActionModule.__new__(fleet_plan_action.ActionModule)
     shown: list[str] = []
     arguments = {"format": "table", "output": None, "fail_on_drift": False, "variable": "plan", **arguments}
-    monkeypatch.setattr(fleet_plan_action.ActionBase, "run", lambda *_arguments: {})
+    monkeypatch.setattr(_fleet_table.ActionBase, "run", lambda *_arguments: {})
     monkeypatch.setattr(plugin, "validate_argument_spec", lambda **_options: (None, arguments), raising=False)
     monkeypatch.setattr(plugin, "_display", type("D", (), {"display": staticmethod(shown.append)}), raising=False)
     monkeypatch.setattr(plugin, "_task", type("T", (), {"check_mode": False}), raising=False)

@@ -16,6 +16,7 @@ from ansible.errors import AnsibleError
 from ansible_collections.gpu_fleet.nim.plugins.action import validate_inventory as action
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _inventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import Problem, Unresolved, report, validate
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils import _plain
 
 ROOT = pathlib.Path(__file__).parents[2]
 SPECS: dict[str, t.Any] = {"r": {"nim_models": {"type": "list"}, "ngc_api_key": {"type": "str", "no_log": True}}}
@@ -78,7 +79,7 @@ def test_plain_and_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(value, Unresolved)
         assert why in value.why
         assert "hf_secret" not in value.why
-    monkeypatch.setattr(action, "_BEFORE_2_19", True)
+    monkeypatch.setattr(_plain, "BEFORE_2_19", True)
     assert isinstance(action.resolve({"nim_models": ["{{ x }}"]})["nim_models"], Unresolved)
 
 

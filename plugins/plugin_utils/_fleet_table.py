@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This plugin util is PRIVATE to the collection; it may change at any time.
+"""Action plugins that show what one task found on all hosts of the play, as one table; they connect to none of them."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import typing as t
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import returned
+
+Row = t.Dict[str, t.Any]
+Look = t.Optional[t.Dict[str, t.Any]]
+
+
+class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core ships no type information
+    """Base class; a subclass says which rows a host has and how they look.
+
+    The task's options are ``variable`` (name under which a task of all hosts was registered), ``format`` (``table`` or
+    ``json``) and ``output`` (a file that gets the rows as JSON), and those of the subclass.
+
+    Attributes:
+        options: Argument specification of further options.
+    """
+
+    options: t.ClassVar[dict[str, dict[str, t.Any]]] = {}
+
+    TRANSFERS_FILES = False
+    #: One call for all hosts, so that there is one table.
+    BYPASS_HOST_LOOP = True
+    _requires_connection = False
+    _supports_check_mode = True
+
+    @abc.abstractmethod
+    def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:
+        """The rows of one host.
+
+        Args:
+            look: What its module returned, or Ansible's word that it failed; None where the task never ran.
+            variables: Of the host; they may hold templates that cannot be resolved.
+        """
+
+    @abc.abstractmethod
+    def render(self, rows: list[Row], notes: list[str]) -> str:
+        """The rows as text for people, with the notes below."""
+
+    def ordered(self, rows: list[Row]) -> list[Row]:
+        """The rows in the order in which they are shown."""
+        return rows
+
+    def conclude(self, rows: list[Row], args: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """Further return values; ``failed`` and ``msg`` among them fail the task."""
+        return {}
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        _result, args = self.validate_argument_spec(
+            argument_spec={
+                "variable": {"type": "str", "required": True},
+                "format": {"type": "str", "choices": ["table", "json"], "default": "table"},
+                "output": {"type": "path"},
+                **self.options,
+            }
+        )
+        rows: list[Row] = []
+        notes: list[str] = []
+        for host, variables in self.hosts(task_vars):
+            look = self.look(variables, args["variable"])
+            rows += self.rows(host, look, variables)
+            notes += ["%s: %s" % (host, note) for note in (look or {}).get("notes") or []]
+        rows = self.ordered(rows)
+        if args["format"] == "json":
+            self._display.display(json.dumps(rows, indent=2))
+        else:
+            self._display.display("\n%s\n" % self.render(rows, notes))
+        if args["output"] and not self._task.check_mode:
+            write_file(args["output"], json.dumps(rows, indent=2) + "\n")
+        return {"changed": False, "rows": rows, **self.conclude(rows, args)}
+
+    @staticmethod
+    def hosts(task_vars: t.Mapping[str, t.Any]) -> list[tuple[str, t.Mapping[str, t.Any]]]:
+        """All hosts of the play, those that have failed included, each with its variables."""
+        return [(str(host), task_vars["hostvars"][host]) for host in task_vars.get("ansible_play_hosts_all") or []]
+
+    @staticmethod
+    def look(variables: t.Mapping[str, t.Any], variable: str) -> Look:
+        """What a task was registered as on a host; None where it never ran."""
+        found = returned(variables.get(variable))
+        return found if isinstance(found, dict) else None
+
+
+def write_file(path: str, content: str) -> None:
+    """Write a file of the controller, which is never seen half written.
+
+    Raises:
+        AnsibleActionFail: When it cannot be written.
+    """
+    temporary = "%s.%d" % (path, os.getpid())
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise AnsibleActionFail("Writing %s failed: %s." % (path, error.strerror)) from error
