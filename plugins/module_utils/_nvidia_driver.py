@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing as t
 
@@ -55,6 +56,7 @@ from ._nvidia_driver_reload import (
     unload_modules,
 )
 from ._nvidia_driver_state import (
+    LOCKED,
     NON_FREE,
     PREFERENCES,
     UNATTENDED,
@@ -186,7 +188,7 @@ class NvidiaDriver(Resource[DriverState]):
         wish = self.wish(os_release, inventory, secure_boot)
         plan = package_plan(os_release, host.machine(), kernel, wish)
         installed = manager.installed(*QUERY_PATTERNS)
-        files = {path: host.read_text(path) for path in (PREFERENCES, BLACKLIST, UNATTENDED, NON_FREE)}
+        files = {path: host.read_text(path) for path in (PREFERENCES, BLACKLIST, UNATTENDED, NON_FREE, LOCKED)}
         repositories = {}
         if plan.repository is not None:
             repositories[plan.repository.name] = manager.repository_state(plan.repository)
@@ -235,9 +237,32 @@ class NvidiaDriver(Resource[DriverState]):
                 return version if branch_of_version(version) == self.branch else ""
         return ""
 
-    def differing(self, plan: PackagePlan, installed: t.Mapping[str, Package]) -> list[tuple[Choice, str | None]]:
-        """Choices that are not fulfilled, with the version that is there in their place."""
-        target = self.version or self._main(plan, installed)
+    def _foreign_module(self, state: DriverState) -> str:
+        """Version of the kernel module that somebody else brings; empty when it is ours or there is none.
+
+        Raises:
+            FleetError: ``driver_mismatch`` when the wanted user space does not work with it.
+        """
+        module = "" if self.kernel_module else state.loaded_version or state.on_disk
+        if (module and module != (self.version or module)) or branch_of_version(module) not in ("", self.branch):
+            raise FleetError(
+                "driver_mismatch",
+                "The kernel module of this host, which nvidia_driver_kernel_module = false leaves to somebody else, is %s, and "
+                "user space works with a module of its own version only, so %s is not installed; choose branch %s and no "
+                "other version, or renew the module."
+                % (module, self.version or "branch " + self.branch, branch_of_version(module)),
+            )
+        return module
+
+    def differing(
+        self, plan: PackagePlan, installed: t.Mapping[str, Package], module: str = ""
+    ) -> list[tuple[Choice, str | None]]:
+        """Choices that are not fulfilled, with the version that is there in their place.
+
+        Args:
+            module: Version of the kernel module, when somebody else brings it.
+        """
+        target = self.version or module or self._main(plan, installed)
         different: list[tuple[Choice, str | None]] = []
         for choice in plan.choices:
             found = choice.installed_as(installed)
@@ -408,7 +433,7 @@ class NvidiaDriver(Resource[DriverState]):
         return changes
 
     def _plan_packages(self, plan: PackagePlan, state: DriverState) -> Change | None:
-        different = self.differing(plan, state.installed)
+        different = self.differing(plan, state.installed, self._foreign_module(state))
         foreign = foreign_packages(plan, state.installed, self.branch)
         pinned = not plan.pinning or plan.pinning in state.installed
         if not different and not foreign and pinned:
@@ -433,7 +458,7 @@ class NvidiaDriver(Resource[DriverState]):
             present or None,
             "%s (%s, %s)" % (self.version or "branch " + self.branch, wish.flavour, self.source),
             why,
-            disruption=Disruption.UNLOAD_DRIVER if state.inventory.driver else Disruption.NONE,
+            disruption=Disruption.UNLOAD_DRIVER if state.inventory.driver and self.kernel_module else Disruption.NONE,
             action="packages",
         )
 
@@ -457,14 +482,13 @@ class NvidiaDriver(Resource[DriverState]):
                     action="hold",
                 )
             )
+        # A file of ours is the sign that the holds are ours too; those of somebody else are left.
+        ours = state.files.get(UNATTENDED if plan.manager == "apt" else LOCKED) is not None
+        if ours and not self.hold:
+            changes.append(
+                Change(self.name, "package holds", "held", "not held", "nvidia_driver_hold is false", action="unhold")
+            )
         if plan.manager == "apt":
-            if not self.hold and state.files.get(UNATTENDED) is not None:
-                # The file is the sign that the holds are ours.
-                changes.append(
-                    Change(
-                        self.name, "package holds", "held", "not held", "nvidia_driver_hold is false", action="unhold"
-                    )
-                )
             changes += self._plan_file(
                 state,
                 UNATTENDED,
@@ -503,11 +527,30 @@ class NvidiaDriver(Resource[DriverState]):
         elif change.action == "enable":
             self._enable(host)
         elif change.action == "hold":
-            installed = manager.installed(*QUERY_PATTERNS)
-            manager.hold(*[name for name in to_hold(installed) if not installed[name].held])
+            self._hold(host, manager)
         elif change.action == "unhold":
-            installed = manager.installed(*QUERY_PATTERNS)
-            manager.unhold(*[name for name in to_hold(installed) if installed[name].held])
+            self._unhold(host, manager)
+
+    @staticmethod
+    def _hold(host: Host, manager: PackageManager) -> None:
+        installed = manager.installed(*QUERY_PATTERNS)
+        loose = [name for name in to_hold(installed) if not installed[name].held]
+        manager.hold(*loose)
+        if manager.family == "rhel":
+            names = sorted({*loose, *(host.read_text(LOCKED) or "").split()})
+            host.make_dir(os.path.dirname(LOCKED), mode=0o755)
+            host.write_file(LOCKED, "".join("%s\n" % name for name in names), mode=0o644)
+
+    @staticmethod
+    def _unhold(host: Host, manager: PackageManager) -> None:
+        installed = manager.installed(*QUERY_PATTERNS)
+        held = [name for name in to_hold(installed) if installed[name].held]
+        if manager.family == "rhel":
+            ours = (host.read_text(LOCKED) or "").split()
+            manager.unhold(*[name for name in held if name in ours])
+            host.remove(LOCKED)
+        else:
+            manager.unhold(*held)
 
     @staticmethod
     def _write(host: Host, change: Change) -> None:
@@ -517,8 +560,13 @@ class NvidiaDriver(Resource[DriverState]):
         else:
             host.write_file(path, content, mode=0o644)
 
-    def resolve(self, manager: PackageManager, plan: PackagePlan, installed: t.Mapping[str, Package]) -> dict[str, str]:
+    def resolve(
+        self, manager: PackageManager, plan: PackagePlan, installed: t.Mapping[str, Package], module: str = ""
+    ) -> dict[str, str]:
         """Exact package versions for every choice, all of one driver version.
+
+        Args:
+            module: Version of the kernel module, when somebody else brings it.
 
         Raises:
             FleetError: ``version_not_available`` with what is on offer.
@@ -531,7 +579,7 @@ class NvidiaDriver(Resource[DriverState]):
             # Package lists are missing or older than the repository.
             manager.refresh()
             offers = manager.available(*names)
-        target = self.version or self._main(plan, installed)
+        target = self.version or module or self._main(plan, installed)
         resolved: dict[str, str] = {}
         if plan.pinning:
             if plan.pinning not in offers and plan.pinning not in installed:
@@ -592,7 +640,7 @@ class NvidiaDriver(Resource[DriverState]):
             self._finish(host)
             return
         install_prerequisites(host, manager, state, plan)
-        resolved = self.resolve(manager, plan, state.installed)
+        resolved = self.resolve(manager, plan, state.installed, self._foreign_module(state))
         foreign = foreign_packages(plan, state.installed, self.branch)
         held = [name for name, package in state.installed.items() if package.held and is_driver_package(name)]
         if foreign:
@@ -605,7 +653,7 @@ class NvidiaDriver(Resource[DriverState]):
             late = foreign_holders(driver_holders(host))
             if late:
                 raise in_use_error(late, "Changing the driver packages")
-            if self.unload:
+            if self.unload and self.kernel_module:
                 stop_clients(host)
                 stopped = True
                 late = foreign_holders(driver_holders(host))

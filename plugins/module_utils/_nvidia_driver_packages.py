@@ -210,6 +210,21 @@ def _apt_companions(wish: Wish) -> list[Choice]:
     return choices
 
 
+def _apt_user_space(os_release: OsRelease, wish: Wish) -> list[Choice]:
+    """The driver without a kernel module, which comes from elsewhere; whole drivers of the branch do as well."""
+    if os_release.id == "debian":
+        return [Choice((name,)) for name in ("libcuda1", "libnvidia-ml1", "nvidia-smi")]
+    branch = "" if int(wish.branch) >= BRANCHLESS_FROM else "-%s" % wish.branch
+    flavour = "-open" if wish.flavour == OPEN else ""
+    return [
+        Choice(
+            ("nvidia-headless-no-dkms%s%s" % (branch, flavour),),
+            r"(nvidia-(driver|headless|headless-no-dkms)%s(-open)?|nvidia-open%s|cuda-drivers%s)" % ((branch,) * 3),
+        ),
+        Choice(("nvidia-utils%s" % branch,)),
+    ]
+
+
 def _apt_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) -> PackagePlan:
     """Ubuntu and Debian from NVIDIA's repository."""
     url = "%s/%s" % (wish.repository_url, repository_directory(os_release, machine, wish.repository_architecture))
@@ -243,8 +258,8 @@ def _apt_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
         )
         pinning, preferences = "", _preferences(branch, wish.version)
         foreign += r"|.*nvidia-tesla-.*"
-    # The other flavour's modules cannot be installed beside ours.
-    foreign += (
+    # The other flavour's modules cannot be installed beside ours; without a module of ours they disturb nobody.
+    others = (
         r"|cuda-drivers(-\d{3})?$|nvidia-(dkms|driver|headless|headless-no-dkms|kernel-source)(-\d{3})?$|nvidia-kernel-dkms$"
         if is_open
         else r"|nvidia-open(-\d{3})?$|nvidia-(dkms|driver|headless|headless-no-dkms|kernel-source)(-\d{3})?-open$"
@@ -252,9 +267,13 @@ def _apt_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
     )
     if is_open:
         # nvidia-driver (without suffix) is a part of the open stack too on Debian.
-        foreign = foreign.replace("(dkms|driver|", "(dkms|") if os_release.id == "debian" else foreign
+        others = others.replace("(dkms|driver|", "(dkms|") if os_release.id == "debian" else others
     choices = [main, *_apt_companions(wish)]
-    if is_open and os_release.id == "debian" and int(branch) < OPEN_BY_DEFAULT_FROM:
+    if wish.kernel_module:
+        foreign += others
+    else:
+        choices[:1] = _apt_user_space(os_release, wish)
+    if wish.kernel_module and is_open and os_release.id == "debian" and int(branch) < OPEN_BY_DEFAULT_FROM:
         # Without an open metapackage: the open modules, and the rest from the proprietary one, which takes either.
         choices[0] = Choice(("nvidia-kernel-open-dkms",))
         choices.insert(1, Choice(("cuda-drivers-%s" % branch, "cuda-drivers"), r"nvidia-driver"))
@@ -277,7 +296,15 @@ def _apt_ubuntu(kernel: str, wish: Wish) -> PackagePlan:
     """Ubuntu's own archive: the -server packages."""
     branch, suffix = wish.branch, "-open" if wish.flavour == OPEN else ""
     utils = Choice(("nvidia-utils-%s-server" % branch,))
-    if wish.signed_modules:
+    if not wish.kernel_module:
+        choices = [
+            Choice(
+                ("nvidia-headless-no-dkms-%s-server%s" % (branch, suffix),),
+                r"nvidia-(driver|headless|headless-no-dkms)-%s-server(-open)?" % branch,
+            ),
+            utils,
+        ]
+    elif wish.signed_modules:
         choices = [
             Choice(("linux-modules-nvidia-%s-server%s-%s" % (branch, suffix, kernel),), versioned=False),
             Choice(("nvidia-headless-no-dkms-%s-server%s" % (branch, suffix),)),
@@ -299,7 +326,8 @@ def _apt_ubuntu(kernel: str, wish: Wish) -> PackagePlan:
     )
     foreign += r"|nvidia-(driver|dkms|headless|headless-no-dkms|utils|compute-utils)-%s(-open)?$" % branch
     other = "" if suffix else "-open"
-    foreign += r"|nvidia-(headless|headless-no-dkms|dkms|driver|kernel-source)-%s-server%s$" % (branch, other)
+    if wish.kernel_module:
+        foreign += r"|nvidia-(headless|headless-no-dkms|dkms|driver|kernel-source)-%s-server%s$" % (branch, other)
     return PackagePlan(
         manager="apt",
         choices=tuple(choices),
@@ -336,7 +364,8 @@ def _apt_debian(os_release: OsRelease, kernel: str, wish: Wish) -> PackagePlan:
         module = Choice(("nvidia-open-kernel-dkms" if wish.flavour == OPEN else "nvidia-kernel-dkms",))
         names = ["", "nvidia-driver-bin", "nvidia-smi", "libcuda1", "libnvidia-ml1", "libnvidia-ptxjitcompiler1"]
         foreign = r"nvidia-tesla-.*|libnvidia-tesla-.*|cuda-drivers(-\d{3})?$|nvidia-open(-\d{3})?$"
-        foreign += r"|nvidia-kernel-dkms$" if wish.flavour == OPEN else r"|nvidia-open-kernel-dkms$"
+        if wish.kernel_module:
+            foreign += r"|nvidia-kernel-dkms$" if wish.flavour == OPEN else r"|nvidia-open-kernel-dkms$"
     foreign += r"|nvidia-driver-pinning-.*"
     choices = [Choice((name,)) for name in names[1:]]
     if wish.kernel_module:

@@ -17,6 +17,8 @@ from ._packages import Package, PackageManager, RepositoryState
 
 PREFERENCES = "/etc/apt/preferences.d/gpu-fleet-nvidia-driver"
 UNATTENDED = "/etc/apt/apt.conf.d/52gpu-fleet-nvidia"
+#: The names of the packages that were locked here on EL, where nothing else tells these locks from the operator's.
+LOCKED = "/var/lib/gpu_fleet/nvidia-driver-locks"
 NON_FREE = "/etc/apt/sources.list.d/gpu-fleet-debian-non-free.sources"
 #: Packages with headers that the distributions always have.
 _ANY_HEADERS = {

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt_sources import debian_source
@@ -11,6 +13,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import Fleet
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import (
+    LOCKED,
     NON_FREE,
     PREFERENCES,
     UNATTENDED,
@@ -490,6 +493,27 @@ def test_without_a_kernel_module_nothing_is_said_about_one(world: DriverWorld) -
     assert answer["message"].startswith("Driver 580.95.05 is installed without a kernel module")
 
 
+def test_user_space_follows_a_module_from_elsewhere(world: DriverWorld) -> None:
+    world.load("580.65.06")
+    world.module = "580.65.06"
+    outcome = run(world, kernel_module=False)
+    assert world.packages["nvidia-headless-no-dkms-580-open"][0].startswith("580.65.06")
+    assert not [name for name in world.packages if re.search(r"(?<!no-)dkms", name)]
+    assert not world.ran("rmmod|modprobe|dkms autoinstall")
+    assert outcome.state.loaded_version == "580.65.06"
+    assert [change.disruption for change in outcome.changes if change.action == "packages"] == [Disruption.NONE]
+    assert not run(world, kernel_module=False).changed
+
+
+@pytest.mark.parametrize("options", [{"branch": "570"}, {"version": "580.95.05"}])
+def test_user_space_that_does_not_fit_a_module_from_elsewhere(world: DriverWorld, options: dict[str, str]) -> None:
+    world.load("580.65.06")
+    with pytest.raises(FleetError, match=r"is 580\.65\.06, .* choose branch 580") as caught:
+        run(world, kernel_module=False, **options)
+    assert caught.value.reason == "driver_mismatch"
+    assert not world.packages
+
+
 def test_a_build_without_headers_says_so(world: DriverWorld) -> None:
     world.install_driver("580.95.05", loaded=False)
     world.configured()
@@ -628,3 +652,38 @@ def test_el_needs_no_apt_files() -> None:
     assert UNATTENDED not in paths
     assert PREFERENCES not in paths
     assert any("kernel-devel-" + KERNEL in path for path in paths)
+
+
+def test_locks_on_el_are_released_when_they_are_ours() -> None:
+    world = el_host()
+    lock_file = "/etc/dnf/plugins/versionlock.list"
+    names = ("kmod-nvidia-open-dkms", "nvidia-driver-cuda", "nvidia-persistenced")
+    world.commands["rpm -qa *"] = "".join("%s\t3:580.95.05-1.el9\tx86_64\n" % name for name in names)
+    world.commands = {
+        "rpm -q python3-dnf-plugin-versionlock": "",
+        "dnf -q -y versionlock *": versionlock,
+        **world.commands,
+    }
+    # One lock is the operator's.
+    world.files[lock_file] = b"nvidia-persistenced-3:580.95.05-1.el9.*\n"
+    driver = NvidiaDriver()
+    hold = next(change for change in driver.plan(driver.observe(world)) if change.action == "hold")
+    driver.apply(world, hold)
+    assert world.files[LOCKED] == b"kmod-nvidia-open-dkms\nnvidia-driver-cuda\n"
+    assert len(world.files[lock_file].splitlines()) == 3
+
+    loose = NvidiaDriver(hold=False)
+    release = next(change for change in loose.plan(loose.observe(world)) if change.action == "unhold")
+    loose.apply(world, release)
+    assert world.files[lock_file] == b"nvidia-persistenced-3:580.95.05-1.el9.*\n"
+    assert not [change for change in loose.plan(loose.observe(world)) if change.what == "package holds"]
+
+
+def versionlock(host: FakeHost, argv: tuple[str, ...], _stdin: object, _env: object) -> str:
+    path = "/etc/dnf/plugins/versionlock.list"
+    lines = (host.read_text(path) or "").splitlines()
+    lines = [line for line in lines if not any(line.startswith(name + "-3:") for name in argv[5:])]
+    if argv[4] == "add":
+        lines += ["%s-3:580.95.05-1.el9.*" % name for name in argv[5:]]
+    host.files[path] = "".join(line + "\n" for line in lines).encode()
+    return ""

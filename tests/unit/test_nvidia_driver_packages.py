@@ -339,3 +339,34 @@ def test_without_the_kernel_module_its_packages_are_left_out() -> None:
     )  # fmt: skip
     assert "nvidia-open-kernel-dkms" not in {name for choice in plan.choices for name in choice.names}
     assert plan.headers == ""
+
+
+@pytest.mark.parametrize("flavour", ["open", "proprietary"])
+@pytest.mark.parametrize("branch", ["550", "580", "595"])
+@pytest.mark.parametrize("name", ["debian12", "debian13", "ubuntu2204", "ubuntu2404"])
+def test_user_space_alone_from_nvidia(fixtures: pathlib.Path, name: str, branch: str, flavour: str) -> None:
+    asked = wish(branch=branch, flavour=flavour, kernel_module=False, kernel_headers=False, persistenced=False)
+    plan = package_plan(SYSTEMS[name], "x86_64", "k", asked)
+    manager = package_manager(repository(fixtures, name + "-nvidia"), SYSTEMS[name])
+    resolved = NvidiaDriver(branch=branch, flavour=flavour, kernel_module=False).resolve(manager, plan, {})
+    assert not [
+        package for package in resolved if re.search(r"dkms(?<!no-dkms)$|nvidia-(open|driver)(-\d+)?$", package)
+    ]
+    assert resolved
+    # A module from elsewhere may be one of NVIDIA's packages, of either flavour: it is not removed.
+    suffix = "" if branch == "595" else "-" + branch
+    modules = [("nvidia-kernel-%sdkms" if SYSTEMS[name].id == "debian" else "nvidia-dkms" + suffix + "%s") % one for one in (
+        ("", "open-") if SYSTEMS[name].id == "debian" else ("", "-open"))]  # fmt: skip
+    assert foreign_packages(plan, packages(*["%s=%s.1.2-1" % (one, branch) for one in modules]), branch) == []
+
+
+@pytest.mark.parametrize("flavour", ["open", "proprietary"])
+def test_user_space_alone_from_ubuntu(fixtures: pathlib.Path, flavour: str) -> None:
+    asked = wish(source="distribution", flavour=flavour, kernel_module=False, persistenced=False, signed_modules=True)
+    plan = package_plan(SYSTEMS["ubuntu2404"], "x86_64", "k", asked)
+    manager = package_manager(repository(fixtures, "ubuntu2404-distribution"), SYSTEMS["ubuntu2404"])
+    driver = NvidiaDriver(source="distribution", flavour=flavour, kernel_module=False)
+    assert sorted(driver.resolve(manager, plan, {})) == [
+        "nvidia-headless-no-dkms-580-server" + ("-open" if flavour == "open" else ""),
+        "nvidia-utils-580-server",
+    ]
