@@ -96,6 +96,7 @@ lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stam
 
 .PHONY: unit
 unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
+	@tests/tools.sh dpkg=dpkg openssl=openssl systemd-analyze=systemd
 	@PYTHONPATH=.build $(BIN)/pytest -n 2 tests/unit
 
 .PHONY: sanity
@@ -108,6 +109,7 @@ molecule: install ## Molecule scenarios; one with S=name
 
 .PHONY: test-full
 test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes, slow starts
+	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
 	@$(BIN)/pytest -n 2 -v tests/full

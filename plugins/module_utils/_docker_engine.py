@@ -133,7 +133,9 @@ class DockerEngine(Resource[EngineState]):
             if cannot_pull(upstream):
                 raise FleetError(
                     "invalid_option",
-                    "version = %s: %s" % (self.version, _CANNOT_PULL),
+                    # Not even with containerd's store off: an engine starts with it on before daemon.json is written.
+                    "version = %s: %s in the image store that a new engine starts with; use 29.4.3 or older."
+                    % (self.version, _CANNOT_PULL),
                     option="version",
                 )
             wanted, minimum = version_tuple(upstream), version_tuple(minimum_version)
@@ -300,7 +302,7 @@ class DockerEngine(Resource[EngineState]):
             target = self._best_offer(state.offers.get(names[0], ()))
             why = "version %s is wanted" % self.version
             if cannot_pull(upstream):
-                why = _CANNOT_PULL
+                why = _CANNOT_PULL + "; use 29.4.3 or older, or turn features.containerd-snapshotter off in daemon.json"
             elif version_tuple(upstream) < version_tuple(self.minimum_version):
                 why = "the NIM family needs Docker Engine %s or newer" % self.minimum_version
             if target is None and (self.package_source == "distribution" or state.repository.indexed):
@@ -529,10 +531,7 @@ class DockerEngine(Resource[EngineState]):
             )
 
 
-_CANNOT_PULL = (
-    "Docker Engine 29.5.x cannot pull from nvcr.io (it answers 'Incorrect Repository Format'); use 29.4.3 or older, or turn "
-    "features.containerd-snapshotter off in daemon.json"
-)
+_CANNOT_PULL = "Docker Engine 29.5.x cannot pull from nvcr.io (it answers 'Incorrect Repository Format')"
 
 
 def _containerd_store_off(daemon: DaemonState) -> bool:

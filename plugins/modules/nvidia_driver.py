@@ -76,7 +76,8 @@ options:
     default: true
   kernel_module:
     description:
-      - Whether the kernel module is part of the job; V(false) where it comes from the machine's image.
+      - Whether the kernel module is part of the job; V(false) where it comes from the machine's image. Then only user space is
+        installed, at the version of the module that is there.
       - Not on EL, whose packages depend on a module package.
     type: bool
     default: true

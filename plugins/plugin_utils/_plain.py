@@ -30,7 +30,8 @@ def resolved(value: t.Any) -> t.Any:
 
     def text(value: t.Any) -> str:
         found = str(value)
-        if BEFORE_2_19 and "{{" in found and "}}" in found:
+        # What is marked !unsafe is no template, whatever is in it (AnsibleUnsafe has this attribute).
+        if BEFORE_2_19 and "{{" in found and "}}" in found and not getattr(value, "__UNSAFE__", False):
             raise AnsibleError("something in it is undefined")
         return found
 

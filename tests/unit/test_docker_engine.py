@@ -137,7 +137,7 @@ def test_engine_that_fits_is_kept(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"version": "29.5.1"}, "cannot pull from nvcr.io"),
+        ({"version": "29.5.1"}, "in the image store that a new engine starts with; use 29.4.3 or older."),
         ({"version": "29.5"}, "cannot pull from nvcr.io"),
         ({"version": "5:29.5.0-1~x"}, "cannot pull from nvcr.io"),
         ({"version": "20.10.24"}, "older than minimum_version"),
@@ -163,6 +163,7 @@ def test_engine_that_cannot_pull_is_replaced_when_nothing_runs(machine: Machine)
     machine.dockerd.get = _containerd_store(machine.dockerd)  # type: ignore[method-assign] # another answer to /info
     outcome = machine.run()
     assert "cannot pull" in outcome.changes[0].why
+    assert "turn features.containerd-snapshotter off" in outcome.changes[0].why
     assert machine.apt.packages["docker-ce"].version == ce("29.4.3")
     assert machine.apt.packages["docker-ce-cli"].version == ce("29.4.3")
     assert not machine.run().changed

@@ -83,6 +83,17 @@ def test_plain_and_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(action.resolve({"nim_models": ["{{ x }}"]})["nim_models"], Unresolved)
 
 
+def test_unsafe_text_is_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsafe(str):
+        """As ansible-core 2.18 reads ``!unsafe``."""
+
+        __UNSAFE__ = True
+
+    monkeypatch.setattr(_plain, "BEFORE_2_19", True)
+    options = {"log-opts": {"tag": Unsafe("{{.Name}}")}}
+    assert action.resolve({"docker_daemon_options": options}) == {"docker_daemon_options": options}
+
+
 def test_every_special_check_is_about_a_variable_that_a_role_has() -> None:
     known = {name for options in action.load_specs().values() for name in options}
     source = pathlib.Path(_inventory.__file__).read_text()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import stat
 import subprocess
 
@@ -152,7 +151,6 @@ def test_unit_text_follows_the_timeouts() -> None:
     assert "@sha256" not in text
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("injection", ["runtime", "cdi"])
 def test_systemd_accepts_the_units(tmp_path: pathlib.Path, injection: str) -> None:
     (model,) = parse_models([llama()])

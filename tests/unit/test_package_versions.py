@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import pytest
@@ -26,7 +25,6 @@ def test_debian_order_is_total_and_as_listed() -> None:
             assert compare_debian(one, two) == (left > right) - (left < right), (one, two)
 
 
-@pytest.mark.skipif(shutil.which("dpkg") is None, reason="no dpkg on this machine")
 def test_debian_order_is_that_of_dpkg() -> None:
     for one, two in zip(VERSIONS, VERSIONS[1:]):
         assert subprocess.run(["dpkg", "--compare-versions", one, "lt", two], check=False).returncode == 0

@@ -106,9 +106,10 @@ def driver(version: str, major: int) -> list[Package]:
         Package("cuda-drivers", version, release, requires=["nvidia-driver = " + exact, "nvidia-kmod = " + exact]),
     ]
     suffix = "" if branch >= 580 else "-%d" % branch
-    found.append(Package("nvidia-fabricmanager" if branch >= 580 else "nvidia-fabric-manager", version, "1"))
-    found.append(Package("libnvidia-nscq" + suffix, version, "1"))
-    found.append(Package("nvidia-imex" + suffix, version, "1"))
+    companion = release if branch >= 590 else "1"
+    found.append(Package("nvidia-fabricmanager" if branch >= 580 else "nvidia-fabric-manager", version, companion))
+    found.append(Package("libnvidia-nscq" + suffix, version, companion))
+    found.append(Package("nvidia-imex" + suffix, version, companion))
     return found
 
 
