@@ -80,6 +80,37 @@ class LoadedDriver:
 
 
 @dataclass(frozen=True)
+class GpuTelemetry:
+    """What a GPU says of its own condition; an empty string or None where it does not tell.
+
+    Attributes:
+        ecc: ``Enabled`` or ``Disabled``; ``ecc_pending`` from the next reset on.
+        ecc_volatile: Uncorrectable ECC errors since the driver was loaded or the GPU was reset.
+        ecc_aggregate: Uncorrectable ECC errors in the GPU's life.
+        sram_threshold_exceeded, remap_pending, remap_failure, retirement_pending: ``Yes`` or ``No``.
+        repairs: Of channel repair pending, TPC repair pending and unrepairable memory those that are ``Yes``.
+        slowdowns: Hardware slowdowns that are active now, by the names of nvidia-smi without their common beginning.
+        fabric_health: Summary of the fabric's health, for example ``Healthy``; ``fabric_troubles`` what is wrong.
+        lost: The text with which the GPU refuses to answer, for example ``GPU requires reset``.
+    """
+
+    ecc: str = ""
+    ecc_pending: str = ""
+    ecc_volatile: int | None = None
+    ecc_aggregate: int | None = None
+    sram_threshold_exceeded: str = ""
+    remap_pending: str = ""
+    remap_failure: str = ""
+    retirement_pending: str = ""
+    repairs: tuple[str, ...] = ()
+    slowdowns: tuple[str, ...] = ()
+    mig_pending: str = ""
+    fabric_health: str = ""
+    fabric_troubles: tuple[str, ...] = ()
+    lost: str = ""
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One GPU as the driver sees it. Memory in MiB; None where the driver does not tell."""
 
@@ -101,6 +132,7 @@ class Gpu:
     recovery_action: str = ""
     fabric_state: str = ""
     fabric_status: str = ""
+    telemetry: GpuTelemetry = GpuTelemetry()
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,8 @@ class GpuInventory:
         imex: True on Grace Blackwell, whose NVLink domain spans hosts.
         cuda_version: CUDA version of the user-space driver, empty when nvidia-smi did not run.
         smi_error: Why nvidia-smi gave no answer; empty when it did or was not asked.
+        unlisted: PCI addresses of GPUs that the driver is bound to and nvidia-smi does not list, other than those that
+            the driver was told to leave out.
     """
 
     pci: tuple[PciGpu, ...] = ()
@@ -124,6 +158,7 @@ class GpuInventory:
     cuda_version: str = ""
     smi_driver_version: str = ""
     smi_error: str = ""
+    unlisted: tuple[str, ...] = ()
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -342,9 +377,78 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
                 recovery_action=_text(element, "gpu_recovery_action"),
                 fabric_state=_text(element, "fabric/state"),
                 fabric_status=_text(element, "fabric/status"),
+                telemetry=_telemetry(element),
             )
         )
     return _text(root, "cuda_version"), _text(root, "driver_version"), tuple(gpus)
+
+
+#: What nvidia-smi prints in place of values when a GPU does not answer any more.
+_LOST = ("gpu requires reset", "gpu is lost")
+_REPAIRS = ("channel_repair_pending", "tpc_repair_pending", "unrepairable_memory")
+
+
+def _telemetry(gpu: ET.Element) -> GpuTelemetry:
+    """Branches differ: clocks were throttled before they had events, and memory was counted by bits before Ampere."""
+    fabric = gpu.find("fabric/health")
+    return GpuTelemetry(
+        ecc=_text(gpu, "ecc_mode/current_ecc"),
+        ecc_pending=_text(gpu, "ecc_mode/pending_ecc"),
+        ecc_volatile=_uncorrectable(gpu.find("ecc_errors/volatile")),
+        ecc_aggregate=_uncorrectable(gpu.find("ecc_errors/aggregate")),
+        sram_threshold_exceeded=_text(gpu, "ecc_errors/aggregate/sram_threshold_exceeded"),
+        remap_pending=_text(gpu, "remapped_rows/remapped_row_pending"),
+        remap_failure=_text(gpu, "remapped_rows/remapped_row_failure"),
+        retirement_pending=_text(gpu, "retired_pages/pending_retirement")
+        or _text(gpu, "retired_pages/pending_blacklist"),
+        repairs=tuple(name for name in _REPAIRS if _text(gpu, "ecc_errors/" + name) == "Yes"),
+        slowdowns=tuple(
+            element.tag.split("_reason_", 1)[1]
+            for path in ("clocks_event_reasons", "clocks_throttle_reasons")
+            for element in gpu.findall(path + "/*")
+            if "_reason_hw_" in element.tag and (element.text or "").strip() == "Active"
+        ),
+        mig_pending=_text(gpu, "mig_mode/pending_mig"),
+        fabric_health=_text(gpu, "fabric/health/summary"),
+        fabric_troubles=tuple(
+            element.tag
+            for element in (fabric if fabric is not None else ())
+            if (element.text or "").strip().lower() in ("true", "yes", "degraded")
+        ),
+        lost=next(
+            (text for text in map(str.strip, gpu.itertext()) if text.strip("[]").lower() in _LOST),
+            "",
+        ).strip("[]"),
+    )
+
+
+def _uncorrectable(counters: ET.Element | None) -> int | None:
+    """Sum of the counters of uncorrectable errors; None when none of them has a value."""
+    found = [
+        number
+        for element in (counters if counters is not None else ())
+        if "_uncorrectable" in element.tag
+        for number in [_number(_text(element, "."))]
+        if number is not None
+    ]
+    if found:
+        return sum(found)
+    return _number(_text(counters, "double_bit/total"))
+
+
+def _unlisted(host: Host, pci: t.Sequence[PciGpu], gpus: t.Sequence[Gpu]) -> tuple[str, ...]:
+    listed = {gpu.bdf for gpu in gpus}
+    return tuple(
+        gpu.bdf
+        for gpu in pci
+        if gpu.bound == "nvidia"
+        and gpu.bdf not in listed
+        and not re.search(
+            r"^GPU Excluded:\s*Yes",
+            host.read_text("/proc/driver/nvidia/gpus/%s/information" % gpu.bdf) or "",
+            re.MULTILINE,
+        )
+    )
 
 
 def _gpus_from_proc(host: Host, pci: t.Sequence[PciGpu]) -> tuple[Gpu, ...]:
@@ -387,6 +491,7 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
     driver = observe_loaded_driver(host)
     cuda = smi_version = smi_error = ""
     gpus: tuple[Gpu, ...] = ()
+    unlisted: tuple[str, ...] = ()
     if driver is not None:
         if with_smi:
             result = host.run(["nvidia-smi", "-q", "-x"], timeout=_SMI_TIMEOUT)
@@ -396,6 +501,8 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
                 smi_error = result.last_line()
             if not result.ok and not smi_error and not gpus:
                 smi_error = result.last_line()
+            if gpus:
+                unlisted = _unlisted(host, pci, gpus)
         if not gpus:
             gpus = _gpus_from_proc(host, pci)
     return GpuInventory(
@@ -408,6 +515,7 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
         cuda_version=cuda,
         smi_driver_version=smi_version,
         smi_error=smi_error,
+        unlisted=unlisted,
     )
 
 
