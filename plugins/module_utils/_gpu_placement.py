@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._gpu import Gpu
+from ._gpu_topology import Topology
 from ._nim_models import GpuRequest
 
 
@@ -21,45 +22,90 @@ class Wish:
     Attributes:
         gpus: Count, ``"all"``, or indices and UUIDs.
         present: UUIDs that the service has now; kept as long as they satisfy the request.
+        memory_mib: Memory that each of its GPUs must have; None = any. A GPU that does not tell its memory, as those
+            with unified memory, may have enough.
+        profile: Profile that asks for this number of GPUs; empty where the operator gave the number.
     """
 
     name: str
     gpus: GpuRequest
     present: tuple[str, ...] = ()
+    memory_mib: int | None = None
+    profile: str = ""
+
+    @property
+    def count(self) -> int:
+        """How many GPUs, where that is all it asks for; otherwise 0."""
+        return self.gpus if isinstance(self.gpus, int) else 0
 
 
 def place(
-    wishes: t.Sequence[Wish], gpus: t.Sequence[Gpu], foreign: t.Mapping[str, t.Sequence[str]] | None = None
+    wishes: t.Sequence[Wish],
+    gpus: t.Sequence[Gpu],
+    foreign: t.Mapping[str, t.Sequence[str]] | None = None,
+    topology: Topology | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """UUIDs for every wish, in the order of the GPUs' indices.
 
-    Explicit requests come first, then models keep the GPUs they have, then the rest is given by lowest index.
-    A count is served with whole GPUs only; ``all`` on a GPU in MIG mode means its MIG devices.
+    Explicit requests come first, then models keep the GPUs they have while those have enough memory. The rest is given
+    by need of memory, then by number of GPUs, then in the order of the list: the model that few GPUs suit chooses first,
+    so whatever can be placed is placed. A model takes GPUs that no stranger computes on, then those that are closest to
+    each other, then those with the lowest index. A count is served with whole GPUs only; ``all`` on a GPU in MIG mode
+    means its MIG devices.
 
     Args:
         foreign: NIM services of the host that are not in the list, with the UUIDs they hold.
+        topology: How the GPUs are connected; None = unknown.
 
     Raises:
         FleetError: ``gpus_unavailable`` with a table of who holds what.
     """
-    table = _Table(gpus, foreign or {})
+    table = _Table(gpus, foreign or {}, wishes, topology)
     answer: dict[str, list[str]] = {}
     for wish in wishes:
-        if not isinstance(wish.gpus, int):
+        if not wish.count:
             answer[wish.name] = table.take_named(wish)
-    counted = [wish for wish in wishes if isinstance(wish.gpus, int)]
+    counted = [wish for wish in wishes if wish.count]
     for wish in counted:
         answer[wish.name] = table.keep(wish)
-    for wish in counted:
-        answer[wish.name] += table.take_free(wish, t.cast(int, wish.gpus) - len(answer[wish.name]))
+    for wish in sorted(counted, key=lambda wish: (-(wish.memory_mib or 0), -wish.count)):
+        answer[wish.name] += table.take_free(wish, answer[wish.name])
     return {wish.name: tuple(sorted(answer[wish.name], key=table.rank)) for wish in wishes}
+
+
+def topology_matters(
+    wishes: t.Sequence[Wish], gpus: t.Sequence[Gpu], foreign: t.Mapping[str, t.Sequence[str]] | None = None
+) -> bool:
+    """Whether a model that takes several GPUs has a choice, so that it is worth asking how they are connected."""
+    if not any(wish.count > 1 for wish in wishes):
+        return False
+    table = _Table(gpus, foreign or {}, wishes, None)
+    try:
+        for wish in wishes:
+            if not wish.count:
+                table.take_named(wish)
+    except FleetError:
+        # Said where it is placed.
+        return False
+    missing = {wish.name: wish.count - len(table.keep(wish)) for wish in wishes if wish.count}
+    return any(wish.count > 1 and 0 < missing[wish.name] < len(table.free(wish)) for wish in wishes)
 
 
 class _Table:
     """Every GPU and MIG device with its holder while the models are being placed."""
 
-    def __init__(self, gpus: t.Sequence[Gpu], foreign: t.Mapping[str, t.Sequence[str]]) -> None:
+    def __init__(
+        self,
+        gpus: t.Sequence[Gpu],
+        foreign: t.Mapping[str, t.Sequence[str]],
+        wishes: t.Sequence[Wish],
+        topology: Topology | None,
+    ) -> None:
         self.gpus = sorted(gpus, key=lambda gpu: gpu.index)
+        self.topology = topology
+        self.memory: dict[str, int | None] = {}
+        #: Who computes on a GPU without being a service of ours.
+        self.strangers: dict[str, list[str]] = {}
         self.holder: dict[str, str] = {}
         self.parent: dict[str, str] = {}
         self.label: dict[str, str] = {}
@@ -69,13 +115,21 @@ class _Table:
             self.parent[gpu.uuid] = gpu.uuid
             self.label[gpu.uuid] = str(gpu.index)
             self.order.append(gpu.uuid)
-            slices = [str(device["uuid"]) for device in gpu.mig_devices if device.get("uuid")]
-            if not slices and not _mig_enabled(gpu):
+            self.memory[gpu.uuid] = gpu.memory_total_mib
+            slices = [device for device in gpu.mig_devices if device.get("uuid")]
+            if not slices and not mig_enabled(gpu):
                 self.whole.append(gpu.uuid)
-            for number, uuid in enumerate(slices):
+            for number, device in enumerate(slices):
+                uuid = str(device["uuid"])
                 self.parent[uuid] = gpu.uuid
                 self.label[uuid] = "%d:%d" % (gpu.index, number)
                 self.order.append(uuid)
+                self.memory[uuid] = device.get("memory_total_mib")
+        ours = {uuid.lower() for wish in wishes for uuid in wish.present}
+        ours |= {uuid.lower() for uuids in foreign.values() for uuid in uuids}
+        for gpu in self.gpus:
+            if gpu.uuid.lower() not in ours:
+                self.strangers[gpu.uuid] = [_stranger(process) for process in gpu.processes if _computes(process)]
         self.by_text = {uuid.lower(): uuid for uuid in self.order}
         self.by_text.update({label: uuid for uuid, label in self.label.items()})
         for name, uuids in sorted(foreign.items()):
@@ -107,7 +161,7 @@ class _Table:
                 raise self.refuse(wish, "there is none on this host")
         else:
             names = t.cast("tuple[str, ...]", wish.gpus)
-        found = []
+        found: list[str] = []
         for name in names:
             uuid = self.by_text.get(name.lower()) or self._unlisted_mig_device(name)
             if uuid is None:
@@ -117,53 +171,135 @@ class _Table:
             taken = self.holders(uuid)
             if taken:
                 raise self.refuse(wish, "GPU %s is taken by %s" % (self.label[uuid], ", ".join(taken)))
+            if not self.has_memory(wish, uuid):
+                raise self.refuse(
+                    wish,
+                    "GPU %s has %s of memory where the model needs %s"
+                    % (self.label[uuid], _shown(self.memory[uuid]), _shown(wish.memory_mib)),
+                )
             found.append(uuid)
         return [self.give(wish, uuid) for uuid in found]
 
     def _unlisted_mig_device(self, name: str) -> str | None:
         """A MIG device that cannot be checked: some drivers list the devices without their UUIDs."""
         if not name.startswith("MIG-") or not any(
-            _mig_enabled(gpu) and not all(device.get("uuid") for device in gpu.mig_devices) for gpu in self.gpus
+            mig_enabled(gpu) and not all(device.get("uuid") for device in gpu.mig_devices) for gpu in self.gpus
         ):
             return None
         self.parent[name] = self.label[name] = name
         self.by_text[name.lower()] = name
         self.order.append(name)
+        self.memory[name] = None
         return name
+
+    def has_memory(self, wish: Wish, uuid: str) -> bool:
+        memory = self.memory[uuid]
+        return wish.memory_mib is None or memory is None or memory >= wish.memory_mib
+
+    def free(self, wish: Wish) -> list[str]:
+        """Whole GPUs that nobody holds and that have the memory."""
+        return [uuid for uuid in self.whole if not self.holders(uuid) and self.has_memory(wish, uuid)]
 
     def keep(self, wish: Wish) -> list[str]:
         kept: list[str] = []
-        for uuid in sorted((uuid for uuid in wish.present if uuid in self.whole), key=self.rank):
-            if len(kept) < t.cast(int, wish.gpus) and not self.holders(uuid):
+        present = {self.by_text.get(uuid.lower(), "") for uuid in wish.present}
+        for uuid in sorted(self.whole, key=self.rank):
+            if uuid in present and len(kept) < wish.count and not self.holders(uuid) and self.has_memory(wish, uuid):
                 kept.append(self.give(wish, uuid))
         return kept
 
-    def take_free(self, wish: Wish, missing: int) -> list[str]:
-        free = [uuid for uuid in self.whole if not self.holders(uuid)]
+    def take_free(self, wish: Wish, kept: t.Sequence[str]) -> list[str]:
+        missing = wish.count - len(kept)
+        if missing <= 0:
+            return []
+        free = self.free(wish)
         if missing > len(free):
-            raise self.refuse(wish, "%d more would be needed and %d are free" % (missing, len(free)))
-        return [self.give(wish, uuid) for uuid in free[:missing]]
+            small = len([uuid for uuid in self.whole if not self.holders(uuid)]) - len(free)
+            raise self.refuse(
+                wish,
+                "%d more would be needed and %d %s free%s%s"
+                % (
+                    missing,
+                    len(free),
+                    "is" if len(free) == 1 else "are",
+                    " with the %s of memory that it needs" % _shown(wish.memory_mib) if small else "",
+                    ", because a GPU in MIG mode is given by the UUIDs of its MIG devices alone"
+                    if any(mig_enabled(gpu) for gpu in self.gpus)
+                    else "",
+                ),
+            )
+        quiet = [uuid for uuid in free if not self.strangers.get(uuid)]
+        choice = quiet if len(quiet) >= missing else free
+        if missing < len(choice) and wish.count > 1 and self.topology is not None:
+            index = {gpu.index: gpu.uuid for gpu in self.gpus}
+            of = {uuid: number for number, uuid in index.items()}
+            best = self.topology.best([of[uuid] for uuid in choice], missing, [of[uuid] for uuid in kept])
+            choice = [index[number] for number in best]
+        elif len(quiet) < missing:
+            choice = sorted(free, key=lambda uuid: (bool(self.strangers.get(uuid)), self.rank(uuid)))
+        return [self.give(wish, uuid) for uuid in choice[:missing]]
 
     def refuse(self, wish: Wish, problem: str) -> FleetError:
         asked = "[%s]" % ", ".join(wish.gpus) if isinstance(wish.gpus, tuple) else str(wish.gpus)
-        rows = [
-            "GPU %s %s %s: %s" % (self.label[uuid], uuid, self._name(uuid), ", ".join(self.holders(uuid)) or "free")
-            for uuid in self.order
-        ]
+        asked = "profile %s with %s GPUs" % (wish.profile, asked) if wish.profile else "gpus = " + asked
+        remedy = "name another profile" if wish.profile else "change gpus"
         return FleetError(
             "gpus_unavailable",
-            "Model %s asks for gpus = %s, but %s; change gpus, or set another service to state absent. "
-            "The GPUs of this host: %s." % (wish.name, asked, problem, "; ".join(rows) or "none"),
+            "Model %s asks for %s, but %s; %s, or set another service to state absent. The GPUs of this host: %s."
+            % (wish.name, asked, problem, remedy, "; ".join(self._row(uuid) for uuid in self.order) or "none"),
             model=wish.name,
-            gpus=[{"gpu": self.label[uuid], "uuid": uuid, "held_by": self.holders(uuid)} for uuid in self.order],
+            gpus=[
+                {
+                    "gpu": self.label[uuid],
+                    "uuid": uuid,
+                    "name": self._name(uuid),
+                    "memory_mib": self.memory[uuid],
+                    "held_by": self.holders(uuid),
+                    "used_by": self.strangers.get(uuid, []),
+                }
+                for uuid in self.order
+            ],
         )
+
+    def _row(self, uuid: str) -> str:
+        """``GPU 0 GPU-… NVIDIA H200 140.4 GiB: llama``"""
+        who = ", ".join(self.holders(uuid))
+        strangers = ", ".join(self.strangers.get(uuid, []))
+        if not who:
+            who = "in MIG mode" if self._mig(uuid) else "free"
+        if strangers:
+            who += ", used by " + strangers
+        return "GPU %s %s %s %s: %s" % (self.label[uuid], uuid, self._name(uuid), _shown(self.memory[uuid]), who)
+
+    def _mig(self, uuid: str) -> bool:
+        return any(gpu.uuid == uuid and uuid not in self.whole for gpu in self.gpus)
 
     def _name(self, uuid: str) -> str:
         for gpu in self.gpus:
             if gpu.uuid == self.parent[uuid]:
                 return gpu.name + (" (MIG device)" if uuid != gpu.uuid else "")
-        return ""
+        return "(MIG device)"
 
 
-def _mig_enabled(gpu: Gpu) -> bool:
+def mig_enabled(gpu: Gpu) -> bool:
     return gpu.mig.lower().startswith("enabled")
+
+
+def _shown(memory_mib: int | None) -> str:
+    return "memory not told" if memory_mib is None else "%.1f GiB" % (memory_mib / 1024)
+
+
+def _computes(process: t.Mapping[str, t.Any]) -> bool:
+    """Whether a process of nvidia-smi has a compute context; a display does not keep a NIM away."""
+    return "C" in str(process.get("type") or "").upper()
+
+
+def _stranger(process: t.Mapping[str, t.Any]) -> str:
+    # Only the program: arguments of strangers may hold secrets.
+    name = str(process.get("name") or "a process").split(" ", 1)[0].rsplit("/", 1)[-1]
+    pid = process.get("pid")
+    used = process.get("used_memory_mib")
+    details = ["pid %s" % pid] if pid is not None else []
+    if isinstance(used, int):
+        details.append("%.1f GiB" % (used / 1024))
+    return "%s (%s)" % (name, ", ".join(details)) if details else name
