@@ -229,11 +229,14 @@ def _kind(profile: Profile, gpu: Gpu, device: str) -> bool | None:
     if profile.gpu_device and device and profile.gpu_device == device.lower():
         return True
     pattern = profile.tags.get("product_name_regex", "")
-    if pattern and _PLAIN_PATTERN.match(pattern) and gpu.name:
-        return re.match(pattern, gpu.name.replace(" ", "-")) is not None
+    if pattern:
+        known_pattern = _PLAIN_PATTERN.match(pattern) is not None and bool(gpu.name)
+        return re.match(pattern, gpu.name.replace(" ", "-")) is not None if known_pattern else None
     capability = profile.tags.get("compute_capability", "").strip()
     known = _CAPABILITIES.get(gpu.architecture)
-    if capability and known and re.match(r"\d{1,2}\.\d\Z", capability):
+    if capability:
+        if known is None or not re.match(r"\d{1,2}\.\d\Z", capability):
+            return None
         if capability not in known:
             return False
         return True if known == (capability,) else None

@@ -28,7 +28,9 @@ _BACKENDS = ("tensorrt_llm", "trtllm", "tensorrt", "vllm", "sglang", "onnx", "py
 _LLM_BACKENDS = ("tensorrt_llm", "trtllm", "vllm", "sglang")
 _ID = r"[0-9a-f]{64}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _ID_ALONE = re.compile(r"(?:%s)\Z" % _ID)
-_PRECISION = re.compile(r"(?:(?:bf|fp|int|uint|nvfp|mxfp|tf)\d{1,2}|w\d{1,2}a\d{1,2}\w{0,8}|awq|gptq)\Z", re.I)
+_PRECISION = re.compile(
+    r"(?:(?:bf|fp|int|uint|nvfp|mxfp|tf)\d{1,2}(?:_\w{1,12})?|w\d{1,2}a\d{1,2}\w{0,8}|awq|gptq)\Z", re.I
+)
 _DEGREE = re.compile(r"(tp|pp)(\d{1,3})\Z")
 _GPU_TOKEN = re.compile(r"[a-z]{1,5}\d{1,4}[a-z0-9_]{0,30}\Z", re.I)
 _DEVICE = re.compile(r"([0-9a-f]{4})(?::10de)?\Z", re.I)
@@ -95,6 +97,8 @@ class Profile:
             if part
         )
         short = self.id if len(self.id) < 40 else self.id[:12] + "…"
+        if not short:
+            return name
         return "%s (%s)" % (name, short) if name else short
 
 
