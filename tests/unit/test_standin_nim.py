@@ -365,6 +365,14 @@ def test_no_network(nim):
         ({"STANDIN_GPU_USED_MIB": "46000"}, 1, "that are currently not runnable due to low free GPU memory."),
         ({"STANDIN_FAIL": "eng-28a"}, 137, "Killed"),
         ({"STANDIN_FAIL": "eng-21a"}, 1, "torch.OutOfMemoryError: CUDA out of memory."),
+        ({"STANDIN_FAIL": "eng-21a", "STANDIN_FAIL_END": "7", "STANDIN_FAIL_TEXT": "a\\nb c"}, 7, "launch.py:101] b c"),
+        # Enough for the profile, not for the share that the engine wants.
+        (
+            {"STANDIN_GPU_USED_MIB": "9000"},
+            1,
+            "Free memory on device (36.20/44.99 GiB) on startup is less than desired",
+        ),
+        ({"STANDIN_OPEN_FILES": "99999999"}, 1, "OSError: [Errno 24] Too many open files: '/dev/null'"),
     ],
 )
 def test_doomed_starts(nim, environment, code, text):
@@ -385,6 +393,65 @@ def test_dead_engine_leaves_the_container_up(nim):
     nim.wait(503)
     assert "EngineDeadError" in nim.text()
     assert nim.process.poll() is None
+
+
+def test_end_after_ready(nim):
+    nim.start(LLAMA, STANDIN_FAIL="eng-21a", STANDIN_FAIL_PHASE="serving", STANDIN_FAIL_AFTER="0.3")
+    assert nim.process.wait(10) == 1
+    assert nim.text().rstrip().endswith("of which 1.21 GiB is free.")
+
+
+def test_failure_at_an_order(nim, tmp_path):
+    order = tmp_path / "order"
+    when = {"STANDIN_FAIL_WHEN": str(order), "STANDIN_FAIL_END": "continue"}
+    nim.start(LLAMA, ready=False, STANDIN_FAIL="eng-26", STANDIN_FAIL_PHASE="engine", **when)
+    until = time.time() + 10
+    while "Initializing" not in nim.text() and time.time() < until:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert "EngineDeadError" not in nim.text()
+    order.touch()
+    nim.wait(200)
+    assert "EngineDeadError" in nim.text()
+
+
+def test_failure_as_an_exception_in_json(nim):
+    code, text = nim.run(
+        LLAMA,
+        "nim-run",
+        STANDIN_FAIL="eng-21a",
+        STANDIN_FAIL_TRACEBACK="1",
+        NIM_JSONL_LOGGING="1",
+        NIM_LOG_LEVEL="ERROR",
+    )
+    record = json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+    assert (code, record["level"], record["message"]) == (1, "None", "")
+    assert "torch.OutOfMemoryError" in record["exc_info"]
+
+
+def test_requests_that_fail_although_it_is_healthy(nim):
+    nim.start(LLAMA, STANDIN_REQUESTS_FAIL="1")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert nim.post("/v1/chat/completions", model="meta/llama-3.1-8b-instruct", messages=messages)[0] == 500
+    assert nim.get("/v1/health/ready")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("scaling", "text"),
+    [
+        ({"type": "extended", "factor": 8.0}, "ValueError: Unknown RoPE scaling type extended"),
+        ([8.0], "ValueError: `rope_scaling` must be a dictionary with two fields, `type` and `factor`"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, ""),
+    ],
+)
+def test_rope_scaling_of_the_weights(nim, tmp_path, scaling, text):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text(json.dumps({"rope_scaling": scaling}))
+    nim.start(LLAMA, ready=not text, NIM_FT_MODEL=str(weights), STANDIN_BUILD_SECONDS="0")
+    if text:
+        assert nim.process.wait(10) == 1
+        assert text in nim.text()
 
 
 def test_failing_only_at_first(nim):

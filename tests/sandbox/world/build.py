@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -384,6 +385,10 @@ ENTRYPOINT = """#!/bin/sh
 found=
 for node in /dev/nvidia[0-9]*; do [ -e "$node" ] && found=1; done
 [ -n "$found" ] || cat /opt/nvidia/no-driver.txt
+# Or when CUDA cannot be initialised because the Fabric Manager has not done its work.
+if command -v nvidia-smi >/dev/null && nvidia-smi -q 2>/dev/null | grep -q 'In Progress'; then
+  cat /opt/nvidia/no-cuda.txt
+fi
 case "$1" in -*) set -- nim-serve "$@" ;; esac
 exec "$@"
 """
@@ -408,6 +413,7 @@ def standin_tree() -> Tree:
         )
     tree.add("opt/nvidia/nvidia_entrypoint.sh", ENTRYPOINT.encode(), mode=0o755)
     tree.add("opt/nvidia/no-driver.txt", (FAILURES["host-49"][2] + "\n\n").encode())
+    tree.add("opt/nvidia/no-cuda.txt", (FAILURES["host-50a"][2] + "\n\n").encode())
     tree.add("opt/nim/start_server.sh", b'#!/bin/sh\nexec nim-run "$@"\n', mode=0o755)
     return tree
 
@@ -429,6 +435,11 @@ def image_tree(image: dict[str, Any]) -> Tree:
             tree.directory("etc/nim/config")
             path = "etc/nim/config/model_manifest.yaml"
         tree.add(path, manifest_yaml(image).encode())
+    if "amd64" not in image["architectures"]:
+        # A program of that machine, which no other can run: the head of an ELF file for AArch64 (elf.h).
+        numbers = (2, 183, 1, 0, 0, 0, 0, 64, 56, 0, 64, 0, 0)
+        head = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack("<HHIQQQIHHHHHH", *numbers)
+        tree.add("opt/nvidia/nvidia_entrypoint.sh", head, mode=0o755)
     return tree
 
 
@@ -555,6 +566,9 @@ def config_of(image: dict[str, Any], architecture: str, layers: list[Layer]) -> 
     else:
         command = {"2": ["nim-serve"], "native": ["nim-native"]}.get(dialect, ["/opt/nim/start_server.sh"])
         config.update(Entrypoint=["/opt/nvidia/nvidia_entrypoint.sh"], Cmd=command)
+    if image.get("silent"):
+        labels = {}
+        del env["NIM_CACHE_PATH"]
     config.update(Env=["%s=%s" % pair for pair in env.items()], Labels=labels)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EPOCH))
     return {

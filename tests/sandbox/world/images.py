@@ -106,8 +106,9 @@ def image(
     version: str = "",
     model_version: str = "hf-1",
     files_mib: int = 6,
+    silent: bool = False,
 ) -> dict[str, Any]:
-    """One tag of one repository."""
+    """One tag of one repository; a silent image has no labels and variables by which its family could be told."""
     second = dialect == "2"
     profiles = {"1": profiles_1x, "2": profiles_2x}.get(dialect, lambda _memory: [])(memory_gb)
     if dialect == "embedding":
@@ -129,6 +130,7 @@ def image(
         "padding_mib": padding_mib,
         "model_store": "nim/%s/%s:%s" % (model.split("/")[0], model.split("/")[1].replace(".", "_"), model_version),
         "files_mib": files_mib,
+        **({"silent": True} if silent else {}),
     }
 
 
@@ -215,6 +217,15 @@ IMAGES = [
         dialect="embedding",
         memory_gb=4,
         max_model_len=512,
+    ),
+    image(
+        "nim/snowflake/arctic-embed-l",
+        "1.0.1",
+        model="snowflake/arctic-embed-l",
+        dialect="embedding",
+        memory_gb=4,
+        max_model_len=512,
+        silent=True,
     ),
     image(
         "nim/nvidia/llama-nemotron-embed-1b-v2",

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Failures that STANDIN_FAIL can ask for: the literal text, when it appears and how the container ends.
 
+Those of Docker, the toolkit, the kernel and the registry are here too, for where the situation itself cannot be made.
+
 ``phase``: start (before anything else) | profile | download | engine | serving (after ready) | request.
 ``end``: an exit code | "continue" (harmless or survivable) | "unhealthy" (stays up, health turns 503) | "hang" (never
 ready).  Codes are those recorded for the real thing; where none is recorded the stand-in uses 1 (and 0 for a failed
@@ -150,4 +152,54 @@ FAILURES = {
         " driver combination",
     ),
     "host-58a": ("start", 255, "exec /opt/nim/start_server.sh: exec format error"),
+    "host-45b": ("engine", 1, "Failed to initialize NVML: Driver/library version mismatch"),
+    "host-46": ("engine", 1, "nvidia-container-cli: device error: 9: unknown device"),
+    "host-54": (
+        "engine",
+        1,
+        'Error response from daemon: Conflict. The container name "/nim-llama" is already in use by container "0123abcd".',
+    ),
+    "host-55": (
+        "engine",
+        1,
+        "failed to register layer: write /usr/lib/libcublas.so.12: no space left on device",
+    ),
+    "host-56": (
+        "engine",
+        1,
+        "permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock",
+    ),
+    "host-57": ("engine", 1, "Error response from daemon: error from registry: Incorrect Repository Format"),
+    "host-59": (
+        "engine",
+        1,
+        "nvidia-container-cli: mount error: failed to add device rules: unable to find eBPF program",
+    ),
+    "eng-28b": ("engine", 1, '"OOMKilled": true'),
+    # Registry and NGC
+    "reg-60": ("download", 1, 'Head "https://nvcr.io/v2/nim/x/manifests/1": unauthorized: authentication required'),
+    "reg-61": (
+        "download",
+        1,
+        "failed to authorize: failed to fetch oauth token: unexpected status from GET request to"
+        " https://nvcr.io/proxy_auth?scope=repository%3Anim%2Fx%3Apull: 403 Forbidden",
+    ),
+    "reg-62a": (
+        "download",
+        1,
+        "failed to authorize: failed to fetch oauth token: unexpected status from GET request to"
+        " https://nvcr.io/proxy_auth?scope=repository%3Anim%2Fx%3Apull: 401 Unauthorized",
+    ),
+    "reg-62b": ("download", 1, "failed to fetch anonymous token: unexpected status: 401 Unauthorized"),
+    "reg-63": ("download", 1, 'denied: {"errors": [{"code": "DENIED", "message": "Access Denied"}]}'),
+    "reg-64": ("download", 1, "unexpected status from HEAD request: 402 Payment Required"),
+    "reg-66": ("download", 1, "manifest unknown: manifest unknown"),
+    "reg-67": (
+        "download",
+        1,
+        "pull access denied for nvcr.io/nim/x, repository does not exist or may require 'docker login'",
+    ),
+    "reg-68": ("download", 1, "toomanyrequests: too many requests"),
+    "reg-69": ("download", 1, "HTTP 401: Invalid API key."),
+    "reg-70": ("download", 1, "tls: failed to verify certificate: x509: certificate signed by unknown authority"),
 }

@@ -14,6 +14,7 @@ import errno
 import glob
 import hashlib
 import json
+import mmap
 import os
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -125,6 +127,19 @@ class Log:
             self.raw(json.dumps(record))
         else:
             self.raw("%s %s %s:%d] %s" % (level, stamp, source, line, text))
+
+    def traceback(self, text: str) -> None:
+        """An exception as 1.x logs it: no message, no level, everything in exc_info."""
+        if self.json:
+            record = {
+                "level": "None",
+                "time": "None",
+                "message": "",
+                "exc_info": "Traceback (most recent call last):\n" + text,
+            }
+            self.raw(json.dumps(record))
+        else:
+            self.raw("Traceback (most recent call last):\n" + text)
 
     def note(self, text: str, source: str = "launch.py", line: int = 101) -> None:
         self.write("INFO", text, source, line)
@@ -394,22 +409,34 @@ class Cache:
                 1, "ManifestDownloadError: Error downloading manifest: error sending request for url (%s)" % url
             ) from exc
 
-    def fill(self) -> None:
-        """Download what is missing.  A file that was begun is continued."""
+    def _refused(self) -> int:
+        """Why nothing can be written into the cache, as errno; 0 when something can."""
         try:
             os.makedirs(self.root, exist_ok=True)
-            writable = os.access(self.root, os.W_OK)
-        except OSError:
-            writable = False
+            with tempfile.TemporaryFile(dir=self.root):
+                return 0
+        except OSError as exc:
+            # A full disk is met while something is written.
+            return 0 if exc.errno == errno.ENOSPC else exc.errno or errno.EIO
+
+    def fill(self) -> None:
+        """Download what is missing.  A file that was begun is continued."""
+        refused = self._refused()
         if self.complete():
-            if not writable:
+            if refused:
                 self.log.warn(
                     "%s: cache is read-only, application may fail if model is not already present in cache" % self.root
                 )
             return
-        if not writable:
+        if refused == errno.EROFS:
+            self.log.warn(
+                "%s: cache is read-only, application may fail if model is not already present in cache" % self.root
+            )
+        if refused:
             raise FatalError(
-                1, "ManifestDownloadError: Error downloading manifest: I/O error Permission denied (os error 13)"
+                1,
+                "ManifestDownloadError: Error downloading manifest: I/O error %s (os error %d)"
+                % (os.strerror(refused), refused),
             )
         if env_flag("NIM_DISABLE_MODEL_DOWNLOAD"):
             raise FatalError(1, "Model files are not in the cache and NIM_DISABLE_MODEL_DOWNLOAD is set.")
@@ -644,13 +671,25 @@ class Service:
         if not self.failure:
             return
         at, end, text = FAILURES[self.failure]
-        if at != phase or not self._still_failing():
+        if (os.environ.get("STANDIN_FAIL_PHASE") or at) != phase or not self._still_failing():
             return
+        self._await_order()
+        text = os.environ.get("STANDIN_FAIL_TEXT", "").replace("\\n", "\n") or text
+        wanted = os.environ.get("STANDIN_FAIL_END", "")
+        end = (int(wanted) if wanted.isdigit() else wanted) if wanted else end
+        level = "WARNING" if end == "continue" else "ERROR"
+        if env_flag("STANDIN_FAIL_TRACEBACK"):
+            self.log.traceback(text)
+            text = ""
         for line in text.splitlines():
-            if text.startswith(("WARNING: The NVIDIA", "ERROR: The NVIDIA")) or line.startswith("["):
+            if (
+                text.startswith(("WARNING: The NVIDIA", "ERROR: The NVIDIA"))
+                or line.startswith("[")
+                or line == "Killed"
+            ):
                 self.log.raw(line)
             else:
-                self.log.write("WARNING" if end == "continue" else "ERROR", line)
+                self.log.write(level, line)
         if end == "hang":
             while not self.stop.wait(3600):
                 pass
@@ -658,6 +697,92 @@ class Service:
             self.unhealthy = True
         elif isinstance(end, int):
             raise FatalError(int(env_number("STANDIN_EXIT_CODE", end)))
+
+    def _await_order(self) -> None:
+        """STANDIN_FAIL_WHEN: the file whose appearance is waited for."""
+        path = os.environ.get("STANDIN_FAIL_WHEN", "")
+        while path and not os.path.exists(path) and not self.stop.wait(0.1):
+            pass
+
+    def trouble(self) -> None:
+        """What really goes wrong while an engine starts, with the words of the real one."""
+        if self._fabric_waits():
+            raise FatalError(
+                1, "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+            )
+        share = env_number("NIM_KVCACHE_PERCENT", 0.9)
+        for gpu in self.gpus.gpus:
+            if gpu.free_gb < share * gpu.total_gb and not env_flag("NIM_RELAX_MEM_CONSTRAINTS"):
+                raise FatalError(
+                    1,
+                    "ValueError: Free memory on device (%.2f/%.2f GiB) on startup is less than desired GPU memory"
+                    " utilization (%s, %.2f GiB)" % (gpu.free_gb, gpu.total_gb, share, share * gpu.total_gb),
+                )
+        self._check_rope_scaling()
+        try:
+            kept = [open(os.devnull) for _number in range(int(env_number("STANDIN_OPEN_FILES", 0)))]  # noqa: SIM115
+            del kept
+        except OSError as exc:
+            raise FatalError(1, "OSError: [Errno %d] %s: '%s'" % (exc.errno or 0, exc.strerror, exc.filename)) from exc
+        self._fill_shared_memory(int(env_number("STANDIN_SHM_MIB", 0)))
+        self._allocate(int(env_number("STANDIN_ALLOCATE_MIB", 0)))
+
+    def _fabric_waits(self) -> bool:
+        program = shutil.which("nvidia-smi")
+        if not self.gpus.gpus or not program:
+            return False
+        try:
+            shown = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=10, check=False).stdout
+        except (OSError, subprocess.SubprocessError):
+            return False
+        return "In Progress" in shown
+
+    def _check_rope_scaling(self) -> None:
+        try:
+            with open(os.path.join(self.weights, "config.json")) as handle:
+                scaling = json.load(handle).get("rope_scaling")
+        except (OSError, ValueError, AttributeError):
+            return
+        if scaling is None:
+            return
+        if not isinstance(scaling, dict) or (len(scaling) != 2 and "rope_type" not in scaling):
+            raise FatalError(
+                1,
+                "ValueError: `rope_scaling` must be a dictionary with two fields, `type` and `factor`, got %s"
+                % scaling,
+            )
+        kind = str(scaling.get("rope_type", scaling.get("type")))
+        if kind not in ("default", "linear", "dynamic", "yarn", "su", "longrope", "llama3"):
+            raise FatalError(1, "ValueError: Unknown RoPE scaling type %s" % kind)
+
+    @staticmethod
+    def _fill_shared_memory(mebibytes: int) -> None:
+        """As NCCL does; STANDIN_SHM_MAP: through a mapping, where the kernel answers with SIGBUS."""
+        if not mebibytes:
+            return
+        path = "/dev/shm/nccl-%d" % os.getpid()
+        if env_flag("STANDIN_SHM_MAP"):
+            with open(path, "w+b") as handle:
+                handle.truncate(mebibytes << 20)
+                with mmap.mmap(handle.fileno(), 0) as area:
+                    for position in range(0, mebibytes << 20, 4096):
+                        area[position] = 1
+        try:
+            with open(path, "wb") as handle:
+                for _number in range(mebibytes):
+                    handle.write(bytes(1 << 20))
+        except OSError as exc:
+            raise FatalError(1, "OSError: [Errno %d] %s: '%s'" % (exc.errno or 0, exc.strerror, path)) from exc
+        finally:
+            os.unlink(path)
+
+    def _allocate(self, mebibytes: int) -> None:
+        """Take main memory piece by piece, as weights that are read; who has less kills it."""
+        held = []
+        for _number in range(mebibytes):
+            held.append(bytearray(os.urandom(4096)) * 256)
+            if self.stop.wait(0.01):
+                return
 
     def _still_failing(self) -> bool:
         """STANDIN_FAIL_TIMES=n: only the first n starts fail.  Counted in the cache directory."""
@@ -786,6 +911,7 @@ class Service:
                 176,
             )
         self.fail("engine")
+        self.trouble()
         if self.profile.get("tags", {}).get("trtllm_buildable") == "true":
             self.build()
         self.pause("STANDIN_LOAD_SECONDS", 1.0)
@@ -1110,7 +1236,7 @@ class Handler(BaseHTTPRequestHandler):
         if not service.ready:
             self.send(503, {"error": {"message": "Service is not ready", "type": "ServiceUnavailable", "code": 503}})
             return
-        if service.unhealthy:
+        if service.unhealthy or env_flag("STANDIN_REQUESTS_FAIL"):
             self.send_error_body(
                 500,
                 "EngineCore encountered an issue. See stack trace (above) for the root cause.",
