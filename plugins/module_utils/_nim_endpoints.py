@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import ssl
 import time
 import typing as t
@@ -92,6 +93,15 @@ def ask_profile(target: HealthTarget) -> str | None:
         return None
     profile = answer.json().get("selectedModelProfileId")
     return str(profile) if profile else None
+
+
+def ask_metrics(target: HealthTarget) -> str | None:
+    """Where Prometheus can scrape the service: ``/v1/metrics``, in the first 1.x ``/metrics``; None without."""
+    for path in ("/v1/metrics", "/metrics"):
+        answer = http_request(target, path, timeout=10)
+        if answer is not None and answer.status == 200 and re.search(r"^# (HELP|TYPE) ", answer.body, re.MULTILINE):
+            return target.url + path
+    return None
 
 
 def error_text(answer: HttpAnswer | None) -> str:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._health_target import HealthTarget
 from ._host import Host
-from ._nim_endpoints import ask_models, ask_profile, ask_version, complete, http_request
+from ._nim_endpoints import ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
+from ._nim_gpus import gpus_of_services
 from ._nim_log import message_of, phase_of, read_log
 from ._nim_process_state import (
     ContainerReader,
@@ -257,6 +258,8 @@ class HealthCheck:
             "models": models or [],
             "version": version,
             "profile": ask_profile(target),
+            "metrics_url": ask_metrics(target),
+            "gpus": [],
             "completion": completion,
             "reason": None,
             "message": None,
@@ -304,6 +307,10 @@ class HealthCheck:
     def _outcome(self, watches: t.Sequence[Watch], *, finished: bool) -> Outcome:
         now = self.host.time()
         models = [watch.result if watch.result is not None else self._unready(watch) for watch in watches]
+        if finished:
+            gpus = gpus_of_services(self.host, [watch.target.name for watch in watches if watch.result is not None])
+            for model in models:
+                model["gpus"] = gpus.get(model["name"], [])
         return Outcome(
             finished=finished,
             models=models,
@@ -326,6 +333,8 @@ class HealthCheck:
             "models": [],
             "version": None,
             "profile": None,
+            "metrics_url": None,
+            "gpus": [],
             "completion": None,
             "reason": failure.reason if failure else None,
             "message": failure.sentence if failure else None,

@@ -123,6 +123,14 @@ models:
     profile:
       description: Profile that the NIM chose, where it says so.
       type: str
+    metrics_url:
+      description: Where Prometheus can scrape the service; null when it offers no metrics.
+      type: str
+    gpus:
+      description: "The GPUs and MIG devices that a ready service was given: C(index), C(uuid), C(memory_used_mib) and
+        C(memory_total_mib), null where the driver does not tell."
+      type: list
+      elements: dict
     completion:
       description: "The completion that was sent: C(kind), C(ok), C(text), C(seconds) and C(note)."
       type: dict

@@ -45,13 +45,17 @@ class Cuda:
         self.count = count.value
         self.device = ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(self.device), device)
-        context = ctypes.c_void_p()
-        self.call("cuCtxCreate_v2", ctypes.byref(context), 0, self.device)
+        self.context = ctypes.c_void_p()
+        self.call("cuCtxCreate_v2", ctypes.byref(self.context), 0, self.device)
 
     def call(self, name: str, *arguments: t.Any) -> None:
         code = getattr(self.library, name)(*arguments)
         if code:
             raise CudaError("%s: error %d" % (name, code))
+
+    def use(self) -> None:
+        """For whoever has several: what this thread calls next is meant for this device."""
+        self.call("cuCtxSetCurrent", self.context)
 
     def uuid(self) -> str:
         raw = (ctypes.c_ubyte * 16)()

@@ -57,6 +57,17 @@ class _Process(ctypes.Structure):
     ]
 
 
+class _Fabric(ctypes.Structure):
+    """nvmlGpuFabricInfo_t."""
+
+    _fields_ = [
+        ("cluster", ctypes.c_char * 16),
+        ("status", ctypes.c_uint),
+        ("clique", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
+    ]
+
+
 class NvmlError(Exception):
     """NVML is not there or refuses."""
 
@@ -118,6 +129,9 @@ class Nvml:
         number = ctypes.c_uint(64)
         processes = (_Process * 64)()
         self.call("nvmlDeviceGetComputeRunningProcesses_v3", handle, ctypes.byref(number), processes)
+        fabric = _Fabric()
+        if getattr(self.library, "nvmlDeviceGetGpuFabricInfo", lambda *_arguments: 1)(handle, ctypes.byref(fabric)):
+            fabric.state = 0
         return {
             "index": index,
             "uuid": self._text("nvmlDeviceGetUUID", handle),
@@ -132,6 +146,8 @@ class Nvml:
             # Empty where the GPU cannot do it, as the collection says it.
             "mig": "" if mig else ("Enabled" if current.value else "Disabled"),
             "bdf": "%04x:%02x:%02x.0" % (pci.domain, pci.bus, pci.device),
+            # Empty where there is no fabric, as the collection says it.
+            "fabric_state": {1: "Not Started", 2: "In Progress", 3: "Completed"}.get(fabric.state, ""),
             "memory_total_mib": memory.total >> 20,
             "memory_used_mib": memory.used >> 20,
             "memory_free_mib": memory.free >> 20,

@@ -25,6 +25,8 @@ mkdir -p "$output"
 output=$(realpath "$output")
 
 work=$(mktemp -d /tmp/real_gpu.XXXXXX)
+# Where the collection and Docker write; empty and in memory in there.
+own="/var/lib/docker /var/lib/nim /var/lib/gpu_fleet /etc/nim /etc/systemd/system /usr/local/libexec"
 made=()
 cleanup() {
     # Only what was made here and is still empty: the contents were in memory.
@@ -32,7 +34,7 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
-for directory in /var/lib/docker /var/lib/nim /etc/nim; do
+for directory in $own; do
     test -d "$directory" || { mkdir -p "$directory"; made+=("$directory"); }
 done
 
@@ -55,9 +57,9 @@ if test -n "$tools"; then
 fi
 
 # Own mounts and an own network: the host's Docker, its NIMs, its units and its firewall are out of sight from here on.
-unshare --mount --net bash -s "$here/check.py" --work "$work" --output "$output" <<'INSIDE'
+OWN="/run $own" unshare --mount --net bash -s "$here/check.py" --work "$work" --output "$output" <<'INSIDE'
 set -e
 mount --make-rprivate /
-for directory in /run /var/lib/docker /var/lib/nim /etc/nim; do mount -t tmpfs -o mode=0755 none "$directory"; done
+for directory in $OWN; do mount -t tmpfs -o mode=0755 none "$directory"; done
 exec python3 "$@" </dev/null
 INSIDE

@@ -26,35 +26,52 @@ LOCK = threading.Lock()
 
 
 def compute() -> t.Dict[str, t.Any]:
-    """One computation, checked against the processor."""
+    """One computation on every GPU in sight, checked against the processor."""
     try:
         import torch
     except ImportError as error:
-        cuda = STATE.setdefault("cuda", Cuda(0))
-        if "held" not in STATE:
-            STATE["held"] = cuda.allocate(HELD_MIB << 20)
-        return {
-            "with": "driver",
-            "why": str(error),
-            "devices": cuda.count,
-            "uuid": cuda.uuid(),
-            "error": cuda.axpy(),
-        }
+        return {"with": "driver", "why": str(error), "gpus": compute_with_driver()}
     if os.environ.get("REAL_GPU_TOO_LARGE"):
         torch.zeros(2 * torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
     torch.manual_seed(7)
     one, other = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    if "held" not in STATE:
-        STATE["held"] = torch.zeros(HELD_MIB << 18, device="cuda")
-    product = (one.cuda() @ other.cuda()).cpu()
     expected = one @ other
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
-    return {
-        "with": "torch %s" % torch.__version__,
-        "devices": torch.cuda.device_count(),
-        "uuid": uuid if uuid.startswith("GPU-") else "GPU-" + uuid,
-        "error": float((product - expected).abs().max() / expected.abs().max()),
-    }
+    count = torch.cuda.device_count()
+    held = STATE.setdefault("held", {})
+    found = []
+    for number in range(count):
+        device = "cuda:%d" % number
+        if number not in held:
+            held[number] = torch.zeros(HELD_MIB << 18, device=device)
+        # Half of the factors goes through the GPU before it, as layers of a model do.
+        product = (one.to("cuda:%d" % (number - 1) if number else device).to(device) @ other.to(device)).cpu()
+        uuid = str(torch.cuda.get_device_properties(number).uuid)
+        error = float((product - expected).abs().max() / expected.abs().max())
+        found.append({"uuid": uuid if uuid.startswith("GPU-") else "GPU-" + uuid, "error": error})
+    return {"with": "torch %s" % torch.__version__, "gpus": found}
+
+
+def compute_with_driver() -> t.List[t.Dict[str, t.Any]]:
+    """The same without PyTorch."""
+    if "cuda" not in STATE:
+        first = Cuda(0)
+        STATE["cuda"] = [first, *(Cuda(number) for number in range(1, first.count))]
+        for cuda in STATE["cuda"]:
+            cuda.use()
+            cuda.allocate(HELD_MIB << 20)
+    found = []
+    for cuda in STATE["cuda"]:
+        cuda.use()
+        found.append({"uuid": cuda.uuid(), "error": cuda.axpy()})
+    return found
+
+
+def metrics() -> str:
+    """In the text format of Prometheus, with a name for each GPU that does not tell which board it is."""
+    lines = ["# HELP gpu_memory_used_bytes Memory of the GPU that is in use.", "# TYPE gpu_memory_used_bytes gauge"]
+    for gpu in Nvml().gpus():
+        lines.append('gpu_memory_used_bytes{gpu="%d"} %d' % (gpu["index"], gpu["memory_used_mib"] << 20))
+    return "\n".join(lines) + "\n"
 
 
 def load() -> None:
@@ -73,9 +90,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Quiet."""
 
     def answer(self, status: int, content: t.Any) -> None:
-        body = json.dumps(content).encode()
+        plain = isinstance(content, str)
+        body = content.encode() if plain else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/plain" if plain else "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -90,6 +108,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, {"object": "list", "data": [{"id": name, "object": "model"}]})
         elif self.path == "/v1/version":
             self.answer(200, {"release": "2.0.0", "api": "2.0.0"})
+        elif self.path == "/v1/metrics":
+            self.answer(200, metrics())
         elif self.path == "/gpu":
             self.answer(200, STATE.get("result", {}))
         else:
@@ -101,7 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(404, {"message": "not found"})
             return
         with LOCK:
-            text = "largest error %g" % compute()["error"]
+            text = "largest error %g" % max(gpu["error"] for gpu in compute()["gpus"])
         self.answer(200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]})
 
 

@@ -24,12 +24,13 @@ class Nim:
         self.models: list[str] | None = ["meta/llama"]
         self.chat: tuple[int, t.Any] = (200, {"choices": [{"message": {"content": "Hello"}}]})
         self.plain: tuple[int, t.Any] = (200, {"choices": [{"text": "world"}]})
+        self.metrics = ""
         self.requests: list[str] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def answer(self, status: int, body: t.Any) -> None:
-                data = json.dumps(body).encode()
+                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -45,6 +46,8 @@ class Nim:
                     return self.answer(200, {"release": "1.8.4", "api": "1.8"})
                 if self.path == "/v1/metadata":
                     return self.answer(200, {"selectedModelProfileId": "a" * 64})
+                if self.path == outer.metrics:
+                    return self.answer(200, "# HELP num_requests_running Requests\nnum_requests_running 0\n")
                 return self.answer(404, {"detail": "Not Found"})
 
             def do_POST(self) -> None:

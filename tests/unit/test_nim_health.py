@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
 from health_world import Nim, World, check, word
 
 # -- ready ----------------------------------------------------------------------------------------
@@ -42,6 +44,38 @@ def test_completion_is_sent_once_for_a_start_of_the_container(world: World, nim:
     world.box("a", box_id="c2")
     check(world, entries)
     assert nim.requests.count("/v1/chat/completions") == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/metrics", "/metrics"])
+def test_metrics_and_gpu_memory_of_a_ready_service(world: World, nim: Nim, fixtures: pathlib.Path, path: str) -> None:
+    nim.metrics = path
+    world.unit("a")
+    world.box("a")
+    xml = (fixtures / "nvidia-smi/h200-x2.xml").read_text()
+    gpus = parse_smi(xml)[2]
+    world.files["/sys/module/nvidia/version"] = b"580.159.04\n"
+    world.commands["nvidia-smi -q -x"] = xml
+    world.files["/etc/nim/a.json"] = json.dumps({"gpus": [gpus[1].uuid, "GPU-gone"]}).encode()
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    [model] = outcome.models
+    assert model["metrics_url"] == "http://127.0.0.1:%d%s" % (nim.port, path)
+    assert model["gpus"] == [
+        {
+            "index": 1,
+            "uuid": gpus[1].uuid,
+            "memory_used_mib": gpus[1].memory_used_mib,
+            "memory_total_mib": gpus[1].memory_total_mib,
+        },
+        {"index": None, "uuid": "GPU-gone", "memory_used_mib": None, "memory_total_mib": None},
+    ]
+
+
+def test_no_metrics_and_nothing_known_of_gpus(world: World, nim: Nim) -> None:
+    world.unit("a")
+    world.box("a")
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.models[0]["metrics_url"] is None
+    assert outcome.models[0]["gpus"] == []
 
 
 def test_broken_record_is_taken_again(world: World, nim: Nim) -> None:
