@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import typing as t
 
 from ansible.plugins.callback import CallbackBase
@@ -29,6 +30,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core ships 
             "host": result.host.get_name(),
             "task": result.task.get_name(),
             "outcome": outcome,
+            "at": time.time(),
             "result": result.result,
         }
         with open(os.environ["RECORDER_FILE"], "a", encoding="utf-8") as stream:

@@ -673,7 +673,7 @@ class Service:
         at, end, text = FAILURES[self.failure]
         if (os.environ.get("STANDIN_FAIL_PHASE") or at) != phase or not self._still_failing():
             return
-        self._await_order()
+        self._await_order("STANDIN_FAIL_WHEN")
         text = os.environ.get("STANDIN_FAIL_TEXT", "").replace("\\n", "\n") or text
         wanted = os.environ.get("STANDIN_FAIL_END", "")
         end = (int(wanted) if wanted.isdigit() else wanted) if wanted else end
@@ -698,9 +698,9 @@ class Service:
         elif isinstance(end, int):
             raise FatalError(int(env_number("STANDIN_EXIT_CODE", end)))
 
-    def _await_order(self) -> None:
-        """STANDIN_FAIL_WHEN: the file whose appearance is waited for."""
-        path = os.environ.get("STANDIN_FAIL_WHEN", "")
+    def _await_order(self, name: str) -> None:
+        """The file that a variable names is waited for."""
+        path = os.environ.get(name, "")
         while path and not os.path.exists(path) and not self.stop.wait(0.1):
             pass
 
@@ -1012,6 +1012,7 @@ class Service:
         signal.signal(signal.SIGINT, self.terminate)
         try:
             self.banner()
+            self._await_order("STANDIN_START_WHEN")
             self.configure()
             self.fail("start")
             if self.dialect == "2":
