@@ -11,8 +11,6 @@ its key is refused.
 
 from __future__ import annotations
 
-import re
-import typing as t
 from dataclasses import dataclass
 
 
@@ -27,7 +25,8 @@ class Signature:
         cause: Why, as a clause.
         remedy: What to do, as a clause in the imperative.
         harmless: It looks like an error and is none.
-        weak: A consequence or an umbrella: counts only when nothing else matches.
+        umbrella: A consequence of something else: counts only when nothing else matches.
+        passing: A start may survive it: it explains an end, but does not foretell one.
         marginal: Not read in the project's own source.
     """
 
@@ -37,7 +36,8 @@ class Signature:
     cause: str
     remedy: str
     harmless: bool = False
-    weak: bool = False
+    umbrella: bool = False
+    passing: bool = False
     marginal: bool = False
 
 
@@ -56,7 +56,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "no model profile of this image fits the GPUs of the host",
         "use a GPU the model supports, or name a profile that fits with profile",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-02",
@@ -64,6 +65,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the GPU is busy: profiles exist, but too little GPU memory is free",
         "stop what else uses the GPU (another NIM, a leftover container), choose a smaller profile, or set NIM_RELAX_MEM_CONSTRAINTS in environment",
+        passing=True,
     ),
     Signature(
         "nim-03",
@@ -71,7 +73,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "no model profile can run on the GPUs as they are",
         "free the GPU memory, give the model more or other GPUs, or choose another profile",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "nim-04",
@@ -101,7 +103,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the download of the model broke off",
         "look at the lines before it; a restart resumes the download",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-07b",
@@ -109,7 +112,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the download of the model broke off",
         "look at the lines after it; a restart resumes the download",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-08",
@@ -124,6 +128,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the container cannot reach api.ngc.nvidia.com",
         "check DNS, egress and proxy (HTTPS_PROXY, NO_PROXY and SSL_CERT_FILE in environment)",
+        passing=True,
     ),
     Signature(
         "nim-10",
@@ -131,7 +136,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "some files of the model could not be downloaded",
         "start it again: the download resumes",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-11",
@@ -146,6 +152,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "a download was cut off",
         "start it again: the download resumes",
+        passing=True,
     ),
     Signature(
         "nim-13",
@@ -153,8 +160,9 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the cache is mounted read-only and lacks files",
         "fill the cache first, or make cache_directory writable",
-        weak=True,
+        umbrella=True,
         marginal=True,
+        passing=True,
     ),
     Signature(
         "nim-14",
@@ -169,6 +177,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the limit of open files is too low",
         "set ulimits nofile to 65536 or more",
+        passing=True,
     ),
     Signature(
         "nim-15b",
@@ -176,6 +185,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the limit of open files is too low",
         "set ulimits nofile to 65536 or more",
+        passing=True,
     ),
     Signature(
         "nim-16a",
@@ -205,7 +215,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "something stopped the container before it was ready",
         "give it a longer start_timeout, and find who stopped it",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-18a",
@@ -213,7 +224,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the container was stopped before its engine existed",
         "give it a longer start_timeout, and find who stopped it",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-18b",
@@ -221,7 +233,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the container was stopped before its engine existed",
         "give it a longer start_timeout, and find who stopped it",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "nim-19",
@@ -273,7 +286,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the engine did not start",
         "the lines before it say why",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "eng-26",
@@ -289,6 +302,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "building the engine ran out of memory",
         "set NIM_LOW_MEMORY_MODE=1 in environment, use a prebuilt profile, or a host with more memory",
         marginal=True,
+        passing=True,
     ),
     Signature(
         "eng-27b",
@@ -303,7 +317,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the host ran out of memory and the kernel killed the container",
         "give the host more memory or swap, or run fewer models; the kernel log has the details",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "eng-28b",
@@ -347,6 +361,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the model has no chat template",
         "use /v1/completions, or a chat model",
+        passing=True,
     ),
     Signature(
         "eng-33a",
@@ -354,7 +369,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "communication between GPUs failed",
         "raise shm_size; set NCCL_DEBUG=INFO in environment to see more",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "eng-33b",
@@ -384,7 +399,8 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the cache lacks a file that NIM 1.1 wants to write",
         "make cache_directory writable, or use a newer tag",
-        weak=True,
+        umbrella=True,
+        passing=True,
     ),
     Signature(
         "host-40",
@@ -472,6 +488,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "the container was started without a GPU",
         "set gpus, and check the role nvidia_container_toolkit",
+        passing=True,
     ),
     Signature(
         "host-50a",
@@ -486,7 +503,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "container",
         "CUDA cannot be initialised; on machines with NVSwitch the Fabric Manager is absent, stopped or of another version",
         "start the Fabric Manager of exactly the driver's version",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "host-50c",
@@ -510,6 +527,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "the GPU or its driver reported a fault (Xid)",
         "look the number up in the kernel log; 48, 63, 64, 79, 94, 95 mean hardware",
         marginal=True,
+        passing=True,
     ),
     Signature(
         "host-53a",
@@ -581,7 +599,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "registry",
         "the registry wants a login",
         "set ngc_api_key, or use a public image",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "reg-61",
@@ -631,7 +649,7 @@ SIGNATURES: tuple[Signature, ...] = (
         "registry",
         "the repository does not exist or needs a login",
         "check the name, and set ngc_api_key",
-        weak=True,
+        umbrella=True,
     ),
     Signature(
         "reg-68",
@@ -657,6 +675,9 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
 )
 
+#: Those that say that a port is taken, but not by whom.
+PORT_SIGNATURES = ("host-53a", "host-53b")
+
 #: Exit codes that mean something by themselves when no text does.
 EXIT_CODES: dict[int, Signature] = {
     70: Signature(
@@ -671,54 +692,3 @@ OUT_OF_MEMORY = Signature(
     "the host ran out of memory and the kernel killed the container",
     "give the host more memory or swap, or run fewer models; the kernel log has the details",
 )
-
-
-@dataclass(frozen=True)
-class Match:
-    """A signature and the line in which it was found (empty when an exit code decided)."""
-
-    signature: Signature
-    line: str
-
-
-_COMPILED: list[tuple[Signature, t.Pattern[str]]] = []
-
-
-def _patterns() -> list[tuple[Signature, t.Pattern[str]]]:
-    # Compiled on first use only: most runs never see a failure.
-    if not _COMPILED:
-        _COMPILED.extend((entry, re.compile(entry.pattern)) for entry in SIGNATURES)
-    return _COMPILED
-
-
-def find_cause(text: str, *, exit_code: int | None = None, oom_killed: bool = False) -> Match | None:
-    """The signature that explains a failure best.
-
-    The first text in the log counts, because what follows it is usually its consequence; umbrella messages count only
-    when nothing else is found, exit codes only when no text is.
-
-    Args:
-        text: Log lines joined by newlines; JSON lines already reduced to their message and exception.
-        exit_code: Exit code of the container, if it ended.
-        oom_killed: What the container engine says about the kernel's out-of-memory killer.
-    """
-    if oom_killed:
-        return Match(OUT_OF_MEMORY, "")
-    best: tuple[tuple[bool, int, int], Signature] | None = None
-    for index, (signature, pattern) in enumerate(_patterns()):
-        if signature.harmless:
-            continue
-        found = pattern.search(text)
-        if found is None:
-            continue
-        key = (signature.weak, found.start(), index)
-        if best is None or key < best[0]:
-            best = (key, signature)
-    if best is not None:
-        (_weak, start, _index), signature = best
-        begin = text.rfind("\n", 0, start) + 1
-        end = text.find("\n", start)
-        return Match(signature, text[begin : len(text) if end < 0 else end].strip())
-    if exit_code is not None and exit_code in EXIT_CODES:
-        return Match(EXIT_CODES[exit_code], "")
-    return None

@@ -23,6 +23,7 @@ from ._image_reference import ImageReference, check_mirrors
 from ._ngc_login import check_api_key
 from ._nim_models import parse_models
 from ._options import MINIMUM_DOCKER_VERSION
+from ._own_signatures import parse_signatures
 from ._packages import check_url
 from ._redaction import scrub
 
@@ -152,6 +153,19 @@ class _Check:
         """A scalar as text; empty when the variable is not set."""
         value = self.get(name, "")
         return "" if isinstance(value, (dict, list)) else str(value)
+
+    def _failure_signatures(self, entries: t.Any) -> None:
+        sound = True
+        for index, entry in enumerate(entries):
+            try:
+                parse_signatures([entry], trial=False)
+            except FleetError as error:
+                message = error.message.replace("[0]", "[%d]" % index, 1)
+                self.problems.append(Problem(message.split(" = ", 1)[0], message))
+                sound = False
+        if sound:
+            # What only shows in all of them: an id twice, and one that is slow.
+            self.take(lambda: parse_signatures(entries))
 
     # -- names and types --------------------------------------------------------------------------
 
@@ -372,6 +386,9 @@ class _Check:
         if mirrors:
             self.take(lambda: check_mirrors(mirrors, option="nim_registry_mirrors"))
         self._number("nim_progress_interval", 1, 300, "seconds")
+        signatures = self.get("nim_failure_signatures")
+        if signatures:
+            self._failure_signatures(signatures)
         key = self.get("nim_ngc_api_key")
         if key and key != self.get("ngc_api_key") and self.text("nim_ngc_key_state") != "absent":
             self.take(lambda: check_api_key(key, option="nim_ngc_api_key"))

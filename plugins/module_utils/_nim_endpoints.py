@@ -144,7 +144,7 @@ def complete(target: HealthTarget, model: str, how: str) -> Json:
         )
         if answer is not None and answer.status == 200:
             return outcome("chat", True, _chat_text(answer), None)
-        if how == "chat" or answer is None or answer.status >= 500:
+        if answer is None or answer.status >= 500:
             return outcome("chat", False, None, error_text(answer))
         refused = error_text(answer)
         missing = answer.status in (404, 405)
@@ -164,9 +164,13 @@ def complete(target: HealthTarget, model: str, how: str) -> Json:
                 if "chat template" in refused.lower() or "chat_template" in refused.lower()
                 else "it answers on /v1/completions; on /v1/chat/completions: %s" % refused
             )
+        if how == "chat":
+            return outcome("chat", False, None, note)
         return outcome("completion", True, _completion_text(answer), note)
     if how == "auto" and missing and answer is not None and answer.status in (404, 405):
         return outcome("none", True, None, "the model offers neither chat nor completions")
+    if how == "chat":
+        return outcome("chat", False, None, refused)
     return outcome("completion", False, None, error_text(answer))
 
 

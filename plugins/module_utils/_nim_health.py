@@ -7,17 +7,30 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import time
 import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._failure_causes import KERNEL, Match, SignatureBook
+from ._failure_signatures import OUT_OF_MEMORY, PORT_SIGNATURES, Signature
+from ._gpu_health import XID_FATAL
 from ._health_target import HealthTarget
 from ._host import Host
+from ._kernel_log import OUT_OF_MEMORY as OUT_OF_MEMORY_KILL
+from ._kernel_log import (
+    XID,
+    KernelLine,
+    gpu_addresses,
+    kernel_events,
+    read_kernel_log,
+    xid_signature,
+)
 from ._nim_endpoints import ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
 from ._nim_gpus import gpus_of_services
-from ._nim_log import message_of, phase_of, read_log
+from ._nim_log import CONTAINER_FIELD, RUN_FIELD, journal_lines, message_of, phase_of, read_log
 from ._nim_process_state import (
     ContainerReader,
     ContainerState,
@@ -26,19 +39,26 @@ from ._nim_process_state import (
     parse_time,
     port_holder,
     read_word,
+    stranger_on_port,
+    wanted_gpus,
     wanted_spec,
 )
-from ._nim_watch import TAIL_LINES, Failure, Watch
+from ._nim_watch import Failure, Watch
 from ._redaction import host_secrets, scrub
 
 Json = t.Dict[str, t.Any]
 
 #: Seconds between two polls, and between two reads of the container's log.
 POLL_SECONDS = 1.0
-LOG_SECONDS = 2.0
+LOG_SECONDS = 1.0
+#: Seconds between two looks once a line has foretold the end, and between two reads of the kernel log.
+DECIDING_POLL_SECONDS = 0.5
+KERNEL_SECONDS = 2.0
 #: Polls in a row in which a stranger answers on the port before it counts as one: the service's own container
 #: may be created and published between two looks.
 STRANGER_POLLS = 4
+#: For a model that cannot chat where chat was asked for.
+CHAT_REMEDY = "ask it there and set completion to completion or auto, or use a model with a chat template"
 #: Where the measured start times are kept; they are void after a reboot, as the containers' start times are.
 RECORD_DIRECTORY = "/run/gpu_fleet/health"
 
@@ -65,25 +85,44 @@ class Outcome:
 class HealthCheck:
     """Waits for all services of a host at once."""
 
-    def __init__(self, host: Host, api: ContainerReader, targets: t.Sequence[HealthTarget]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        api: ContainerReader,
+        targets: t.Sequence[HealthTarget],
+        signatures: t.Sequence[Signature] = (),
+    ) -> None:
         self.host = host
         self.api = api
         self.targets = list(targets)
+        self.book = SignatureBook(signatures)
         self.secrets: list[str] = []
+        self.kernel_read = 0.0
 
-    def run(self, resume: t.Mapping[str, t.Any] | None, *, interval: float, wait: bool, record: bool = True) -> Outcome:
+    def run(
+        self,
+        resume: t.Mapping[str, t.Any] | None,
+        *,
+        interval: float,
+        wait: bool,
+        record: bool = True,
+        strict: bool = False,
+    ) -> Outcome:
         """Look until all are ready, one is doomed, or ``interval`` seconds have passed.
 
         Args:
             resume: What an earlier call returned.
             interval: Seconds after which an unfinished wait is interrupted; 0 for never.
-            wait: False for one single look that judges nothing.
+            wait: False for one single look.
             record: Whether measured times may be written down on the host.
+            strict: Whether starts that failed before the first look count too.
         """
         kept = dict((resume or {}).get("models") or {})
         shown = list((resume or {}).get("phases") or [])
         now = self.host.time()
-        watches = [Watch.load(target, kept.get(target.name), now) for target in self.targets]
+        watches = [Watch.load(target, kept.get(target.name), now, self.book) for target in self.targets]
+        for watch in watches:
+            watch.strict = strict
         self.secrets = host_secrets(self.host)
         began = self.host.monotonic()
         while True:
@@ -94,6 +133,10 @@ class HealthCheck:
             if not wait or failed or not pending:
                 return self._outcome(watches, finished=True)
             spent = self.host.monotonic() - began
+            if any(watch.deciding for watch in pending):
+                # The end is near: going back to the controller now would only delay it.
+                self.host.sleep(DECIDING_POLL_SECONDS)
+                continue
             if interval and spent >= interval - POLL_SECONDS / 2:
                 return self._outcome(watches, finished=False)
             if interval and shown and spent >= 2 * POLL_SECONDS and self._phases(watches) != shown:
@@ -109,6 +152,7 @@ class HealthCheck:
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             answers = list(pool.map(lambda watch: http_request(watch.target, "/v1/health/ready"), watches))
         ready: list[tuple[Watch, ContainerState]] = []
+        heard: list[KernelLine] | None = None
         for watch, given in zip(watches, answers):
             answer = given
             target = watch.target
@@ -135,6 +179,9 @@ class HealthCheck:
                     self._follow_log(watch, target.container, container, now)
                 if word.phase == "waiting_for_docker":
                     watch.phase, watch.percent = word.phase, None
+                if heard is None:
+                    heard = self._kernel_lines(watches, now) if wait else []
+                self._hear_kernel(watch, heard, [state.id for state in (container, downloader) if state], now)
             unit_started = now - (self.host.monotonic() - unit.main_started)
             if (
                 watch.judge(now, unit, unit_started, container, docker_error, answer, word, downloading)
@@ -151,9 +198,12 @@ class HealthCheck:
                     "stop that server or give the model another port",
                 )
             watch.check_budget(now)
+            if not wait:
+                watch.decide()
             # A container that is gone has its last lines in the journal only.
             if watch.failure is not None and (container is None or not watch.failure.lines):
                 self._last_words(watch)
+            self._name_port_holder(watch)
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda pair: self._confirm(pair[0], pair[1], record=record), ready))
 
@@ -163,31 +213,69 @@ class HealthCheck:
         except FleetError as error:
             return None, error.message
 
+    def _kernel_lines(self, watches: t.Sequence[Watch], now: float) -> list[KernelLine]:
+        """What the kernel has said since the wait began."""
+        if now - self.kernel_read < KERNEL_SECONDS:
+            return []
+        self.kernel_read = now
+        return read_kernel_log(self.host, min(watch.since for watch in watches) - 1.0)
+
+    def _hear_kernel(
+        self, watch: Watch, lines: t.Sequence[KernelLine], containers: t.Sequence[str], now: float
+    ) -> None:
+        """Let a service know what the kernel says about its GPUs and its containers."""
+        if not lines:
+            return
+        texts = "\n".join(line.text for line in lines)
+        told = self.book.find(texts, source=KERNEL, deciding=True)
+        if told is not None:
+            watch.foretell(told, now)
+        gpus: set[str] | None = None
+        for event in kernel_events(lines):
+            line = scrub(event.text, self.secrets)
+            if event.kind == OUT_OF_MEMORY_KILL and event.container in containers:
+                watch.foretell(Match(OUT_OF_MEMORY, line, source=KERNEL), now)
+            elif event.kind == XID:
+                if gpus is None:
+                    addresses = gpu_addresses(self.host)
+                    own = wanted_gpus(self.host, watch.target.name)
+                    gpus = {bdf for bdf, uuid in addresses.items() if uuid in own}
+                match = Match(xid_signature(event), line, source=KERNEL)
+                if event.bdf in gpus and event.number in XID_FATAL:
+                    watch.foretell(match, now)
+                elif event.bdf in gpus:
+                    watch.hint = match
+
+    def _name_port_holder(self, watch: Watch) -> None:
+        failure = watch.failure
+        if failure is not None and failure.signature in PORT_SIGNATURES:
+            holder = port_holder(self.host, watch.target.port)
+            if holder:
+                told = "%s; port %d is held by %s." % (failure.sentence.rstrip("."), watch.target.port, holder)
+                watch.failure = dataclasses.replace(failure, sentence=told)
+
     def _follow_log(self, watch: Watch, name: str, container: ContainerState | None, now: float) -> None:
         if container is None or (container.running and now - watch.log_read < LOG_SECONDS):
             return
         if watch.instance and container.instance != watch.instance:
             # What the ended container still had to say is in the journal only.
-            lines = self._journal("CONTAINER_ID_FULL=%s" % watch.instance.partition("@")[0])
+            lines = journal_lines(self.host, CONTAINER_FIELD, watch.instance.partition("@")[0])
             if lines:
-                watch.tail = []
-                watch.take_lines(lines, now, self.secrets)
+                watch.forget_log()
+                watch.take_lines(lines, now, self.secrets, running=False)
             return
         if container.instance != watch.log_instance:
             # The first look may have met what an earlier start left behind.
             watch.log_instance = container.instance
-            watch.cursor, watch.tail, watch.percent = "", [], None
+            watch.forget_log()
             watch.phase, watch.phase_since = "starting", now
         watch.log_read = now
-        lines, watch.cursor = read_log(self.host, name, watch.cursor)
-        watch.take_lines(lines, now, self.secrets)
+        # By its id: the name may be another container's a moment later.
+        lines, watch.cursor = read_log(self.host, container.id, watch.cursor, since=container.started)
+        watch.take_lines(lines, now, self.secrets, running=container.running)
         if watch.phase == "download" and watch.free_at_start:
             free = self.host.free_bytes(watch.target.cache_directory)
             watch.downloaded = max(watch.downloaded, watch.free_at_start - free)
-
-    def _journal(self, match: str) -> list[str]:
-        read = self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", str(TAIL_LINES), match], timeout=20)
-        return read.stdout.splitlines() if read.ok else []
 
     def _last_words(self, watch: Watch) -> None:
         """A service that failed before its container said anything: what its wrapper said."""
@@ -196,12 +284,13 @@ class HealthCheck:
             return
         lines: list[str] = []
         if watch.target.downloader in failure.what:
-            lines = self._journal("CONTAINER_NAME=%s" % watch.target.downloader)
+            lines = journal_lines(self.host, "CONTAINER_NAME", watch.target.downloader, of_last=(CONTAINER_FIELD, 1))
         elif failure.reason == "container_ended" and "its container" in failure.what:
             # Where none was started, the name's last lines are those of an earlier one.
-            lines = self._journal("CONTAINER_NAME=%s" % watch.target.container)
+            lines = journal_lines(self.host, "CONTAINER_NAME", watch.target.container, of_last=(CONTAINER_FIELD, 1))
         if not lines and not failure.lines:
-            lines = self._journal("_SYSTEMD_UNIT=%s" % watch.target.unit)
+            # Why a start failed is said by one run of the unit, and the next one may have begun.
+            lines = journal_lines(self.host, "_SYSTEMD_UNIT", watch.target.unit, of_last=(RUN_FIELD, 2))
         if not lines:
             return
         told = [part for line in lines for part in message_of(line).splitlines() if part.strip()]
@@ -211,6 +300,15 @@ class HealthCheck:
         """The service is ready: who answers, which version, and does it really complete."""
         target = watch.target
         known = self._read_record(target, container)
+        stranger = "" if known else stranger_on_port(self.host, target.port, container.id)
+        if stranger:
+            watch.fail(
+                "wrong_server",
+                "is not what answers on %s: %s does, although container %s runs"
+                % (target.url, stranger, target.container),
+                "stop that server or give the model another port",
+            )
+            return
         seconds = known.get("seconds_to_ready")
         if seconds is None:
             if watch.looks > 1 and container.started:
@@ -244,7 +342,9 @@ class HealthCheck:
                     "chat/completions" if completion.get("kind") == "chat" else "completions",
                     scrub(str(completion.get("note")), self.secrets),
                 ),
-                "see 'journalctl CONTAINER_NAME=%s'" % target.container,
+                CHAT_REMEDY
+                if target.completion == "chat" and "/v1/completions" in str(completion.get("note"))
+                else "see 'journalctl CONTAINER_NAME=%s'" % target.container,
             )
             return
         watch.result = {

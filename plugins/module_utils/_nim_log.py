@@ -11,6 +11,9 @@ import re
 
 from ._host import Host
 
+#: Lines of a log that are read at a time.
+MOST_LINES = 2000
+
 #: Phases in the order of a start, each with the texts that begin it (NIM 1.x, NIM 2.x, vLLM, TensorRT-LLM, SGLang).
 _PHASE_TEXTS: tuple[tuple[str, str], ...] = (
     ("serving", r"Serving endpoints|Uvicorn running on|Application startup complete|Starting vLLM API server"),
@@ -86,11 +89,20 @@ def percent_of(message: str) -> int | None:
     return None
 
 
-def read_log(host: Host, container: str, cursor: str, limit: int = 400) -> tuple[list[str], str]:
-    """Lines of a container's log after ``cursor`` (an RFC 3339 time, empty for the beginning), and the new cursor."""
+def read_log(
+    host: Host, container: str, cursor: str, limit: int = MOST_LINES, since: float | None = None
+) -> tuple[list[str], str]:
+    """Lines of a container's log after ``cursor`` (an RFC 3339 time, empty for the beginning), and the new cursor.
+
+    Args:
+        since: Where the beginning is, in seconds since the epoch: a container that was started again keeps the log of its
+            earlier runs.
+    """
     argv = ["docker", "logs", "--timestamps", "--tail", str(limit)]
     if cursor:
         argv += ["--since", cursor]
+    elif since is not None:
+        argv += ["--since", "%.6f" % since]
     read = host.run([*argv, container], timeout=20)
     if not read.ok:
         return [], cursor
@@ -103,3 +115,34 @@ def read_log(host: Host, container: str, cursor: str, limit: int = 400) -> tuple
     # The two streams come one after the other; the stable sort keeps the order within a moment.
     stamped.sort(key=lambda entry: entry[0])
     return [text for _when, text in stamped], stamped[-1][0] if stamped else cursor
+
+
+#: Fields of the journal that tell one container, and one run of a unit, from the others of the same name.
+CONTAINER_FIELD = "CONTAINER_ID_FULL"
+RUN_FIELD = "_SYSTEMD_INVOCATION_ID"
+
+
+def journal_lines(
+    host: Host, field: str, value: str, *, most: int = 30, of_last: tuple[str, int] | None = None
+) -> list[str]:
+    """The last lines of the journal with ``field`` = ``value``.
+
+    Args:
+        most: Lines at most.
+        of_last: A field and a number n: only lines with one of the last n values of that field, because a name is used
+            again by every container and every run.
+    """
+    argv = ["journalctl", "--no-pager", "--quiet", "--output=json", "--lines=%d" % (most * 4)]
+    read = host.run([*argv, "%s=%s" % (field, value)], timeout=20)
+    entries: list[tuple[str, str]] = []
+    for line in read.stdout.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("MESSAGE"), str):
+            entries.append((str(entry.get(of_last[0]) or "") if of_last else "", entry["MESSAGE"]))
+    if of_last:
+        kept = list(dict.fromkeys(key for key, _text in reversed(entries)))[: of_last[1]]
+        entries = [entry for entry in entries if entry[0] in kept]
+    return [text for _key, text in entries[-most:]]

@@ -14,6 +14,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._gpu import parse_cgroup
 from ._host import Host
 from ._nim_unit import SPEC_LABEL
 
@@ -148,6 +149,12 @@ def wanted_spec(host: Host, name: str) -> str:
     return str(_read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("spec") or "")
 
 
+def wanted_gpus(host: Host, name: str) -> tuple[str, ...]:
+    """UUIDs of the GPUs that the service was given; empty when that cannot be told."""
+    found = _read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("gpus")
+    return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
+
+
 def _read_object(host: Host, path: str) -> Json:
     try:
         found = json.loads(host.read_text(path) or "{}")
@@ -165,6 +172,25 @@ class ContainerReader(t.Protocol):
 
 def port_holder(host: Host, port: int) -> str:
     """Who listens on a TCP port, as "docker-proxy (pid 812)"; empty when it cannot be told."""
+    return ", ".join("%s (pid %s)" % pair for pair in _holders(host, port))
+
+
+def _holders(host: Host, port: int) -> list[tuple[str, str]]:
+    """Command and process id of all that listen on a TCP port."""
     listed = host.run(["ss", "-Hltnp", "sport", "=", ":%d" % port], timeout=10).stdout
-    found = {"%s (pid %s)" % pair for pair in re.findall(r'\("([^"]+)",pid=(\d+)', listed)}
-    return ", ".join(sorted(found))
+    return sorted(set(re.findall(r'\("([^"]+)",pid=(\d+)', listed)))
+
+
+def stranger_on_port(host: Host, port: int, container: str) -> str:
+    """Who listens on a port without being a container's process or Docker's proxy; empty when nobody is seen to.
+
+    The proxy is the container's own, because a container whose port is taken cannot start; one in the host's network can.
+
+    Args:
+        container: Its id.
+    """
+    holders = _holders(host, port)
+    for command, pid in holders:
+        if command == "docker-proxy" or parse_cgroup(host.read_text("/proc/%s/cgroup" % pid) or "")[1] == container:
+            return ""
+    return ", ".join("%s (pid %s)" % pair for pair in holders)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
-from ._failure_signatures import Match, find_cause
+from ._failure_causes import DOCKER, KERNEL, Match, SignatureBook, best
 from ._health_target import HealthTarget
 from ._nim_endpoints import HttpAnswer
 from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
@@ -25,8 +25,12 @@ Json = t.Dict[str, t.Any]
 
 #: Seconds that the Docker daemon may be away while a service starts (a restart of the daemon takes about 2 to 20 s).
 DOCKER_AWAY_SECONDS = 60.0
-#: Lines of log that are kept and shown.
+#: Lines of log that are shown when a start fails, and lines in which its cause is looked for.
 TAIL_LINES = 30
+WINDOW_LINES = 120
+#: Seconds that a line which foretells the end is given for the line that says more, or for the end itself. Together with
+#: the seconds between two looks it must stay below 5.
+DECISION_SECONDS = 1.5
 #: A failed start this many seconds before the first look belongs to the deployment that is waited for.
 FRESH_SECONDS = 60.0
 #: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
@@ -57,6 +61,9 @@ class Watch:
 
     target: HealthTarget
     since: float
+    book: SignatureBook = field(default_factory=SignatureBook)
+    #: What failed before the first look counts too.
+    strict: bool = False
     looks: int = 0
     instance: str = ""
     base_restarts: int = 0
@@ -66,7 +73,10 @@ class Watch:
     phase_since: float = 0.0
     percent: int | None = None
     cursor: str = ""
-    tail: list[str] = field(default_factory=list)
+    window: list[str] = field(default_factory=list)
+    doom: Match | None = None
+    doom_since: float = 0.0
+    hint: Match | None = None
     log_read: float = 0.0
     log_instance: str = ""
     free_at_start: int = 0
@@ -87,7 +97,8 @@ class Watch:
         "phase_since",
         "percent",
         "cursor",
-        "tail",
+        "window",
+        "doom_since",
         "log_read",
         "log_instance",
         "free_at_start",
@@ -97,24 +108,53 @@ class Watch:
         "result",
     )
 
+    #: Kept by the signature's identifier; what the kernel says is read anew by every call.
+    _KEPT_MATCHES: t.ClassVar[tuple[str, ...]] = ("doom", "hint")
+
     def dump(self) -> Json:
-        return {key: getattr(self, key) for key in self._KEPT}
+        matches = {key: getattr(self, key) for key in self._KEPT_MATCHES}
+        kept = {key: getattr(self, key) for key in self._KEPT}
+        for key, match in matches.items():
+            if match is not None and match.source != KERNEL:
+                kept[key] = [match.signature.id, match.line, match.own, match.source]
+        return kept
 
     @classmethod
-    def load(cls, target: HealthTarget, kept: t.Mapping[str, t.Any] | None, now: float) -> Watch:
+    def load(
+        cls, target: HealthTarget, kept: t.Mapping[str, t.Any] | None, now: float, book: SignatureBook | None = None
+    ) -> Watch:
         """A watch as an earlier call left it, or a new one."""
-        watch = cls(target=target, since=now, phase_since=now)
+        watch = cls(target=target, since=now, phase_since=now, book=book or SignatureBook())
         for key in cls._KEPT:
             if kept and key in kept:
                 setattr(watch, key, kept[key])
+        for key in cls._KEPT_MATCHES:
+            identifier, line, own, source = (kept or {}).get(key) or ("", "", False, "")
+            signature = watch.book.by_id(identifier) if identifier else None
+            if signature is not None:
+                setattr(watch, key, Match(signature, line, own, source))
         return watch
 
     @property
     def done(self) -> bool:
         return self.result is not None or self.failure is not None
 
-    def take_lines(self, lines: t.Sequence[str], now: float, secrets: t.Sequence[str]) -> None:
-        """Follow the log: phase, percentage, and the tail that is shown when it fails."""
+    @property
+    def deciding(self) -> bool:
+        """Whether the end is foretold, and only waited for in case another line says more."""
+        return self.doom is not None and not self.done
+
+    def forget_log(self) -> None:
+        """Another container begins: what the one before said counts no longer."""
+        self.cursor, self.window, self.percent = "", [], None
+        self.doom, self.doom_since, self.hint = None, 0.0, None
+
+    def take_lines(self, lines: t.Sequence[str], now: float, secrets: t.Sequence[str], *, running: bool = True) -> None:
+        """Follow the log: phase, percentage, known texts, and the lines that are shown when it fails.
+
+        Args:
+            running: Whether the container runs; what one said that has ended foretells nothing about the next one.
+        """
         for line in lines:
             message = message_of(line)
             if not message:
@@ -125,27 +165,56 @@ class Watch:
             percent = percent_of(message)
             if percent is not None and self.phase in ("download", "build", "loading", "graphs"):
                 self.percent = percent
-            self.tail += [scrub(part, secrets)[:500] for part in message.splitlines() if part.strip()]
-        del self.tail[:-TAIL_LINES]
+            self.window += [scrub(part, secrets)[:500] for part in message.splitlines() if part.strip()]
+        if lines:
+            match = self.book.find("\n".join(self.window), deciding=running)
+            if match is not None and running:
+                self.foretell(match, now)
+            elif match is not None:
+                self.hint = match
+        del self.window[:-WINDOW_LINES]
+
+    def foretell(self, match: Match, now: float) -> None:
+        """A line says that this start is lost; the one that explains it best is kept."""
+        self.doom_since = self.doom_since or now
+        self.doom = best(self.doom, match)
 
     def fail(
-        self, reason: str, what: str, remedy: str = "", exit_code: int | None = None, oom_killed: bool = False
+        self,
+        reason: str,
+        what: str,
+        remedy: str = "",
+        exit_code: int | None = None,
+        oom_killed: bool = False,
+        said: str = "",
     ) -> None:
-        """End the wait; cause and remedy come from the log where it says them, else ``remedy`` is given."""
-        match: Match | None = find_cause("\n".join(self.tail), exit_code=exit_code, oom_killed=oom_killed)
+        """End the wait; cause and remedy come from the log where it says them, else ``remedy`` is given.
+
+        Args:
+            said: What Docker or the unit's main process said about it.
+        """
+        match = best(
+            self.book.find("", oom_killed=oom_killed),
+            self.doom,
+            self.book.find("\n".join(self.window)),
+            self.book.find(said, source=DOCKER) if said else None,
+            self.hint,
+        )
+        if match is None:
+            match = self.book.find("", exit_code=exit_code)
         sentence = "NIM %s %s" % (self.target.name, what)
         if match is not None:
             sentence += ": %s; %s" % (match.signature.cause, match.signature.remedy)
         elif remedy:
             sentence += "; %s" % remedy
         signature = None if match is None else match.signature.id
-        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.tail), signature)
+        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.window[-TAIL_LINES:]), signature)
 
     def explain(self, lines: t.Sequence[str]) -> None:
         """Look for the cause of a failure once more, in lines from elsewhere."""
         if self.failure is not None:
-            self.tail = list(lines)
-            self.fail(self.failure.reason, self.failure.what, self.failure.remedy)
+            self.window = list(lines)
+            self.fail(self.failure.reason, self.failure.what, self.failure.remedy, said=self.failure.what)
 
     def judge(
         self,
@@ -169,9 +238,9 @@ class Watch:
         running = container is not None and container.running
         first = self.looks == 0
         if first:
-            self.base_restarts = unit.restarts
+            self.base_restarts = 0 if self.strict else unit.restarts
             fresh = word.phase in ("failed", "back_off") and now - word.since <= FRESH_SECONDS and word.failures == 1
-            self.base_failures = 0 if fresh else word.failures
+            self.base_failures = 0 if fresh or self.strict else word.failures
         self.looks += 1
         # The count begins anew when the service was ready.
         self.restarts = max(self.restarts, unit.restarts)
@@ -210,15 +279,19 @@ class Watch:
                 "see 'journalctl CONTAINER_NAME=%s'" % self.target.container,
                 exit_code=container.exit_code,
                 oom_killed=container.oom_killed,
+                said=container.error,
             )
             return False
 
         if word.failures > self.base_failures:
             detail = word.detail.rstrip(".") or "ended before it was ready"
+            if word.failures > 1:
+                detail += " (%d starts in a row have failed)" % word.failures
             self.fail(
                 "container_ended",
                 "did not start: %s%s" % ("its container " if detail.startswith(("ended", "was")) else "", detail),
                 "see 'journalctl -u %s'" % self.target.unit,
+                said=detail,
             )
         elif unit.load == "not-found":
             self.fail("unit_missing", "has no unit %s" % self.target.unit, "run the nim role first")
@@ -254,7 +327,15 @@ class Watch:
                 self.fail("docker_unavailable", "cannot be watched: %s" % docker_error.rstrip("."))
         elif answers_ready and not running:
             self.stranger += 1
+        if now - self.doom_since >= DECISION_SECONDS:
+            self.decide()
         return False
+
+    def decide(self) -> None:
+        """Fail for what a line has foretold."""
+        if self.failure is None and self.doom is not None:
+            where = "the kernel log" if self.doom.source == KERNEL else "its log"
+            self.fail("start_failed", 'will not start: %s says "%s"' % (where, _short(self.doom.line)))
 
     def _ended_now(self, unit: UnitState, unit_started: float, container: ContainerState) -> bool:
         """Whether an exited container belongs to this start, and is not what an earlier one left behind."""
@@ -299,6 +380,10 @@ def _instance_start(instance: str, otherwise: float) -> float:
 
 def _seconds(seconds: float) -> str:
     return "%d s" % round(seconds)
+
+
+def _short(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _size(count: int) -> str:

@@ -15,8 +15,11 @@ description:
     of them is (download, building the engine, loading, …), for how long, and how often it was restarted.
   - Asks from the host itself C(/v1/health/ready) on the published port, the systemd unit, the container and its log. The
     image needs no curl.
-  - Fails at once when a container ended, loops, or its unit failed, with the last lines of its log. Where the log holds a
-    text that is known, the message names cause and remedy.
+  - Reads the container's log, the errors of Docker and the kernel log meanwhile. Ends within 5 seconds of the line that
+    decides it, also while the container still runs, and at once when a container ended, loops, or its unit failed, with the
+    last lines of its log. Where the log holds a text that is known, the message names cause and remedy.
+  - "What looks like an error and is none does not end the wait. For a message that only says that something went wrong, the
+    line behind it is looked for."
   - When a service is ready, checks that the model that answers is the one that was asked for, and sends one short
     completion. The completion is sent once for each start of the container.
   - Changes nothing; what is measured is noted in C(/run/gpu_fleet/health).
@@ -39,6 +42,18 @@ options:
     type: list
     elements: dict
     required: true
+  failure_signatures:
+    description:
+      - Texts of the user's own that explain a failure, in the form of C(nim_failure_signatures) of the role
+        P(gpu_fleet.nim.nim#role).
+      - "Each has C(id), C(pattern) (a regular expression of Python), C(cause) and C(remedy), and may have C(where)
+        (V(container), V(docker), V(host) for the kernel log, or V(registry); default V(container)), C(harmless),
+        C(umbrella) (counts only when nothing else is found), C(passing) (a start may survive it, so it does not end the
+        wait) and C(sample) (a line that the pattern must match)."
+      - They come before those of the collection, and replace the one whose C(id) they use.
+    type: list
+    elements: dict
+    default: []
   wait:
     description: Whether to wait. With V(false) the module looks once, reports, and does not fail.
     type: bool
@@ -70,6 +85,16 @@ EXAMPLES = r"""
         port: 8000
         start_timeout: 3600
         completion: none
+  become: true
+
+- name: Explain a failure that only this site knows
+  gpu_fleet.nim.nim_health:
+    models: "{{ nim_models }}"
+    failure_signatures:
+      - id: site-quota
+        pattern: 'quota exceeded for \S+'
+        cause: the team's quota on the model store is used up
+        remedy: ask the storage team
   become: true
 
 - name: See how things are without waiting
@@ -135,7 +160,7 @@ models:
       description: "The completion that was sent: C(kind), C(ok), C(text), C(seconds) and C(note)."
       type: dict
     reason:
-      description: "Why it is not ready: V(container_ended), V(restart_loop), V(unit_failed), V(unit_missing),
+      description: "Why it is not ready: V(container_ended), V(restart_loop), V(start_failed), V(unit_failed), V(unit_missing),
         V(not_running), V(maintenance), V(wrong_server), V(wrong_model), V(completion_failed), V(docker_unavailable),
         V(start_timeout)."
       type: str
@@ -166,12 +191,14 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._own_signatures import parse_signatures
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "models": {"type": "list", "elements": "dict", "required": True},
+            "failure_signatures": {"type": "list", "elements": "dict", "default": []},
             "wait": {"type": "bool", "default": True},
             "progress_interval": {"type": "int", "default": 5},
             "resume": {"type": "dict"},
@@ -180,7 +207,8 @@ def main() -> None:
     )
     wait = module.params["wait"] and not module.check_mode
     try:
-        check = HealthCheck(Host(), DockerApi(), parse_targets(module.params["models"]))
+        own = parse_signatures(module.params["failure_signatures"], option="failure_signatures")
+        check = HealthCheck(Host(), DockerApi(), parse_targets(module.params["models"]), own)
         outcome = check.run(
             module.params["resume"],
             interval=max(0, module.params["progress_interval"]),

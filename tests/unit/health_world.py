@@ -81,6 +81,7 @@ class World(FakeHost):
         self.boxes: dict[str, dict[str, t.Any]] = {}
         self.logs: dict[str, list[tuple[float, str]]] = {}
         self.journal: dict[str, list[str]] = {}
+        self.kernel: list[tuple[float, str]] = []
         self.events: list[tuple[float, t.Callable[[], None]]] = []
         self.docker_down = False
         self.commands = {
@@ -140,7 +141,8 @@ class World(FakeHost):
         return "\n".join(blocks)
 
     def docker_logs(self, _host: FakeHost, argv: tuple[str, ...], _in: t.Any, _env: t.Any) -> tuple[int, str, str]:
-        lines = self.logs.get(argv[-1])
+        names = [name for name, box in self.boxes.items() if argv[-1] in (name, box["Id"])]
+        lines = self.logs.get(names[0], []) if names else None
         if lines is None:
             return 1, "", "Error response from daemon: No such container"
         # Docker hands the two streams of a container out separately.
@@ -148,7 +150,12 @@ class World(FakeHost):
         return 0, "\n".join(stamped[::2]), "\n".join(stamped[1::2])
 
     def journalctl(self, _host: FakeHost, argv: tuple[str, ...], _in: t.Any, _env: t.Any) -> str:
-        return "\n".join(self.journal.get(argv[-1], []))
+        if "--dmesg" in argv:
+            since = [float(word.partition("@")[2]) for word in argv if word.startswith("--since=@")]
+            entries = [(when, {"MESSAGE": text}) for when, text in self.kernel if when >= (since or [0.0])[0]]
+        else:
+            entries = [(self.clock, {"MESSAGE": text}) for text in self.journal.get(argv[-1], [])]
+        return "\n".join(json.dumps({**entry, "__REALTIME_TIMESTAMP": str(int(when * 1e6))}) for when, entry in entries)
 
     def at(self, second: float, action: t.Callable[[], None]) -> None:
         self.events.append((self.start + second, action))

@@ -13,6 +13,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import Pr
 IMAGE = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
 PROFILE = "4f904d571fe60ff24695b5ee2aa42da58cb460787a968f1e8a09f5a7e862728d"
 UUID = "GPU-5a4d9e64-0c2f-4b4a-9d5e-1f2a3b4c5d6e"
+SIGNATURE = {"id": "a", "pattern": "quota exceeded", "cause": "no quota", "remedy": "ask"}
 KEY = "nvapi-0123456789abcdefSECRET"
 
 
@@ -85,6 +86,29 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"nvidia_driver_branch": ["580"]}, "nvidia_driver_branch", "['580']", "put it in quotes"),
     ({"nim_registry_mirrors": ["a"]}, "nim_registry_mirrors", "['a']", "write key: value pairs"),
     ({"nim_wait": "perhaps"}, "nim_wait", "'perhaps'", "write true or false"),
+    # -- texts of failures
+    ({"nim_failure_signatures": "oom"}, "nim_failure_signatures", "'oom'", "list"),
+    ({"nim_failure_signatures": ["oom"]}, "nim_failure_signatures[0]", "'oom'", "write key: value"),
+    (
+        {"nim_failure_signatures": [SIGNATURE, {**SIGNATURE, "id": "b", "pattern": "(a+)+$"}]},
+        "nim_failure_signatures[1].pattern",
+        "'(a+)+$'",
+        "write the inner part without",
+    ),
+    (
+        {"nim_failure_signatures": [{**SIGNATURE, "pattern": "(?P<x>"}]},
+        "nim_failure_signatures[0].pattern",
+        "'(?P<x>'",
+        "correct it",
+    ),
+    (
+        {"nim_failure_signatures": [{**SIGNATURE, "pattern": "(?s).*.*foo"}]},
+        "nim_failure_signatures[0].pattern",
+        "'(?s).*.*foo'",
+        "begin with a literal text",
+    ),
+    ({"nim_failure_signatures": [SIGNATURE, SIGNATURE]}, "nim_failure_signatures[1].id", "'a'", "give each its own"),
+    ({"nim_failure_signatures": [{**SIGNATURE, "regexp": "x"}]}, "nim_failure_signatures[0].regexp", "'x'", "use id,"),
     ({"nim_progress_interval": 0}, "nim_progress_interval", "0", "from 1 to 300"),
     ({"nim_progress_interval": "5s"}, "nim_progress_interval", "'5s'", "write a whole number"),
     # -- choices

@@ -56,3 +56,22 @@ def test_completion_none_sends_nothing(world: World, nim: Nim) -> None:
     world.box("a")
     check(world, [{"name": "a", "port": nim.port, "completion": "none"}])
     assert not any("completions" in path for path in nim.requests)
+
+
+def test_chat_that_was_asked_for_is_explained_with_the_endpoint_that_works(world: World, nim: Nim) -> None:
+    nim.chat = (400, {"object": "error", "message": NO_TEMPLATE, "code": 400})
+    world.unit("a")
+    world.box("a")
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port, "completion": "chat"}])
+    failure = outcome.failures[0][1]
+    assert failure.reason == "completion_failed"
+    assert "(the model has no chat template; it answers on /v1/completions); ask it there and set" in failure.sentence
+
+
+def test_chat_that_was_asked_for_where_nothing_works(world: World, nim: Nim) -> None:
+    nim.chat = (400, {"message": "no such model"})
+    nim.plain = (400, {"message": "no such model either"})
+    world.unit("a")
+    world.box("a")
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port, "completion": "chat"}])
+    assert "(HTTP 400: no such model); see 'journalctl" in outcome.failures[0][1].sentence

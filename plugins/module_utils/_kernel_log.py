@@ -1,0 +1,156 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What the kernel says about GPUs and about processes that it killed for want of memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing as t
+from dataclasses import dataclass
+
+from ._failure_signatures import Signature
+from ._gpu import normalise_bdf
+from ._host import Host
+
+#: Lines of the kernel log that are read at most.
+MOST_LINES = 2000
+
+XID = "xid"
+OUT_OF_MEMORY = "out_of_memory"
+
+
+@dataclass(frozen=True)
+class KernelLine:
+    """One line and when it was printed, in seconds since the epoch."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class KernelEvent:
+    """Something that concerns a GPU or a container.
+
+    Attributes:
+        kind: ``xid`` or ``out_of_memory``.
+        bdf: Of an Xid: the GPU's PCI address in the form of sysfs.
+        number: Of an Xid: its number.
+        container: Of a kill: the container's id, empty where the process was in none or the kernel does not say.
+        process: Of a kill: name of the process.
+    """
+
+    kind: str
+    at: float
+    text: str
+    bdf: str = ""
+    number: int = 0
+    container: str = ""
+    process: str = ""
+
+
+@dataclass(frozen=True)
+class XidMeaning:
+    """What an Xid says (docs.nvidia.com/deploy/xid-errors)."""
+
+    cause: str
+    remedy: str
+
+
+_APPLICATION = "look at the program that ran on it; the GPU itself is most likely sound"
+_RESET = "reset the GPU (nvidia-smi --gpu-reset) or reboot the host"
+_REPLACE = "reboot the host; if it comes back, have the GPU checked by its vendor"
+XIDS: dict[int, XidMeaning] = {
+    13: XidMeaning("a program did something the GPU does not allow", _APPLICATION),
+    31: XidMeaning("a program used GPU memory that is not its own", _APPLICATION),
+    43: XidMeaning("a program made the GPU stop", _APPLICATION),
+    45: XidMeaning("a program's work on the GPU was cleaned up after an error", _APPLICATION),
+    48: XidMeaning("GPU memory has an error that cannot be corrected", _RESET),
+    63: XidMeaning("a bad row of GPU memory is to be replaced by a spare one", "reset the GPU when it is idle"),
+    64: XidMeaning("a bad row of GPU memory could not be replaced", _REPLACE),
+    74: XidMeaning("an NVLink connection failed", "check NVLink (nvidia-smi nvlink -s) and the Fabric Manager"),
+    79: XidMeaning("the GPU has fallen off the bus", _REPLACE),
+    94: XidMeaning("GPU memory had an error that hit one program only", "start that program again; " + _RESET),
+    95: XidMeaning("GPU memory had an error that hit every program on the GPU", _RESET),
+    119: XidMeaning("the GPU's system processor does not answer", _REPLACE),
+    120: XidMeaning("the GPU's system processor reported an error", _REPLACE),
+    154: XidMeaning("the driver asks for a recovery action", "see GPU Recovery Action in 'nvidia-smi -q'"),
+}
+UNKNOWN_XID = XidMeaning("the GPU or its driver reported a fault", "look the number up in NVIDIA's list of Xid errors")
+
+_XID = re.compile(r"NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)(?: GPU-I:\d+)?(?: GPU-CI:\d+)?\): (?P<xid>\d+),")
+_KILL = re.compile(r"oom-kill:.*?task_memcg=(?P<cgroup>[^,]*),task=(?P<task>[^,]*),pid=\d+")
+_CONTAINER_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+_RING_LINE = re.compile(r"(?:<\d+>)?\[\s*(\d+\.\d+)\] (.*)")
+
+
+def read_kernel_log(host: Host, since: float = 0.0) -> list[KernelLine]:
+    """Lines of this boot, oldest first, from the journal, or from the kernel's own buffer where no journal keeps them.
+
+    Args:
+        since: Seconds since the epoch; 0 for the whole boot.
+    """
+    argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json", "--lines=%d" % MOST_LINES]
+    read = host.run([*argv, *(["--since=@%d" % since] if since else [])], timeout=20)
+    found = [line for line in map(_journal_line, read.stdout.splitlines()) if line is not None]
+    if not found:
+        boot = host.time() - host.monotonic()
+        ring = host.run(["dmesg"], timeout=20).stdout.splitlines()[-MOST_LINES:]
+        pairs = [place.groups() for place in map(_RING_LINE.match, ring) if place]
+        found = [KernelLine(boot + float(seconds), text) for seconds, text in pairs]
+    return [line for line in found if line.at >= since]
+
+
+def _journal_line(text: str) -> KernelLine | None:
+    try:
+        entry = json.loads(text)
+        message, at = entry["MESSAGE"], int(entry["__REALTIME_TIMESTAMP"]) / 1e6
+    except (ValueError, LookupError, TypeError):
+        return None
+    # Bytes that are no text come as a list of numbers.
+    return KernelLine(at, message) if isinstance(message, str) else None
+
+
+def kernel_events(lines: t.Iterable[KernelLine]) -> list[KernelEvent]:
+    """Xids and kills for want of memory."""
+    events = []
+    for line in lines:
+        xid = _XID.search(line.text)
+        if xid is not None:
+            pci = xid.group("pci")
+            # The driver leaves the function out; sysfs has it.
+            bdf = normalise_bdf(pci if "." in pci else pci + ".0")
+            events.append(KernelEvent(XID, line.at, line.text, bdf=bdf, number=int(xid.group("xid"))))
+        kill = _KILL.search(line.text)
+        if kill is not None:
+            identifier = _CONTAINER_ID.search(kill.group("cgroup"))
+            events.append(
+                KernelEvent(
+                    OUT_OF_MEMORY,
+                    line.at,
+                    line.text,
+                    container=identifier.group(0) if identifier else "",
+                    process=kill.group("task"),
+                )
+            )
+    return events
+
+
+def xid_signature(event: KernelEvent) -> Signature:
+    """The cause and remedy of an Xid by its number."""
+    meaning = XIDS.get(event.number, UNKNOWN_XID)
+    cause = "Xid %d on GPU %s: %s" % (event.number, event.bdf, meaning.cause)
+    return Signature("host-52", "", "host", cause, meaning.remedy)
+
+
+def gpu_addresses(host: Host) -> dict[str, str]:
+    """PCI address -> UUID of the GPUs that the loaded driver knows; asks no tool, so it costs nothing."""
+    base = "/proc/driver/nvidia/gpus"
+    found = {}
+    for bdf in host.list_dir(base):
+        uuid = re.search(r"(?m)^GPU UUID:\s*(\S+)", host.read_text("%s/%s/information" % (base, bdf)) or "")
+        if uuid is not None:
+            found[normalise_bdf(bdf)] = uuid.group(1)
+    return found
