@@ -24,18 +24,34 @@ class Need:
     what: str
 
 
-def check_space(host: Host, needs: t.Iterable[Need]) -> None:
+@dataclass(frozen=True)
+class FileSystem:
+    """Where something is to be written, and how many bytes are free there."""
+
+    mount: str
+    free: int
+    needs: t.Tuple[Need, ...]
+
+
+def file_systems(host: Host, needs: t.Iterable[Need]) -> t.Tuple[FileSystem, ...]:
+    """Sort needs by the file system that they fall on, and look how much is free there."""
+    mounts = mount_points(host.read_text("/proc/self/mountinfo") or "")
+    by_mount: t.Dict[str, t.List[Need]] = {}
+    for need in needs:
+        by_mount.setdefault(mount_of(need.directory, mounts), []).append(need)
+    return tuple(
+        FileSystem(mount, host.free_bytes(entries[0].directory), tuple(entries)) for mount, entries in by_mount.items()
+    )
+
+
+def check_space(found: t.Iterable[FileSystem]) -> None:
     """What is to be written on the same file system must fit there together.
 
     Raises:
         FleetError: ``disk_full``.
     """
-    mounts = mount_points(host.read_text("/proc/self/mountinfo") or "")
-    by_mount: t.Dict[str, t.List[Need]] = {}
-    for need in needs:
-        by_mount.setdefault(mount_of(need.directory, mounts), []).append(need)
-    for mount, entries in by_mount.items():
-        free, needed = host.free_bytes(entries[0].directory), sum(entry.size for entry in entries)
+    for mount, free, entries in ((system.mount, system.free, system.needs) for system in found):
+        needed = sum(entry.size for entry in entries)
         if needed > free:
             paths = sorted({entry.directory for entry in entries})
             raise FleetError(

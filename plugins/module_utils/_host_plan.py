@@ -394,6 +394,7 @@ class _Planner:
             key=options.get("ngc_api_key"),
             key_state=options.get("ngc_key_state") or "present",
             injection=options.get("gpu_injection") or "runtime",
+            health=options.get("gpu_health") or "enforce",
             remove_all=options.get("state") == "absent",
             api=self.api,
         )

@@ -14,7 +14,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._background import Jobs, Report
-from ._disk_space import Need, check_space, used_bytes
+from ._disk_space import Need, check_space, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._docker_registries import daemon_proxies, insecure_registry
 from ._driver_branches import branch_of_version, cuda_of_branch
@@ -359,7 +359,7 @@ class NimImages(Resource[ImagesState]):
             for directory, wanted in task.wanted.spaces:
                 missing = max(0, wanted - used_bytes(host, directory))
                 needs.append(Need(directory or docker_root, missing, "model of %s" % task.wanted.reference))
-        check_space(host, needs)
+        check_space(file_systems(host, needs))
 
     def _docker_info(self) -> t.Dict[str, t.Any]:
         if self._info is None:

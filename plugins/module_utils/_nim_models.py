@@ -89,6 +89,7 @@ class NimModel:
         gpus: Count, ``"all"``, or a tuple of indices (digits) and UUIDs.
         shm_size: Bytes.
         disk_space: Bytes that the model needs, or None when not said.
+        gpu_memory: Bytes that must be free on each of its GPUs, or None when not said.
         uid: User id of the container's process, the owner of its cache.
         start_timeout: Seconds until ready.
         stop_timeout: Seconds between SIGTERM and SIGKILL.
@@ -118,6 +119,7 @@ class NimModel:
     start_timeout: int = 1800
     stop_timeout: int = 60
     disk_space: int | None = None
+    gpu_memory: int | None = None
     completion: str = "auto"
     state: str = "started"
 
@@ -397,6 +399,7 @@ class _Entry:
             start_timeout=_present(self.number("start_timeout", 10, 86400, "seconds")),
             stop_timeout=_present(self.number("stop_timeout", 1, 3600, "seconds")),
             disk_space=self.size("disk_space"),
+            gpu_memory=self.size("gpu_memory"),
             completion=self.text("completion") or "auto",
             state=self.text("state") or "started",
         )

@@ -32,16 +32,22 @@ from ._nim_paths import (
 from ._nim_service_checks import (
     check_address,
     check_backend_ports,
+    check_disk,
+    check_gpu_health,
+    check_gpu_memory,
     check_mask,
     check_port,
     missing_prerequisite,
+    unfit,
 )
 from ._nim_service_state import HostState, ServiceState, describe, json_object, observe_services
-from ._options import GPU_INJECTIONS
+from ._nim_unit import FETCHED
+from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
 
 Json = t.Dict[str, t.Any]
 
+ENFORCE = GPU_HEALTH[0]
 #: Seconds until the wrapper must have said that it runs.
 WRAPPER_TIMEOUT = 15.0
 
@@ -54,6 +60,7 @@ class NimService(Resource[HostState]):
         key: NGC key; None leaves the stored one alone.
         key_state: ``absent`` removes the stored key.
         injection: How containers get their GPUs: ``runtime``, ``cdi`` or ``gpus``.
+        health: ``enforce`` starts no service on a GPU that is not fit for it; ``warn`` does.
         remove_all: Take away every service of the host, listed or not, and all that this resource has written.
             Model caches stay.
     """
@@ -67,6 +74,7 @@ class NimService(Resource[HostState]):
         key: str | None = None,
         key_state: str = "present",
         injection: str = "runtime",
+        health: str = ENFORCE,
         remove_all: bool = False,
         api: DockerApi | None = None,
     ) -> None:
@@ -74,6 +82,7 @@ class NimService(Resource[HostState]):
         self.key = check_api_key(key, "ngc_api_key") if key else None
         self.key_state = key_state
         self.injection = injection
+        self.health = health
         self.remove_all = remove_all
         self.api = api or DockerApi()
         self.warnings: list[str] = []
@@ -84,6 +93,10 @@ class NimService(Resource[HostState]):
             raise FleetError(
                 "invalid_option",
                 "gpu_injection = %r: no such way; use one of %s." % (injection, ", ".join(GPU_INJECTIONS)),
+            )
+        if health not in GPU_HEALTH:
+            raise FleetError(
+                "invalid_option", "gpu_health = %r: no such value; use one of %s." % (health, ", ".join(GPU_HEALTH))
             )
 
     # -- observe --------------------------------------------------------------------------------------
@@ -97,13 +110,16 @@ class NimService(Resource[HostState]):
         """Everything that must change, stops first, starts last.
 
         Raises:
-            FleetError: ``gpus_unavailable``, ``port_in_use``, ``unit_masked``: nothing may be touched before these
-                are settled.
+            FleetError: ``gpus_unavailable``, ``port_in_use``, ``gpu_memory``, ``disk_full``, ``unit_masked`` and the
+                reasons of :mod:`._gpu_health`: nothing may be touched before these are settled.
         """
         if self.remove_all:
             return self._plan_removal(state)
         prerequisites = self._missing_prerequisites(state)
         if prerequisites:
+            # What cannot work anyway is said before an image is pulled for it.
+            idle = {model.name for model in self.models if model.state == "started" and self._idle(model, state)}
+            self._check_starts(idle, self.placement(state) if state.gpus else {}, set(), state)
             return prerequisites
         check_backend_ports(self.models, state.images)
         configurations = self.configurations(state)
@@ -111,11 +127,9 @@ class NimService(Resource[HostState]):
             if model.state == "started":
                 check_mask(model, state)
         restarts = self._restarts(state, configurations)
-        starting = {name for name, _kind, _why in restarts}
-        for model in self.models:
-            if model.name in starting:
-                check_address(model, state)
-                check_port(model, self.models, state)
+        gpus = {name: configuration["gpus"] for name, configuration in configurations.items()}
+        fetched = {model.name for model in self.models if _fetched(model, configurations, state)}
+        self._check_starts({name for name, _kind, _why in restarts}, gpus, fetched, state)
         changes = self._plan_directories(state) + self._plan_files(state) + self._plan_key(state)
         for model in self.models:
             if model.state != "started":
@@ -128,15 +142,30 @@ class NimService(Resource[HostState]):
         changes += self._plan_restarts(restarts, state)
         return changes
 
+    @staticmethod
+    def _idle(model: NimModel, state: HostState) -> bool:
+        service = state.service(model.name)
+        return not service.running and not service.alive
+
+    def _check_starts(
+        self, starting: set[str], gpus: t.Mapping[str, t.Sequence[str]], fetched: t.Collection[str], state: HostState
+    ) -> None:
+        """What keeps services from being started is found before anything is touched; those that run are left alone."""
+        models = [model for model in self.models if model.name in starting]
+        leaving = starting | {model.name for model in self.models if model.state != "started"}
+        for model in models:
+            check_address(model, state)
+            check_port(model, self.models, state)
+            given = gpus.get(model.name, ())
+            if self.health == ENFORCE:
+                check_gpu_health(model, given, state)
+            check_gpu_memory(model, given, leaving, state)
+        check_disk(models, fetched, state)
+
     def configurations(self, state: HostState) -> dict[str, Json]:
         """What ``/etc/nim/<name>.json`` must hold for every model that is not absent."""
         wanted = [model for model in self.models if model.state != "absent"]
-        listed = {model.name for model in self.models}
-        placed = place(
-            [Wish(model.name, model.gpus, state.service(model.name).gpus) for model in wanted],
-            state.gpus,
-            {name: service.gpus for name, service in state.services.items() if name not in listed},
-        )
+        placed = self.placement(state)
         return {
             model.name: build_configuration(
                 model,
@@ -148,6 +177,19 @@ class NimService(Resource[HostState]):
             )
             for model in wanted
         }
+
+    def placement(self, state: HostState) -> dict[str, tuple[str, ...]]:
+        """UUIDs of the GPUs of every model that is not absent."""
+        listed = {model.name for model in self.models}
+        return place(
+            [
+                Wish(model.name, model.gpus, state.service(model.name).gpus)
+                for model in self.models
+                if model.state != "absent"
+            ],
+            state.gpus,
+            {name: service.gpus for name, service in state.services.items() if name not in listed},
+        )
 
     def _secrets(self, model: NimModel, state: HostState) -> Secrets:
         """The secrets of a model, with the key that the host has for them already."""
@@ -608,6 +650,12 @@ class NimService(Resource[HostState]):
         services = []
         for model in self.models:
             configuration = configurations.get(model.name, {})
+            if model.state == "started" and known:
+                # A service that runs is left alone, and so is one that was started knowingly.
+                warnings += [
+                    "Model %s: %s" % (model.name, verdict.sentence)
+                    for verdict in unfit(model, configuration.get("gpus", []), state)
+                ]
             services.append(
                 {
                     "name": model.name,
@@ -623,3 +671,10 @@ class NimService(Resource[HostState]):
                 }
             )
         return {"services": services, "orphans": orphans, "warnings": warnings}
+
+
+def _fetched(model: NimModel, configurations: t.Mapping[str, Json], state: HostState) -> bool:
+    """Whether the wrapper has fetched all files of a model, as it will ask itself before the start."""
+    there = state.service(model.name).fetched
+    download = configurations.get(model.name, {}).get("download") or {}
+    return there.get("status") in FETCHED and there.get("key") == download.get("key", "")

@@ -9,11 +9,15 @@ from __future__ import annotations
 import ipaddress
 import typing as t
 
+from ._disk_space import FileSystem, Need, check_space
 from ._errors import FleetError
+from ._gpu import Gpu
+from ._gpu_health import gpu_label
 from ._listeners import Listener
 from ._nim_family import BACKEND_PORT_VARIABLE
-from ._nim_models import NimModel, addresses_overlap, probe_address
-from ._nim_service_state import HostState, ImageState, ports_of
+from ._nim_models import NimModel, addresses_overlap, container_name, probe_address
+from ._nim_service_state import GpuUser, HostState, ImageState, ports_of
+from ._verdict import REFUSED, Verdict
 
 
 def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> tuple[str, str]:
@@ -80,6 +84,141 @@ def check_port(model: NimModel, models: t.Sequence[NimModel], state: HostState) 
             command=listener.command,
             container=listener.container,
         )
+
+
+def check_gpu_health(model: NimModel, uuids: t.Sequence[str], state: HostState) -> None:
+    """Refuse a model that is about to start on GPUs that are not fit for service.
+
+    Args:
+        uuids: GPUs and MIG devices that the model gets.
+
+    Raises:
+        FleetError: With the reason of the first verdict that refuses.
+    """
+    refused = unfit(model, uuids, state)
+    if refused:
+        raise FleetError(
+            refused[0].reason,
+            "Model %s cannot be started: %s %s Or accept it knowingly with gpu_health = warn. Nothing was changed."
+            % (
+                model.name,
+                " ".join(verdict.sentence for verdict in refused),
+                "Other GPUs can be given to it with gpus." if any(verdict.gpu for verdict in refused) else "",
+            ),
+            model=model.name,
+            verdicts=[verdict.as_dict() for verdict in refused],
+        )
+
+
+def unfit(model: NimModel, uuids: t.Sequence[str], state: HostState) -> list[Verdict]:
+    """Verdicts that speak against the GPUs of a model, and those on all of the host's GPUs together."""
+    gpus = {gpu.uuid for gpu, _device in _devices(uuids, state)}
+    running = state.service(model.name).running
+    return [
+        verdict
+        for verdict in state.health
+        if verdict.verdict == REFUSED
+        and (verdict.gpu in gpus or (verdict.check == "nvml" and not verdict.gpu))
+        # Held by the model itself, which gives it up before it is started anew.
+        and not (running and verdict.reason == "compute_mode_busy")
+    ]
+
+
+def _devices(uuids: t.Sequence[str], state: HostState) -> list[tuple[Gpu, t.Mapping[str, t.Any] | None]]:
+    """Each GPU, or the MIG device and its GPU."""
+    found: list[tuple[Gpu, t.Mapping[str, t.Any] | None]] = []
+    for uuid in uuids:
+        for gpu in state.gpus:
+            if gpu.uuid == uuid:
+                found.append((gpu, None))
+            found += [(gpu, device) for device in gpu.mig_devices if device.get("uuid") == uuid]
+    return found
+
+
+def check_gpu_memory(model: NimModel, uuids: t.Sequence[str], leaving: t.Collection[str], state: HostState) -> None:
+    """Refuse a model that is about to start where memory is short. A GPU that does not tell is not refused.
+
+    Args:
+        uuids: GPUs and MIG devices that the model gets.
+        leaving: Names of services that are stopped before; what their containers hold counts as free.
+
+    Raises:
+        FleetError: ``gpu_memory``.
+    """
+    if model.gpu_memory is None:
+        return
+    needed = -(-model.gpu_memory // 2**20)
+    for gpu, device in _devices(uuids, state):
+        if device is not None:
+            total, used = device.get("memory_total_mib"), device.get("memory_used_mib")
+            # Which of a GPU's processes run on which of its MIG devices is not told.
+            free = total if leaving else (total - used if total is not None and used is not None else None)
+            users: list[GpuUser] = []
+        else:
+            total, free, users = gpu.memory_total_mib, _free_mib(gpu, leaving, state), _staying(gpu, leaving, state)
+        if free is None or free >= needed:
+            continue
+        who = "; it is held by %s" % ", ".join(user.describe() for user in users) if users else ""
+        raise FleetError(
+            "gpu_memory",
+            "Model %s needs %d MiB of free memory (gpu_memory) on each of its GPUs, and %s%s has %d MiB of %s MiB free%s; "
+            "%s. Nothing was changed."
+            % (
+                model.name,
+                needed,
+                gpu_label(gpu),
+                "" if device is None else " on its MIG device %s" % device.get("uuid"),
+                free,
+                total,
+                who,
+                "stop that, or give the model other GPUs (gpus)"
+                if users
+                else "give the model other GPUs (gpus), or more of them with a profile that needs less of each",
+            ),
+            model=model.name,
+            gpu=gpu.uuid,
+            needed_mib=needed,
+            free_mib=free,
+        )
+
+
+def _free_mib(gpu: Gpu, leaving: t.Collection[str], state: HostState) -> int | None:
+    if gpu.memory_free_mib is None:
+        return None
+    users = [user for user in state.gpu_users if user.gpu == gpu.uuid]
+    if not users and any(gpu.uuid in state.service(name).gpus for name in leaving):
+        # Processes in other PID namespaces are not listed.
+        return gpu.memory_free_mib + (gpu.memory_used_mib or 0)
+    staying = _staying(gpu, leaving, state)
+    if users and not staying:
+        return gpu.memory_free_mib + (gpu.memory_used_mib or 0)
+    return gpu.memory_free_mib + sum(user.used_mib or 0 for user in users if user not in staying)
+
+
+def _staying(gpu: Gpu, leaving: t.Collection[str], state: HostState) -> list[GpuUser]:
+    gone = {container_name(name) for name in leaving}
+    return [user for user in state.gpu_users if user.gpu == gpu.uuid and user.container not in gone]
+
+
+def check_disk(models: t.Sequence[NimModel], complete: t.Collection[str], state: HostState) -> None:
+    """Refuse models that are about to start when their files do not fit.
+
+    Args:
+        models: Models that start.
+        complete: Names of those whose files were all fetched already.
+
+    Raises:
+        FleetError: ``disk_full``.
+    """
+    names = {model.name for model in models} - set(complete)
+    check_space(
+        FileSystem(
+            system.mount,
+            system.free,
+            tuple(Need(need.directory, need.size, "model " + need.what) for need in system.needs if need.what in names),
+        )
+        for system in state.spaces
+    )
 
 
 def check_address(model: NimModel, state: HostState) -> None:

@@ -12,9 +12,11 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ._disk_space import FileSystem, Need, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._errors import FleetError
-from ._gpu import Gpu, observe_gpus
+from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
+from ._gpu_health import gpu_health, needs_kernel_log, read_kernel_log
 from ._host import FileStat, Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
@@ -34,6 +36,7 @@ from ._nim_paths import (
     secret_path,
 )
 from ._nim_unit import SPEC_LABEL
+from ._verdict import Verdict
 
 #: Further looks, a second apart, for the container of a docker-proxy.
 PROXY_LOOKS = 3
@@ -68,6 +71,7 @@ class ServiceState:
         spec: What the container runs, by its label; empty without a container.
         started_spec: What the wrapper is starting or running, by its own word.
         failures: Starts that failed in a row.
+        fetched: What the wrapper has noted about the fetching of the model's files.
     """
 
     name: str
@@ -87,6 +91,7 @@ class ServiceState:
     failures: int = 0
     secret_text: str | None = field(default=None, repr=False)
     secret_safe: bool = True
+    fetched: Json = field(default_factory=dict)
 
     @property
     def exists(self) -> bool:
@@ -105,8 +110,32 @@ class ServiceState:
 
 
 @dataclass(frozen=True)
+class GpuUser:
+    """A process that computes on a GPU; ``container`` is empty outside of containers."""
+
+    gpu: str
+    pid: int
+    command: str
+    container: str
+    used_mib: int | None
+
+    def describe(self) -> str:
+        """``python3 (pid 812) of container trainer: 80000 MiB``"""
+        text = "%s (pid %d)" % (self.command or "a process", self.pid)
+        if self.container:
+            text += " of container %s" % self.container
+        return text + (": %d MiB" % self.used_mib if self.used_mib is not None else "")
+
+
+@dataclass(frozen=True)
 class HostState:
-    """One look at everything that the services of a host consist of or depend on."""
+    """One look at everything that the services of a host consist of or depend on.
+
+    Attributes:
+        health: Verdicts on the GPUs.
+        gpu_users: Who computes on them.
+        spaces: File systems for the files of models that do not run, by the model's name.
+    """
 
     docker: bool = False
     docker_problem: str = ""
@@ -128,6 +157,9 @@ class HostState:
     listeners: tuple[Listener, ...] = ()
     addresses: tuple[str, ...] = ()
     endangered: tuple[str, ...] = ()
+    health: tuple[Verdict, ...] = ()
+    gpu_users: tuple[GpuUser, ...] = ()
+    spaces: tuple[FileSystem, ...] = ()
 
     def service(self, name: str) -> ServiceState:
         return self.services.get(name) or ServiceState(name)
@@ -156,6 +188,7 @@ def observe_services(
         paths += [model.cache_directory]
         paths += [path for path in (model.weights_directory, model.lora_directory) if path]
     target = units.get("nim.target", {})
+    services = {name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)}
     return HostState(
         docker=not problem,
         docker_problem=problem,
@@ -165,7 +198,7 @@ def observe_services(
         gpus=inventory.gpus if inventory else (),
         gpu_problem=_gpu_problem(inventory) if inventory else "",
         maintenance=host.exists(MAINTENANCE_FILE),
-        services={name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)},
+        services=services,
         images=images,
         paths={path: host.stat(path) for path in paths},
         files={
@@ -180,7 +213,39 @@ def observe_services(
         listeners=_settled_listeners(host, api, wanted, containers, images),
         addresses=own_addresses(host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""),
         endangered=_endangered(host, version, info, inspected),
+        health=_health(host, inventory) if inventory else (),
+        gpu_users=_gpu_users(host, inventory, containers) if inventory else (),
+        spaces=file_systems(host, _needs(host, [model for model in wanted if not services[model.name].running])),
     )
+
+
+def _health(host: Host, inventory: GpuInventory) -> tuple[Verdict, ...]:
+    # Where the driver says what a GPU needs, the kernel's log adds nothing that would keep a service from starting.
+    return gpu_health(inventory, read_kernel_log(host) if needs_kernel_log(inventory) else None)
+
+
+def _gpu_users(host: Host, inventory: GpuInventory, containers: t.Sequence[Json]) -> tuple[GpuUser, ...]:
+    names = {str(entry.get("Id", "")): str((entry.get("Names") or [""])[0]).lstrip("/") for entry in containers}
+    found = []
+    for gpu in inventory.gpus:
+        for process in gpu.processes:
+            pid = process.get("pid")
+            if pid is None:
+                continue
+            _unit, container_id = parse_cgroup(host.read_text("/proc/%d/cgroup" % pid) or "")
+            container = names.get(container_id, "") if container_id else ""
+            # Only the program: arguments of strangers may hold secrets.
+            command = str(process.get("name") or "").split(" ", 1)[0].rsplit("/", 1)[-1]
+            found.append(GpuUser(gpu.uuid, pid, command, container, process.get("used_memory_mib")))
+    return tuple(found)
+
+
+def _needs(host: Host, models: t.Sequence[NimModel]) -> list[Need]:
+    return [
+        Need(model.cache_directory, max(0, model.disk_space - used_bytes(host, model.cache_directory)), model.name)
+        for model in models
+        if model.disk_space is not None and model.state == "started"
+    ]
 
 
 def _look_at_docker(api: DockerApi) -> tuple[str, Json, str, list[Json], list[Json]]:
@@ -243,6 +308,7 @@ def _service(host: Host, name: str, unit: t.Mapping[str, str], containers: t.Map
         failures=failures if isinstance(failures, int) else 0,
         secret_text=host.read_text(secret_path(name)),
         secret_safe=secret_file is None or (secret_file.mode == 0o600 and secret_file.uid == 0),
+        fetched=json_object(host.read_text("%s/%s.download.json" % (STATE_DIRECTORY, name))),
     )
 
 

@@ -44,6 +44,9 @@ CONFIGURATION = os.environ.get("CONFIGURATION_DIRECTORY", "/etc/nim")
 STATE = os.environ.get("STATE_DIRECTORY", "/var/lib/nim")
 RUNTIME = os.environ.get("RUNTIME_DIRECTORY", "/run/nim")
 
+#: What is noted when all files of a model were fetched, and when they have served since.
+FETCHED = ("complete", "proven")
+
 #: Seconds between two questions to a daemon that is away, and to a service that is not ready.
 POLL_SECONDS = 1.0
 READY_SECONDS = 2.0
@@ -540,7 +543,7 @@ class Unit:
             return
         marker = read_json(self.marker_file)
         filled = self.cache_has_files()
-        if filled and marker.get("key") == plan["key"] and marker.get("status") in ("complete", "proven"):
+        if filled and marker.get("key") == plan["key"] and marker.get("status") in FETCHED:
             self.remove(self.downloader, running)
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.

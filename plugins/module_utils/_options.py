@@ -22,6 +22,8 @@ MINIMUM_DOCKER_VERSION = "23.0.1"
 #: Modes of the NVIDIA container runtime, and ways in which a NIM gets its GPUs.
 RUNTIME_MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
 GPU_INJECTIONS = ("runtime", "cdi", "gpus")
+#: What happens to a start on a GPU that is not fit for service.
+GPU_HEALTH = ("enforce", "warn")
 
 #: Ulimits that keep NIM from "Too many open files" and from failing to pin memory; NVIDIA's documents use these.
 DEFAULT_ULIMITS: dict[str, int] = {"nofile": 65536, "memlock": -1, "stack": 67108864}
@@ -54,6 +56,7 @@ NIM_MODEL_OPTIONS: Spec = {
     "start_timeout": {"type": "int", "default": 1800},
     "stop_timeout": {"type": "int", "default": 60},
     "disk_space": {"type": "str"},
+    "gpu_memory": {"type": "str"},
     "completion": {"type": "str", "choices": ["auto", "chat", "completion", "none"], "default": "auto"},
     "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
 }
@@ -142,6 +145,7 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
         "ngc_key_state": dict(_PRESENT_OR_ABSENT, no_log=False),
         "state": _PRESENT_OR_ABSENT,
         "gpu_injection": {"type": "str", "choices": list(GPU_INJECTIONS), "default": "runtime"},
+        "gpu_health": {"type": "str", "choices": list(GPU_HEALTH), "default": "enforce"},
     },
 }
 

@@ -129,7 +129,15 @@ options:
         type: int
         default: 60
       disk_space:
-        description: Free space that the model needs beside the image, with a unit; checked by M(gpu_fleet.nim.nim_image).
+        description:
+          - Free space that the model needs beside the image, with a unit; checked by M(gpu_fleet.nim.nim_image), and again
+            before a service is started whose model was not fetched yet.
+        type: str
+      gpu_memory:
+        description:
+          - Memory that must be free on each GPU of the model, with a unit, for example V(80GB). Checked before the service is
+            started; what its own container holds counts as free.
+          - A GPU that does not tell its memory, as those with unified memory, is not refused.
         type: str
       completion:
         description: What M(gpu_fleet.nim.nim_health) asks of the ready model.
@@ -169,6 +177,14 @@ options:
     type: str
     choices: [runtime, cdi, gpus]
     default: runtime
+  gpu_health:
+    description:
+      - With V(enforce) no service is started on a GPU that is not fit for it, for example because bad memory waits for a reset
+        or the driver asks for one. With V(warn) it is, with a warning. What runs already is left alone, with a warning too.
+      - A GPU that does not tell its condition is not refused.
+    type: str
+    choices: [enforce, warn]
+    default: enforce
 seealso:
   - module: gpu_fleet.nim.nim_image
   - module: gpu_fleet.nim.nim_health
@@ -271,7 +287,7 @@ blocked:
   type: list
   elements: dict
 reason:
-  description: Stable name of the error, for example V(port_in_use) or V(gpus_unavailable).
+  description: Stable name of the error, for example V(port_in_use), V(gpus_unavailable) or V(row_remap_pending).
   returned: failure
   type: str
 """
@@ -306,6 +322,7 @@ def main() -> None:
                 key=module.params["ngc_api_key"],
                 key_state=module.params["ngc_key_state"],
                 injection=module.params["gpu_injection"],
+                health=module.params["gpu_health"],
                 remove_all=module.params["state"] == "absent",
             )
         )

@@ -4,18 +4,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, PciGpu
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
-    UNIT_DIRECTORY,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import (
+    GpuInventory,
+    LoadedDriver,
+    PciGpu,
+    parse_smi,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import UNIT_DIRECTORY
 from nim_machine import (
     FIB_TRIE,
     IF_INET6,
+    SMI,
+    ZERO,
     Machine,
     calls,
     failure,
@@ -192,3 +199,181 @@ def test_a_port_of_a_service_that_is_not_started_now_is_not_looked_at(machine: M
     machine.converge(llama())
     machine.listen(8000, 977, "nginx")
     assert machine.plan(llama()) == []
+
+
+# -- the condition of the GPUs --------------------------------------------------------------------
+
+
+def in_xml(machine: Machine, values: dict[str, str], *, gpu: int = 0) -> None:
+    """Other texts in elements of the capture, in one GPU."""
+    pieces = SMI.read_text().split("</gpu>")
+    for name, value in values.items():
+        pieces[gpu], count = re.subn(r"<%s>[^<]*</%s>" % (name, name), "<%s>%s</%s>" % (name, value, name), pieces[gpu])
+        assert count, name
+    _cuda, version, gpus = parse_smi("</gpu>".join(pieces))
+    machine.inventory = GpuInventory(
+        pci=machine.inventory.pci, driver=LoadedDriver(version, "open", True), gpus=gpus, smi_driver_version=version
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"remapped_row_pending": "Yes"}, "row_remap_pending"),
+        ({"gpu_recovery_action": "GPU Reset"}, "recovery_action"),
+        ({"compute_mode": "Prohibited"}, "compute_mode"),
+        ({"sram_threshold_exceeded": "Yes"}, "sram_threshold_exceeded"),
+    ],
+)
+def test_no_start_on_a_gpu_that_is_not_fit(machine: Machine, values: dict[str, str], reason: str) -> None:
+    in_xml(machine, values)
+    error = failure(machine, llama(gpus=[0]))
+    assert error.reason == reason
+    assert error.message.startswith("Model llama cannot be started: GPU 0 (NVIDIA H200, %s) " % ZERO)
+    assert "gpu_health = warn. Nothing was changed." in error.message
+    assert [verdict["gpu"] for verdict in error.facts["verdicts"]] == [ZERO]
+    assert machine.host.dirs == {UNIT_DIRECTORY, "/run/nim"}
+    # The other one is fit.
+    machine.converge(llama(gpus=[1]))
+    assert machine.answer["warnings"] == []
+
+
+def test_accepted_knowingly(machine: Machine) -> None:
+    in_xml(machine, {"remapped_row_pending": "Yes"})
+    machine.converge(llama(gpus=[0]), health="warn")
+    (warning,) = machine.answer["warnings"]
+    assert warning.startswith("Model llama: GPU 0 (") and "'nvidia-smi --gpu-reset -i 0'" in warning
+    with pytest.raises(FleetError, match="gpu_health = 'never'"):
+        machine.resource(llama(), health="never")
+
+
+def test_what_runs_on_an_unfit_gpu_is_left_alone(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0]))
+    in_xml(machine, {"gpu_recovery_action": "GPU Reset"})
+    assert machine.converge(llama(gpus=[0])).changes == []
+    assert "needs recovery" in machine.answer["warnings"][0]
+    # A stop is no start.
+    machine.converge(llama(gpus=[0], state="stopped"))
+    assert failure(machine, llama(gpus=[0])).reason == "recovery_action"
+
+
+def test_a_gpu_that_does_not_tell_is_not_refused(machine: Machine) -> None:
+    silent = ("gpu_recovery_action", "remapped_row_pending", "remapped_row_failure", "current_ecc", "compute_mode")
+    in_xml(machine, dict.fromkeys((*silent, "total", "used", "free"), "N/A"))
+    machine.host.commands["dmesg"] = ""
+    machine.converge(llama(gpus=[0], gpu_memory="100GB"))
+    assert machine.answer["warnings"] == []
+
+
+def test_without_a_recovery_action_the_kernels_log_decides(machine: Machine) -> None:
+    in_xml(machine, {"gpu_recovery_action": "N/A"})
+    machine.host.commands["journalctl *"] = "NVRM: Xid (PCI:0000:00:06): 119, pid=1, Timeout\n"
+    assert failure(machine, llama(gpus=[0])).reason == "xid"
+
+
+def test_an_exclusive_gpu_held_by_the_model_itself(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0]))
+    in_xml(machine, {"compute_mode": "Exclusive_Process"})
+    busy = dataclasses.replace(
+        machine.inventory.gpus[0], processes=({"pid": 77, "type": "C", "name": "x", "used_memory_mib": 9},)
+    )
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(busy, *machine.inventory.gpus[1:]))
+    assert machine.converge(llama(gpus=[0], environment={"A": "1"})).changes
+    machine.converge(llama(gpus=[0], state="stopped"))
+    error = failure(machine, llama(gpus=[0]))
+    assert error.reason == "compute_mode_busy"
+    assert "held by x (pid 77)" in error.message
+
+
+# -- memory and disk --------------------------------------------------------------------------------
+
+
+def computes(machine: Machine, pid: int, container: str, used: int | None, free: int) -> None:
+    """A process on the first GPU."""
+    process = {"pid": pid, "type": "C", "name": "/usr/bin/python3 --key=x", "used_memory_mib": used}
+    first = dataclasses.replace(
+        machine.inventory.gpus[0], processes=(process,), memory_free_mib=free, memory_used_mib=143156 - free
+    )
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(first, *machine.inventory.gpus[1:]))
+    scope = "docker-%s.scope" % machine.api.list[container]["Id"] if container else "train.service"
+    machine.host.files["/proc/%d/cgroup" % pid] = b"0::/system.slice/" + scope.encode()
+
+
+def test_memory_that_is_not_free(machine: Machine) -> None:
+    computes(machine, 812, "", 100000, 43000)
+    error = failure(machine, llama(gpus=[0], gpu_memory="80GB"))
+    assert error.reason == "gpu_memory"
+    assert "needs 81920 MiB of free memory" in error.message
+    assert "43000 MiB of 143771 MiB free; it is held by python3 (pid 812): 100000 MiB; stop that" in error.message
+    assert "key" not in error.message
+    assert (error.facts["needed_mib"], error.facts["free_mib"]) == (81920, 43000)
+    machine.converge(llama(gpus=[1], gpu_memory="80GB"))
+
+
+def test_more_memory_than_the_gpu_has(machine: Machine) -> None:
+    error = failure(machine, llama(gpu_memory="200GB"))
+    assert error.reason == "gpu_memory"
+    assert "143156 MiB of 143771 MiB free; give the model other GPUs" in error.message
+
+
+@pytest.mark.parametrize("used", [120000, None])
+def test_memory_of_a_service_that_is_restarted_counts_as_free(machine: Machine, used: int | None) -> None:
+    machine.converge(llama(gpus=[0], gpu_memory="80GB"))
+    computes(machine, 900, "nim-llama", used, 23000)
+    assert machine.plan(llama(gpus=[0], gpu_memory="80GB")) == []
+    machine.converge(llama(gpus=[0], gpu_memory="81GB", environment={"A": "1"}))
+    # That of another one does not.
+    machine.api.put("trainer")
+    computes(machine, 901, "trainer", used, 23000)
+    error = failure(machine, llama(gpus=[0], gpu_memory="82GB", environment={"A": "2"}))
+    assert "python3 (pid 901) of container trainer" in error.message
+
+
+def test_disk_space_is_looked_at_again_before_a_start(machine: Machine) -> None:
+    machine.host.free = 5 * 10**9
+    error = failure(machine, llama(disk_space="10GB"), nemo())
+    assert error.reason == "disk_full"
+    assert "/var/lib/nim/cache/llama on / needs about 10.7 GB for model llama: 10.7 GB" in error.message
+    assert machine.host.dirs == {UNIT_DIRECTORY, "/run/nim"}
+    # What is there already is not fetched again.
+    machine.host.dirs.add("/var/lib/nim/cache/llama")
+    machine.host.commands["du -s -B1 /var/lib/nim/cache/llama"] = "6000000000\t/x\n"
+    machine.converge(llama(disk_space="10GB"), nemo())
+
+
+def test_a_model_that_was_fetched_needs_no_more_disk(machine: Machine) -> None:
+    machine.converge(llama(disk_space="10GB"))
+    machine.converge(llama(disk_space="10GB", state="stopped"))
+    machine.host.free = 10**9
+    assert failure(machine, llama(disk_space="10GB")).reason == "disk_full"
+    key = json.loads(machine.host.files["/etc/nim/llama.json"])["download"]["key"]
+    marker = "/var/lib/nim/state/llama.download.json"
+    machine.host.files[marker] = json.dumps({"status": "complete", "key": "of another profile"}).encode()
+    assert failure(machine, llama(disk_space="10GB")).reason == "disk_full"
+    machine.host.files[marker] = json.dumps({"status": "complete", "key": key}).encode()
+    machine.converge(llama(disk_space="10GB"))
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"),
+    [
+        ([llama(gpus=2), nemo(gpus=1)], "gpus_unavailable"),
+        ([llama(gpu_memory="200GB")], "gpu_memory"),
+        ([llama(disk_space="900GB", cache_directory="/srv/a")], "disk_full"),
+        ([llama(bind_address="172.30.2.9")], "no_such_address"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_image_is_there(
+    machine: Machine, models: list[dict[str, t.Any]], reason: str
+) -> None:
+    machine.api.images.clear()
+    machine.host.free = 10**11
+    machine.host.files["/proc/net/fib_trie"] = FIB_TRIE.encode()
+    with pytest.raises(FleetError) as caught:
+        machine.plan(*models)
+    assert caught.value.reason == reason
+    # What runs already is not judged by what it would need to start.
+    machine.api.put("nim-llama")
+    machine.api.put("nim-nemo")
+    if reason != "gpus_unavailable":
+        assert {change.action for change in machine.plan(*models)} == {"prerequisite"}
