@@ -137,6 +137,11 @@ class NimModel:
         return self.port if self.network_mode == "host" else 8000
 
     @property
+    def gpu_memory_mib(self) -> int | None:
+        """``gpu_memory`` in MiB, as nvidia-smi counts."""
+        return None if self.gpu_memory is None else -(-self.gpu_memory // 2**20)
+
+    @property
     def url(self) -> str:
         """Base URL at which the host itself reaches the service."""
         address = probe_address(self.bind_address)

@@ -183,7 +183,7 @@ class NimService(Resource[HostState]):
         listed = {model.name for model in self.models}
         return place(
             [
-                Wish(model.name, model.gpus, state.service(model.name).gpus)
+                Wish(model.name, model.gpus, state.service(model.name).gpus, model.gpu_memory_mib)
                 for model in self.models
                 if model.state != "absent"
             ],

@@ -145,9 +145,9 @@ def check_gpu_memory(model: NimModel, uuids: t.Sequence[str], leaving: t.Collect
     Raises:
         FleetError: ``gpu_memory``.
     """
-    if model.gpu_memory is None:
+    needed = model.gpu_memory_mib
+    if needed is None:
         return
-    needed = -(-model.gpu_memory // 2**20)
     for gpu, device in _devices(uuids, state):
         if device is not None:
             total, used = device.get("memory_total_mib"), device.get("memory_used_mib")

@@ -312,6 +312,10 @@ def test_memory_that_is_not_free(machine: Machine) -> None:
 
 def test_more_memory_than_the_gpu_has(machine: Machine) -> None:
     error = failure(machine, llama(gpu_memory="200GB"))
+    assert error.reason == "gpus_unavailable"
+    assert "0 are free with the 200.0 GiB of memory that it needs" in error.message
+    # What the driver reserves is not free either.
+    error = failure(machine, llama(gpu_memory="143500MiB"))
     assert error.reason == "gpu_memory"
     assert "143156 MiB of 143771 MiB free; give the model other GPUs" in error.message
 
@@ -358,7 +362,7 @@ def test_a_model_that_was_fetched_needs_no_more_disk(machine: Machine) -> None:
     ("models", "reason"),
     [
         ([llama(gpus=2), nemo(gpus=1)], "gpus_unavailable"),
-        ([llama(gpu_memory="200GB")], "gpu_memory"),
+        ([llama(gpu_memory="143500MiB")], "gpu_memory"),
         ([llama(disk_space="900GB", cache_directory="/srv/a")], "disk_full"),
         ([llama(bind_address="172.30.2.9")], "no_such_address"),
     ],
