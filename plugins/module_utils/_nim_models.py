@@ -86,7 +86,7 @@ class NimModel:
     """One entry of ``nim_models``, checked and with its defaults filled in.
 
     Attributes:
-        gpus: Count, ``"all"``, or a tuple of indices (digits) and UUIDs.
+        gpus: Count, ``"all"``, or a tuple of indices (digits) and UUIDs; None = as many as its profile needs, else one.
         shm_size: Bytes.
         disk_space: Bytes that the model needs, or None when not said.
         gpu_memory: Bytes that must be free on each of its GPUs, or None when not said.
@@ -97,7 +97,7 @@ class NimModel:
 
     name: str
     image: str
-    gpus: GpuRequest
+    gpus: GpuRequest | None
     port: int
     bind_address: str
     cache_directory: str
@@ -409,8 +409,10 @@ class _Entry:
             state=self.text("state") or "started",
         )
 
-    def _gpus(self) -> GpuRequest:
+    def _gpus(self) -> GpuRequest | None:
         given = self.value("gpus")
+        if given is None or given == "":
+            return None
         remedy = "write a count, a list of indices or UUIDs, or all"
         if isinstance(given, str) and given.strip().isdigit():
             given = int(given)
@@ -522,7 +524,7 @@ class _Entry:
         given = self.text("profile")
         if given is None or given == "automatic":
             return None
-        if _PROFILE_ID.match(given) or given == "default":
+        if _PROFILE_ID.match(given) or given in ("default", "vllm", "sglang", "tensorrt_llm"):
             return given
         trap = re.match(r"([0-9a-fA-F]{64})\s*\((.*)\)\Z", given)
         if trap:
@@ -632,5 +634,7 @@ def _inside(path: str, parent: str) -> bool:
     return path.startswith(parent + "/")
 
 
-def _shown(gpus: GpuRequest) -> str:
+def _shown(gpus: GpuRequest | None) -> str:
+    if gpus is None:
+        return "what its profile needs"
     return "[%s]" % ", ".join(gpus) if isinstance(gpus, tuple) else str(gpus)

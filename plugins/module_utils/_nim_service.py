@@ -13,7 +13,8 @@ import typing as t
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
-from ._gpu_placement import Wish, place
+from ._gpu_placement import place
+from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._host import Host
 from ._ngc_login import check_api_key, fingerprint, render_environment
 from ._nim_configuration import SLICE_TEXT, TARGET_TEXT, Secrets, build_configuration, unit_text, wrapper_text
@@ -110,8 +111,9 @@ class NimService(Resource[HostState]):
         """Everything that must change, stops first, starts last.
 
         Raises:
-            FleetError: ``gpus_unavailable``, ``port_in_use``, ``gpu_memory``, ``disk_full``, ``unit_masked`` and the
-                reasons of :mod:`._gpu_health`: nothing may be touched before these are settled.
+            FleetError: ``gpus_unavailable``, ``no_such_profile``, ``profile_unsuitable``, ``port_in_use``, ``gpu_memory``,
+                ``disk_full``, ``unit_masked`` and the reasons of :mod:`._gpu_health`: nothing may be touched before these
+                are settled.
         """
         if self.remove_all:
             return self._plan_removal(state)
@@ -160,11 +162,18 @@ class NimService(Resource[HostState]):
             if self.health == ENFORCE:
                 check_gpu_health(model, given, state)
             check_gpu_memory(model, given, leaving, state)
+            if given:
+                check_profile_of(
+                    model,
+                    state.profiles(model),
+                    given_gpus(given, state.gpus),
+                    state.devices,
+                    requested_count(model.gpus, len(state.gpus)),
+                )
         check_disk(models, fetched, state)
 
     def configurations(self, state: HostState) -> dict[str, Json]:
         """What ``/etc/nim/<name>.json`` must hold for every model that is not absent."""
-        wanted = [model for model in self.models if model.state != "absent"]
         placed = self.placement(state)
         return {
             model.name: build_configuration(
@@ -175,21 +184,18 @@ class NimService(Resource[HostState]):
                 cgroup_driver=state.cgroup_driver,
                 secret=self._secrets(model, state),
             )
-            for model in wanted
+            for model in self.models
+            if model.state != "absent"
         }
 
     def placement(self, state: HostState) -> dict[str, tuple[str, ...]]:
-        """UUIDs of the GPUs of every model that is not absent."""
-        listed = {model.name for model in self.models}
-        return place(
-            [
-                Wish(model.name, model.gpus, state.service(model.name).gpus, model.gpu_memory_mib)
-                for model in self.models
-                if model.state != "absent"
-            ],
-            state.gpus,
-            {name: service.gpus for name, service in state.services.items() if name not in listed},
-        )
+        """UUIDs of the GPUs of every model that is not absent.
+
+        Raises:
+            FleetError: ``gpus_unavailable``.
+        """
+        wanted = [model for model in self.models if model.state != "absent"]
+        return place(state.wishes(wanted), state.gpus, state.unlisted(self.models), state.topology)
 
     def _secrets(self, model: NimModel, state: HostState) -> Secrets:
         """The secrets of a model, with the key that the host has for them already."""

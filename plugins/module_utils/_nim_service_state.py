@@ -10,19 +10,23 @@ import json
 import os
 import re
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ._disk_space import FileSystem, Need, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
 from ._gpu_health import gpu_health, needs_kernel_log, read_kernel_log
+from ._gpu_placement import Wish, topology_matters
+from ._gpu_topology import Topology, observe_topology
+from ._gpu_wishes import device_ids, names_profile, wish_of
 from ._host import FileStat, Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_login import fingerprint, key_in_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
+from ._nim_manifest import Manifest, manifest_on_disk
 from ._nim_models import NimModel, container_name, unit_name
 from ._nim_paths import (
     BASE_DIRECTORY,
@@ -35,6 +39,7 @@ from ._nim_paths import (
     WRAPPER,
     secret_path,
 )
+from ._nim_profiles import Profile
 from ._nim_unit import SPEC_LABEL
 from ._verdict import Verdict
 
@@ -51,6 +56,7 @@ class ImageState:
     Attributes:
         reference: How ``docker create`` is told: by digest where Docker knows it, otherwise by id.
         command: The image's own default command.
+        manifest: Its profiles; looked at only for a model that names one, and None where they cannot be read.
     """
 
     identifier: str
@@ -58,6 +64,7 @@ class ImageState:
     digest: str
     family: Family
     command: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,25 @@ class HostState:
     health: tuple[Verdict, ...] = ()
     gpu_users: tuple[GpuUser, ...] = ()
     spaces: tuple[FileSystem, ...] = ()
+    devices: t.Mapping[str, str] = field(default_factory=dict)
+    topology: Topology | None = None
 
     def service(self, name: str) -> ServiceState:
         return self.services.get(name) or ServiceState(name)
+
+    def wishes(self, models: t.Sequence[NimModel]) -> list[Wish]:
+        """What models ask of the GPUs."""
+        return [wish_of(model, self.profiles(model), self.service(model.name).gpus) for model in models]
+
+    def profiles(self, model: NimModel) -> tuple[Profile, ...] | None:
+        """Profiles of a model's image, where they are known for certain."""
+        image = self.images.get(model.image)
+        return image.manifest.profiles if image is not None and image.manifest is not None else None
+
+    def unlisted(self, models: t.Sequence[NimModel]) -> dict[str, tuple[str, ...]]:
+        """GPUs of the services that are not in the list."""
+        listed = {model.name for model in models}
+        return {name: service.gpus for name, service in self.services.items() if name not in listed}
 
 
 def observe_services(
@@ -189,7 +212,7 @@ def observe_services(
         paths += [path for path in (model.weights_directory, model.lora_directory) if path]
     target = units.get("nim.target", {})
     services = {name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)}
-    return HostState(
+    state = HostState(
         docker=not problem,
         docker_problem=problem,
         docker_version=version,
@@ -216,7 +239,12 @@ def observe_services(
         health=_health(host, inventory) if inventory else (),
         gpu_users=_gpu_users(host, inventory, containers) if inventory else (),
         spaces=file_systems(host, _needs(host, [model for model in wanted if not services[model.name].running])),
+        devices=device_ids(inventory) if inventory else {},
     )
+    # Asked only for a model that is to be placed: those that have their GPUs keep them.
+    if not topology_matters(state.wishes(wanted), state.gpus, state.unlisted(models)):
+        return state
+    return replace(state, topology=observe_topology(host))
 
 
 def _health(host: Host, inventory: GpuInventory) -> tuple[Verdict, ...]:
@@ -321,8 +349,13 @@ def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[st
         # With a pin it does not matter what the tag means today.
         names = (pinned.image_id, pinned.run) if pinned is not None else (str(reference),)
         image = next(filter(None, map(api.image, names)), None)
-        if image is not None:
-            found[model.image] = _image_state(reference, pinned, image)
+        if image is None:
+            continue
+        known = found.get(model.image)
+        manifest = known.manifest if known is not None else None
+        if manifest is None and names_profile(model):
+            manifest = manifest_on_disk(host, image)
+        found[model.image] = replace(_image_state(reference, pinned, image), manifest=manifest)
     return found
 
 

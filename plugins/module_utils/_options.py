@@ -35,7 +35,7 @@ _AUTO_PRESENT_ABSENT = {"type": "str", "choices": ["auto", "present", "absent"],
 NIM_MODEL_OPTIONS: Spec = {
     "name": {"type": "str", "required": True},
     "image": {"type": "str", "required": True},
-    "gpus": {"type": "raw", "default": 1},
+    "gpus": {"type": "raw"},
     "port": {"type": "int", "default": 8000},
     "bind_address": {"type": "str", "default": "0.0.0.0"},  # noqa: S104 - a served model is meant to be reached
     "cache_directory": {"type": "str"},

@@ -289,6 +289,23 @@ class RegistryClient:
             created=str(config.get("created") or ""),
         )
 
+    def blob(self, reference: ImageReference, digest: str) -> bytes:
+        """Content of a layer or configuration of an image; meant for small ones.
+
+        Raises:
+            FleetError: As :meth:`resolve`.
+        """
+        name = str(reference)
+        answer = self._ask(reference.repository, "blobs/" + digest, name, {})
+        if "sha256:" + hashlib.sha256(answer.body).hexdigest() != digest:
+            raise FleetError(
+                "registry_error",
+                "A part of %s does not have the digest %s that its manifest names; look for a proxy that changes what "
+                "passes through it." % (name, digest),
+                image=name,
+            )
+        return answer.body
+
     def check_credentials(self, reference: t.Optional[ImageReference] = None) -> None:
         """Prove that the credentials are good, and with a reference that they may pull it.
 

@@ -43,10 +43,12 @@ options:
         required: true
       gpus:
         description:
-          - How many GPUs (a number), which (a list of indices or UUIDs), or V(all).
-          - A model that was given GPUs by number keeps them as long as nobody names them.
+          - How many GPUs (a number), which (a list of indices or UUIDs; MIG devices by their UUIDs), or V(all).
+          - By default as many as O(models[].profile) needs (its tp times its pp, as far as they are known), else one.
+          - A model that was given GPUs by number keeps them as long as nobody names them and they have enough memory. It is
+            given whole GPUs that nobody else computes on, and of those the ones that NVLink or the same part of the machine
+            connects.
         type: raw
-        default: 1
       port:
         description: TCP port on the host.
         type: int

@@ -1,0 +1,124 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What the models of a host want of its GPUs: how many, with how much memory, and whether their profiles can run there."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import replace
+
+from ._errors import FleetError
+from ._gpu import Gpu, GpuInventory
+from ._gpu_placement import Wish
+from ._nim_family import needs_download
+from ._nim_models import GpuRequest, NimModel
+from ._nim_profile_checks import memory_mib, require_profile
+from ._nim_profiles import Match, Profile, match_profile
+
+
+def names_profile(model: NimModel) -> bool:
+    """Whether a model names a profile of its image; ``default`` leaves the choice to NIM."""
+    return bool(model.profile) and model.profile != "default"
+
+
+def find_profile(model: NimModel, profiles: t.Sequence[Profile] | None) -> Match | None:
+    """The profile that a model names, as far as it is known.
+
+    Args:
+        profiles: Of its image, or None.
+
+    Raises:
+        FleetError: ``no_such_profile``.
+    """
+    if not names_profile(model):
+        return None
+    if not needs_download(model):
+        # The model comes from elsewhere, and its manifest may too.
+        profiles = None
+    try:
+        return match_profile(str(model.profile), profiles)
+    except FleetError as error:
+        error.message = "Model %s: profile = %s" % (model.name, error.message)
+        error.facts["model"] = model.name
+        raise
+
+
+def wish_of(model: NimModel, profiles: t.Sequence[Profile] | None, present: t.Sequence[str] = ()) -> Wish:
+    """What a model asks for: as many GPUs as it says, else as many as its profile needs, else one."""
+    try:
+        match = find_profile(model, profiles)
+    except FleetError:
+        # Told before the start; a service that runs is left alone.
+        match = None
+    profile = match.profile if match is not None else None
+    needs = []
+    if model.gpu_memory_mib is not None:
+        needs.append(model.gpu_memory_mib)
+    if profile is not None and profile.memory_gb is not None:
+        needs.append(memory_mib(profile.memory_gb))
+    gpus = model.gpus
+    named = ""
+    if gpus is None:
+        gpus = (profile.gpus if profile is not None else None) or 1
+        named = str(model.profile) if profile is not None and profile.gpus else ""
+    return Wish(model.name, gpus, tuple(present), max(needs, default=None), named)
+
+
+def check_profile_of(
+    model: NimModel,
+    profiles: t.Sequence[Profile] | None,
+    gpus: t.Sequence[Gpu],
+    devices: t.Mapping[str, str],
+    count: int | None = None,
+) -> None:
+    """Refuse a model whose profile is not in its image, or cannot run on these GPUs.
+
+    Args:
+        gpus: Those that the model gets, or all of the host.
+        devices: PCI device id by PCI address.
+        count: How many of them it gets; None = as many as the profile needs.
+
+    Raises:
+        FleetError: ``no_such_profile``, ``profile_unsuitable``.
+    """
+    match = find_profile(model, profiles)
+    if match is None or match.profile is None:
+        return
+    profile = match.profile
+    if not profile.id and not profile.description:
+        profile = replace(profile, description=str(model.profile))
+    require_profile(
+        model.name,
+        profile,
+        gpus,
+        count=count,
+        lora=model.lora_directory is not None,
+        devices=devices,
+    )
+
+
+def given_gpus(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[Gpu]:
+    """GPUs by UUID; a MIG device is its GPU with the device's memory."""
+    found = []
+    for uuid in uuids:
+        for gpu in gpus:
+            if gpu.uuid == uuid:
+                found.append(gpu)
+            for device in gpu.mig_devices:
+                if device.get("uuid") == uuid:
+                    found.append(replace(gpu, uuid=uuid, memory_total_mib=device.get("memory_total_mib")))
+    return found
+
+
+def device_ids(inventory: GpuInventory) -> dict[str, str]:
+    """PCI device id (four hexadecimal digits) by PCI address."""
+    return {gpu.bdf: gpu.device_id for gpu in inventory.pci}
+
+
+def requested_count(gpus: GpuRequest | None, there: int) -> int | None:
+    """How many GPUs a request gives; None where that is left to the profile."""
+    if gpus is None or isinstance(gpus, int):
+        return gpus
+    return there if gpus == "all" else len(gpus)
