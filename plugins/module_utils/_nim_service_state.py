@@ -342,7 +342,7 @@ def _service(host: Host, name: str, unit: t.Mapping[str, str], containers: t.Map
 
 def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
     record = read_record(host)
-    found = {}
+    found: dict[str, ImageState] = {}
     for model in models:
         reference = ImageReference.parse(model.image)
         pinned = record.get(str(reference))

@@ -34,7 +34,7 @@ def refuse(*entries: t.Any) -> str:
 
 def test_defaults() -> None:
     (found,) = parse_models([model()])
-    assert (found.gpus, found.port, found.bind_address) == (1, 8000, "0.0.0.0")
+    assert (found.gpus, found.port, found.bind_address) == (None, 8000, "0.0.0.0")
     assert found.cache_directory == "/var/lib/nim/cache/llama"
     assert found.shm_size == 16 * 1024**3
     assert (found.uid, found.gid) == (1000, 1000)
