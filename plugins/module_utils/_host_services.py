@@ -37,6 +37,7 @@ _STATES = {
     "wrong_model": "wrong model",
     "unit_failed": "failed",
     "container_ended": "failed",
+    "start_failed": "failed",
     "restart_loop": "failed",
 }
 

@@ -13,6 +13,7 @@ import typing as t
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
+from ._gpu_loss import lost_gpus
 from ._gpu_placement import place
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._host import Host
@@ -238,6 +239,11 @@ class NimService(Resource[HostState]):
                     found.append((model.name, "restart", "the container runs something else"))
                 elif not service.alive:
                     found.append((model.name, "start", "the unit is %s, the container goes on" % service.active))
+                elif service.lost_gpus:
+                    why = (
+                        "the container has lost its GPUs, as systemctl daemon-reload does to it: %s" % service.lost_gpus
+                    )
+                    found.append((model.name, "restart", why))
             elif not service.alive:
                 why = "the unit failed" if service.active == "failed" else "the service does not run"
                 found.append((model.name, "start", why))
@@ -569,14 +575,15 @@ class NimService(Resource[HostState]):
 
     def _daemon_reload(self, host: Host, endangered: t.Sequence[str]) -> None:
         self._systemctl(host, "daemon-reload", [])
-        for container in endangered:
-            seen = host.run(["docker", "exec", container, "nvidia-smi", "-L"], timeout=60)
-            if not seen.ok:
-                self.warnings.append(
-                    "Container %s has lost its GPUs by systemctl daemon-reload (%s): recreate it, and use the nvidia "
-                    "runtime in mode jit-cdi or CDI devices so that it does not happen again."
-                    % (container, seen.last_line())
-                )
+        own = {model.container: model.name for model in self.models if model.state == "started"}
+        lost = {container: said for container in endangered for said in [lost_gpus(host, container)] if said}
+        for container, said in lost.items():
+            self.warnings.append(
+                "Container %s has lost its GPUs by systemctl daemon-reload (%s)%s; use the nvidia runtime in mode jit-cdi or "
+                "CDI devices so that it does not happen again."
+                % (container, said, " and is started anew" if container in own else ": recreate it")
+            )
+        self._restart(host, [own[container] for container in lost if container in own])
 
     def _set_enabled(self, host: Host, verb: str, units: t.Sequence[str]) -> None:
         todo = []

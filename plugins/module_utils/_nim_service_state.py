@@ -17,6 +17,7 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
 from ._gpu_health import gpu_health, needs_kernel_log, read_kernel_log
+from ._gpu_loss import last_daemon_reload, lost_gpus
 from ._gpu_placement import Wish, topology_matters
 from ._gpu_topology import Topology, observe_topology
 from ._gpu_wishes import device_ids, names_profile, wish_of
@@ -39,6 +40,7 @@ from ._nim_paths import (
     WRAPPER,
     secret_path,
 )
+from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
 from ._nim_unit import SPEC_LABEL
 from ._verdict import Verdict
@@ -78,6 +80,7 @@ class ServiceState:
         spec: What the container runs, by its label; empty without a container.
         started_spec: What the wrapper is starting or running, by its own word.
         failures: Starts that failed in a row.
+        lost_gpus: What NVML says inside the container when it has lost its GPUs.
         fetched: What the wrapper has noted about the fetching of the model's files.
     """
 
@@ -96,6 +99,7 @@ class ServiceState:
     started_spec: str = ""
     phase: str = ""
     failures: int = 0
+    lost_gpus: str = ""
     secret_text: str | None = field(default=None, repr=False)
     secret_safe: bool = True
     fetched: Json = field(default_factory=dict)
@@ -212,6 +216,10 @@ def observe_services(
         paths += [path for path in (model.weights_directory, model.lora_directory) if path]
     target = units.get("nim.target", {})
     services = {name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)}
+    endangered = _endangered(host, version, info, inspected)
+    if inventory and inventory.gpus:
+        for name, said in _lost_gpus(host, names, endangered, inspected).items():
+            services[name] = replace(services[name], lost_gpus=said)
     state = HostState(
         docker=not problem,
         docker_problem=problem,
@@ -235,7 +243,7 @@ def observe_services(
         key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
         listeners=_settled_listeners(host, api, wanted, containers, images),
         addresses=own_addresses(host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""),
-        endangered=_endangered(host, version, info, inspected),
+        endangered=endangered,
         health=_health(host, inventory) if inventory else (),
         gpu_users=_gpu_users(host, inventory, containers) if inventory else (),
         spaces=file_systems(host, _needs(host, [model for model in wanted if not services[model.name].running])),
@@ -441,6 +449,29 @@ def _gpu_problem(inventory: t.Any) -> str:
     if inventory.driver is None:
         return "The NVIDIA driver is not loaded."
     return "nvidia-smi shows no GPU: %s." % (inventory.smi_error or "no reason given").rstrip(".")
+
+
+def _lost_gpus(
+    host: Host, names: t.Iterable[str], endangered: t.Collection[str], containers: t.Sequence[Json]
+) -> dict[str, str]:
+    """Services whose container has lost its GPUs, with NVML's word for it.
+
+    Asked are only those that a daemon-reload since their start may have taken them from: no other one costs anything.
+    """
+    own = sorted(name for name in names if container_name(name) in endangered)
+    if not own:
+        return {}
+    started = {
+        str(container.get("Name", "")).lstrip("/"): parse_time(str((container.get("State") or {}).get("StartedAt", "")))
+        for container in containers
+    }
+    reloaded = last_daemon_reload(host)
+    found = {}
+    for name in own:
+        since = started.get(container_name(name))
+        if reloaded is None or since is None or since <= reloaded:
+            found[name] = lost_gpus(host, container_name(name))
+    return found
 
 
 def _endangered(host: Host, version: str, info: Json, containers: t.Sequence[Json]) -> tuple[str, ...]:
