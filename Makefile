@@ -99,6 +99,11 @@ unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
 	@tests/tools.sh dpkg=dpkg openssl=openssl systemd-analyze=systemd
 	@PYTHONPATH=.build $(BIN)/pytest -n 2 tests/unit
 
+.PHONY: fuzz
+fuzz: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Every parser with fifty times as much damaged input as `make unit`
+	@PYTHONPATH=.build HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -n 2 tests/unit/test_fuzz_*.py tests/unit/test_requirements.py \
+	  tests/unit/test_untrusted.py
+
 .PHONY: sanity
 sanity: .venv/.stamp ## ansible-test sanity, without ignores
 	@tests/sanity.sh

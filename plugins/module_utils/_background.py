@@ -22,6 +22,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._errors import FleetError
+from ._untrusted import parse_json, real_number
 
 #: On a tmpfs: after a reboot no job claims to run.
 DIRECTORY = "/run/gpu_fleet/jobs"
@@ -74,12 +75,19 @@ class JobStatus:
                 "run again." % doing,
                 job=self.job_id,
             )
-        return FleetError(str(self.error["reason"]), str(self.error["message"]), **self.error.get("facts", {}))
+        facts = {str(key): value for key, value in _mapping(self.error.get("facts")).items()}
+        reason, message = facts.pop("reason", None), facts.pop("message", None)
+        reason, message = self.error.get("reason") or reason, self.error.get("message") or message
+        return FleetError(str(reason or "job_lost"), str(message or "%s failed without saying why." % doing), **facts)
 
 
 Report = t.Callable[[t.Mapping[str, t.Any]], None]
 #: Does the job; may call the reporter as often as it likes.
 Work = t.Callable[[Report], t.Dict[str, t.Any]]
+
+
+def _mapping(value: t.Any) -> t.Dict[str, t.Any]:
+    return value if isinstance(value, dict) else {}
 
 
 class Jobs:
@@ -125,20 +133,22 @@ class Jobs:
         alive = self._alive(job_id)
         try:
             with open(self._path(job_id, "json"), encoding="utf-8") as stream:
-                found = json.load(stream)
+                found = parse_json(stream.read())
         except (FileNotFoundError, ValueError):
             return None
+        if not isinstance(found, dict):
+            return None
         state = str(found.get("state"))
-        if state == RUNNING and not alive:
+        if (state == RUNNING and not alive) or state not in (RUNNING, DONE, FAILED, LOST):
             state = LOST
         return JobStatus(
             job_id,
             state,
-            found.get("progress") or {},
-            found.get("result") or {},
-            found.get("error") or {},
-            float(found.get("started") or 0),
-            float(found.get("updated") or 0),
+            _mapping(found.get("progress")),
+            _mapping(found.get("result")),
+            _mapping(found.get("error")),
+            real_number(found.get("started")),
+            real_number(found.get("updated")),
         )
 
     def wait(self, job_ids: t.Sequence[str], seconds: t.Optional[float]) -> t.List[JobStatus]:

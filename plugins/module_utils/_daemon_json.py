@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ._docker_api import Json
 from ._errors import FleetError
 from ._host import Host
+from ._untrusted import parse_json
 
 DEFAULT_CONFIG = "/etc/docker/daemon.json"
 
@@ -105,7 +106,7 @@ def parse(text: t.Optional[str], path: str = DEFAULT_CONFIG) -> Json:
     if not content.strip():
         return {}
     try:
-        document = json.loads(content, object_pairs_hook=pairs)
+        document = parse_json(content, object_pairs_hook=pairs)
     except ValueError as error:
         raise invalid(path, str(error)) from error
     if not isinstance(document, dict):

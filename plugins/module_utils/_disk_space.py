@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._host import Host
 from ._image_pull import amount
+from ._untrusted import whole_number
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def mount_points(mountinfo: str) -> t.List[str]:
     found = []
     for line in mountinfo.splitlines():
         fields = line.split(" ")
-        if len(fields) > 4:
+        # A relative or empty one is none: a line that was cut off.
+        if len(fields) > 4 and fields[4].startswith("/"):
             found.append(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), fields[4]))
     return found
 
@@ -95,4 +97,4 @@ def used_bytes(host: Host, directory: str) -> int:
     # A cache on a network file system may hold many files: better a too careful answer than a long wait.
     answer = host.run(["du", "-s", "-B1", directory], timeout=20)
     first = answer.stdout.split("\t")[0].strip()
-    return int(first) if answer.ok and first.isdigit() else 0
+    return whole_number(first) if answer.ok else 0

@@ -17,6 +17,7 @@ import typing as t
 import urllib.parse
 
 from ._errors import FleetError
+from ._untrusted import MapOf, misfit, parse_json
 
 #: Where every supported package puts the socket.
 SOCKET = "/var/run/docker.sock"
@@ -24,6 +25,57 @@ SOCKET = "/var/run/docker.sock"
 TIMEOUT = 20.0
 
 Json = t.Dict[str, t.Any]
+
+
+_LABELS = MapOf(str)
+#: What is read of the answers, by the Engine API (moby/moby ``api/swagger.yaml``).
+_INFO = {
+    **dict.fromkeys(
+        ("ServerVersion", "CgroupDriver", "CgroupVersion", "Driver", "DockerRootDir", "DefaultRuntime"), str
+    ),
+    **dict.fromkeys(("LoggingDriver", "HttpProxy", "HttpsProxy", "NoProxy"), str),
+    **dict.fromkeys(("LiveRestoreEnabled", "Debug"), bool),
+    "DriverStatus": [[str]],
+    "Runtimes": MapOf({"path": str, "runtimeType": str}),
+    "CDISpecDirs": [str],
+    "Labels": [str],
+    "Plugins": {"Log": [str]},
+    "Swarm": {"LocalNodeState": str},
+    "RegistryConfig": {
+        "IndexConfigs": MapOf({"Secure": bool}),
+        "InsecureRegistryCIDRs": [str],
+        "Mirrors": [str],
+    },
+}
+_LISTED = {
+    **dict.fromkeys(("Id", "ImageID", "Image", "State"), str),
+    "Names": [str],
+    "Labels": _LABELS,
+    "Ports": [{"IP": str, "PublicPort": int, "PrivatePort": int, "Type": str}],
+}
+_CONFIG = {"Env": [str], "Labels": _LABELS, "Cmd": [str]}
+_CONTAINER = {
+    **dict.fromkeys(("Id", "Name"), str),
+    "State": {
+        **dict.fromkeys(("Status", "Error", "StartedAt", "FinishedAt"), str),
+        **dict.fromkeys(("Running", "OOMKilled"), bool),
+        **dict.fromkeys(("ExitCode", "Pid"), int),
+    },
+    "Config": _CONFIG,
+    "HostConfig": {
+        "Runtime": str,
+        "AutoRemove": bool,
+        "DeviceRequests": [{"Driver": str, "Capabilities": [[str]], "DeviceIDs": [str]}],
+    },
+    "NetworkSettings": {"Networks": MapOf({"IPAddress": str})},
+}
+_IMAGE = {
+    "Id": str,
+    "RepoDigests": [str],
+    "RepoTags": [str],
+    "Size": int,
+    "Config": _CONFIG,
+}
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -78,10 +130,23 @@ class DockerApi:
                 status=response.status,
             )
         try:
-            return json.loads(body)
+            return parse_json(body)
         except ValueError:
             # Plain text (/_ping), or several documents one after the other (/events).
             return body
+
+    def _expect(self, path: str, shape: t.Any, parameters: t.Optional[t.Mapping[str, str]] = None) -> t.Any:
+        """The answer to a GET, which has the shape that the Engine API promises for what is read here."""
+        found = self.get(path, parameters)
+        wrong = misfit(found, shape)
+        if wrong:
+            raise FleetError(
+                "docker_error",
+                "Docker at %s answered %s with something else than the Engine API promises (%s); check what listens on "
+                "that socket." % (self.socket_path, path, wrong),
+                socket=self.socket_path,
+            )
+        return found
 
     def available(self) -> bool:
         """Whether a daemon answers on the socket; the connection may activate one through docker.socket."""
@@ -92,22 +157,23 @@ class DockerApi:
 
     def version(self) -> Json:
         """``GET /version``: Version, ApiVersion, Components, …"""
-        return t.cast(Json, self.get("/version") or {})
+        return t.cast(Json, self._expect("/version", {"Version": str}) or {})
 
     def info(self) -> Json:
         """``GET /info``: Runtimes, DefaultRuntime, LiveRestoreEnabled, CgroupDriver, …"""
-        return t.cast(Json, self.get("/info") or {})
+        return t.cast(Json, self._expect("/info", _INFO) or {})
 
     def containers(self, all: bool = True, labels: t.Sequence[str] = ()) -> t.List[Json]:
         """``GET /containers/json``; ``labels`` are ``key`` or ``key=value``, all of which must match."""
         parameters = {"all": "1" if all else "0"}
         if labels:
             parameters["filters"] = json.dumps({"label": list(labels)})
-        return t.cast("t.List[Json]", self.get("/containers/json", parameters) or [])
+        return t.cast("t.List[Json]", self._expect("/containers/json", [_LISTED], parameters) or [])
 
     def container(self, name: str) -> t.Optional[Json]:
         """``docker container inspect``, or None when there is no such container."""
-        return t.cast("t.Optional[Json]", self.get("/containers/%s/json" % urllib.parse.quote(name, safe="")))
+        path = "/containers/%s/json" % urllib.parse.quote(name, safe="")
+        return t.cast("t.Optional[Json]", self._expect(path, _CONTAINER))
 
     def reloaded_since(self, since: float, until: float) -> bool:
         """Whether the daemon took its configuration over after SIGHUP between two moments (seconds since the epoch)."""
@@ -124,7 +190,8 @@ class DockerApi:
 
     def image(self, reference: str) -> t.Optional[Json]:
         """``docker image inspect``, or None when the image is not on the host."""
-        return t.cast("t.Optional[Json]", self.get("/images/%s/json" % urllib.parse.quote(reference, safe="/:@")))
+        path = "/images/%s/json" % urllib.parse.quote(reference, safe="/:@")
+        return t.cast("t.Optional[Json]", self._expect(path, _IMAGE))
 
 
 def _describe(error: Exception) -> str:
@@ -141,7 +208,7 @@ def _describe(error: Exception) -> str:
 
 def _message(body: str) -> str:
     try:
-        found = json.loads(body)
+        found = parse_json(body)
     except ValueError:
         return body.strip()[:500]
-    return str(found.get("message", body)) if isinstance(found, dict) else body.strip()[:500]
+    return str(found.get("message", body))[:500] if isinstance(found, dict) else body.strip()[:500]

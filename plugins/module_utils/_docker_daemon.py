@@ -46,6 +46,7 @@ from ._errors import FleetError
 from ._host import Host
 from ._resource import Change, Disruption, FileDiff, Resource
 from ._systemd import unit_properties
+from ._untrusted import json_object, strings, whole_number
 
 #: Left behind between writing the file and telling the daemon; gone after a reboot, as is the daemon it speaks of.
 PENDING = "/run/gpu_fleet/docker_daemon.json"
@@ -154,7 +155,7 @@ class DockerDaemon(Resource[DaemonState]):
             host, UNIT, "MainPID", "ActiveState", "ExecStart", "FragmentPath", "DropInPaths", "RequiredBy", "BoundBy"
         )
         active = shown.get("ActiveState") in ("active", "reloading")
-        main_pid = int(shown.get("MainPID") or 0)
+        main_pid = whole_number(shown.get("MainPID"))
         argv: t.Tuple[str, ...] = ()
         if main_pid:
             raw = host.read_text("/proc/%d/cmdline" % main_pid) or ""
@@ -622,13 +623,10 @@ def _replace(host: Host, path: str, text: str) -> None:
 
 def _read_pending(host: Host, main_pid: int) -> t.Tuple[t.Tuple[str, ...], str]:
     """Keys and action of an interrupted run; a daemon that was started since has read the file by itself."""
-    try:
-        found = json.loads(host.read_text(PENDING) or "null")
-    except ValueError:
+    found = json_object(host.read_text(PENDING))
+    if found.get("main_pid") != main_pid or not main_pid:
         return (), ""
-    if not isinstance(found, dict) or found.get("main_pid") != main_pid or not main_pid:
-        return (), ""
-    return tuple(str(key) for key in found.get("keys", [])), str(found.get("action", ""))
+    return tuple(strings(found.get("keys"))), str(found.get("action") or "")
 
 
 def _write_pending(host: Host, state: DaemonState, keys: t.Sequence[str], action: str) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import typing as t
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from ._packages import (
 )
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
+from ._untrusted import json_object
 
 SERVICE = "docker.service"
 
@@ -537,9 +537,5 @@ _CANNOT_PULL = "Docker Engine 29.5.x cannot pull from nvcr.io (it answers 'Incor
 def _containerd_store_off(daemon: DaemonState) -> bool:
     if daemon.answers and "DriverStatus" in daemon.info:
         return not any(list(entry)[:1] == ["driver-type"] for entry in daemon.info["DriverStatus"] or [])
-    try:
-        document = json.loads(daemon.text or "{}")
-    except ValueError:
-        return False
-    features = document.get("features") if isinstance(document, dict) else None
+    features = json_object(daemon.text).get("features")
     return isinstance(features, dict) and features.get("containerd-snapshotter") is False

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._host import Host
 from ._resource import Change, Resource
+from ._untrusted import is_digits
 
 GROUP = "docker"
 
@@ -166,6 +167,6 @@ class DockerGroup(Resource[GroupState]):
 def _entry(text: str, name: str) -> t.Optional[t.List[str]]:
     for line in text.splitlines():
         fields = line.split(":")
-        if len(fields) == 4 and fields[0] == name and fields[2].isdigit():
+        if len(fields) == 4 and fields[0] == name and is_digits(fields[2]):
             return fields
     return None

@@ -175,7 +175,7 @@ class DaemonState:
 
 def version_tuple(version: str) -> t.Tuple[int, ...]:
     """Leading numbers of an engine version: ``26.1.5+dfsg1`` -> (26, 1, 5)."""
-    found = re.match(r"\d+(\.\d+)*", version)
+    found = re.match(r"[0-9]{1,9}(\.[0-9]{1,9})*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 

@@ -10,13 +10,13 @@ Everything else comes from sysfs and procfs and works on a host without any driv
 
 from __future__ import annotations
 
-import json
 import re
 import typing as t
 import xml.etree.ElementTree as ET  # the XML comes from the host's own nvidia-smi
 from dataclasses import dataclass, field
 
 from ._host import Host
+from ._untrusted import is_digits, json_object
 
 _NVIDIA_VENDOR = "0x10de"
 _SMI_TIMEOUT = 90.0  # seconds; eight GPUs without persistence mode take half a minute
@@ -209,12 +209,14 @@ class Holder:
 # -- PCI ------------------------------------------------------------------------------------------
 
 
+def _hexadecimal(text: str) -> int:
+    """A PCI id, with or without ``0x``; -1 for anything else."""
+    return int(text, 16) if re.match(r"(0x)?[0-9a-fA-F]{1,8}\Z", text) else -1
+
+
 def architecture_of_device(device_id: str, machine: str = "x86_64") -> str:
     """Architecture of a PCI device id (hexadecimal, with or without ``0x``); empty when it is unknown."""
-    try:
-        number = int(device_id, 16)
-    except ValueError:
-        return ""
+    number = _hexadecimal(device_id)
     if machine == "aarch64" and number in _GRACE_HOPPER:
         return "Grace Hopper"
     for first, last, name in _ARCHITECTURE_OF_ID:
@@ -303,16 +305,16 @@ def _text(element: ET.Element | None, path: str) -> str:
 
 
 def _number(text: str) -> int | None:
-    match = re.match(r"-?\d+", text)
+    match = re.match(r"-?[0-9]{1,18}(?![0-9])", text)
     return int(match.group()) if match else None
 
 
 def _mib(text: str) -> int | None:
     """``143771 MiB`` -> 143771; other units are converted, unknown text gives None."""
-    match = re.match(r"(\d+)\s*([KMGT]i?B)?", text)
+    match = re.match(r"([0-9]{1,18})(?:\s*([KMGT])i?B)?\s*\Z", text)
     if not match:
         return None
-    factor = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}[(match.group(2) or "M")[0]]
+    factor = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}[match.group(2) or "M"]
     return int(int(match.group(1)) * factor)
 
 
@@ -509,7 +511,7 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
         pci=pci,
         nvswitches=switches,
         nvlink5=_has_nvlink5(host) if pci else False,
-        imex=any(int(gpu.device_id or "0", 16) in _GRACE_BLACKWELL for gpu in pci),
+        imex=any(_hexadecimal(gpu.device_id) in _GRACE_BLACKWELL for gpu in pci),
         driver=driver,
         gpus=gpus,
         cuda_version=cuda,
@@ -541,10 +543,7 @@ def container_name(host: Host, container_id: str) -> str:
     if not container_id:
         return ""
     text = host.read_text("/var/lib/docker/containers/%s/config.v2.json" % container_id)
-    try:
-        return str(json.loads(text or "{}").get("Name", "")).lstrip("/")
-    except (ValueError, AttributeError):
-        return ""
+    return str(json_object(text).get("Name") or "").lstrip("/")
 
 
 def _is_gpu_device(target: str, drm_nodes: t.Collection[str]) -> bool:
@@ -567,7 +566,7 @@ def driver_holders(host: Host) -> list[Holder]:
     drm_nodes = _nvidia_drm_nodes(host)
     holders = []
     for name in host.list_dir("/proc"):
-        if not name.isdigit():
+        if not is_digits(name):
             continue
         devices = set()
         for descriptor in host.list_dir("/proc/%s/fd" % name):

@@ -49,7 +49,7 @@ XID_NAMES = {
 _XID_NOTES = frozenset((154,))
 
 # open-gpu-kernel-modules, src/nvidia/src/kernel/gpu/rc/kernel_rc.c
-_XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)(?: GPU-I:\d+)?(?: GPU-CI:\d+)?\): (\d+)\b")
+_XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)(?: GPU-I:\d+)?(?: GPU-CI:\d+)?\): ([0-9]{1,9})\b")
 _LOADING = re.compile(r"NVRM: loading NVIDIA ")
 _LOG_PATTERN = "NVRM: (Xid|loading NVIDIA)"
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import typing as t
 import urllib.parse
 
@@ -22,6 +21,7 @@ from ._nvidia_container_toolkit import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
 from ._package_versions import upstream_version
 from ._packages import package_manager
+from ._untrusted import json_object, strings
 
 Json = t.Dict[str, t.Any]
 
@@ -110,19 +110,16 @@ def services(host: Host, api: DockerApi) -> list[Json]:
     for name in host.list_dir(CONFIGURATION_DIRECTORY):
         if not name.endswith(".json"):
             continue
-        try:
-            found = json.loads(host.read_text("%s/%s" % (CONFIGURATION_DIRECTORY, name)) or "")
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
+        found = json_object(host.read_text("%s/%s" % (CONFIGURATION_DIRECTORY, name)))
+        url = _parts(found.get("ready_url"))
+        if not found or url is None:
             entries.append({"name": name[: -len(".json")], "ready": False, "state": "broken configuration"})
             continue
-        url = urllib.parse.urlsplit(str(found.get("ready_url") or "http://127.0.0.1:8000"))
         target = HealthTarget(
             name=str(found.get("name") or name[: -len(".json")]),
-            address=url.hostname or "127.0.0.1",
-            port=url.port or 8000,
-            scheme=url.scheme or "http",
+            address=url[1],
+            port=url[2],
+            scheme=url[0],
             completion="none",
             cache_directory=str(found.get("cache_directory") or "/"),
         )
@@ -132,7 +129,7 @@ def services(host: Host, api: DockerApi) -> list[Json]:
                 "name": target.name,
                 "image": str(found.get("image") or ""),
                 "digest": str(found.get("digest") or ""),
-                "gpus": [str(gpu) for gpu in found.get("gpus") or []],
+                "gpus": strings(found.get("gpus")),
                 "port": target.port,
                 "family": str(found.get("family") or ""),
                 "cache_directory": str(found.get("cache_directory") or ""),
@@ -155,6 +152,16 @@ def services(host: Host, api: DockerApi) -> list[Json]:
             state=state_of(model, word.failures),
         )
     return entries
+
+
+def _parts(url: t.Any) -> tuple[str, str, int] | None:
+    """Scheme, address and port of a service; None when it is no such URL."""
+    try:
+        parts = urllib.parse.urlsplit(str(url or "http://127.0.0.1:8000"))
+        port = parts.port or 8000
+    except ValueError:
+        return None
+    return parts.scheme or "http", parts.hostname or "127.0.0.1", port
 
 
 def state_of(model: t.Mapping[str, t.Any], failures: int) -> str:

@@ -16,6 +16,7 @@ from ._docker_api import SOCKET
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._registry import TRANSIENT
+from ._untrusted import real_number
 
 #: Seconds without any event from the daemon until a pull counts as stuck.
 STALLED_AFTER = 600
@@ -56,10 +57,12 @@ class PullProgress:
         layer, status = str(event.get("id") or ""), str(event.get("status") or "")
         if not re.fullmatch(r"[0-9a-f]{12}", layer):
             return
-        detail = event.get("progressDetail") or {}
+        given = event.get("progressDetail")
+        detail: t.Mapping[str, t.Any] = given if isinstance(given, dict) else {}
         # The containerd image store counts seconds of unpacking, not bytes.
-        current = int(detail.get("current") or 0) if not detail.get("units") else 0
-        total = int(detail.get("total") or 0) if not detail.get("units") else 0
+        current, total = (
+            0 if detail.get("units") else max(0, int(real_number(detail.get(key)))) for key in ("current", "total")
+        )
         if status == "Already exists":
             # In a second try this is also said of a layer that the first one brought.
             if not self._phase.get(layer):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._host import Host
 from ._image_reference import ImageReference
+from ._untrusted import parse_json
 
 STATE_DIRECTORY = "/var/lib/gpu_fleet"
 RECORD = STATE_DIRECTORY + "/images.json"
@@ -63,7 +64,7 @@ def read_record(host: Host) -> t.Dict[str, PinnedImage]:
     if raw is None:
         return {}
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         entries = document["images"].items() if document["schema"] == _RECORD_SCHEMA else document["schema"]["unknown"]
         return {
             str(image): PinnedImage(str(image), str(entry["source"]), str(entry["digest"]), str(entry["image_id"]))

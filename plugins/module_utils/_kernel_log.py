@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import typing as t
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from ._failure_signatures import Signature
 from ._gpu import normalise_bdf
 from ._host import Host
+from ._untrusted import json_object, whole_number
 
 #: Lines of the kernel log that are read at most.
 MOST_LINES = 2000
@@ -104,13 +104,10 @@ def read_kernel_log(host: Host, since: float = 0.0) -> list[KernelLine]:
 
 
 def _journal_line(text: str) -> KernelLine | None:
-    try:
-        entry = json.loads(text)
-        message, at = entry["MESSAGE"], int(entry["__REALTIME_TIMESTAMP"]) / 1e6
-    except (ValueError, LookupError, TypeError):
-        return None
+    entry = json_object(text)
+    message, at = entry.get("MESSAGE"), whole_number(str(entry.get("__REALTIME_TIMESTAMP")), -1)
     # Bytes that are no text come as a list of numbers.
-    return KernelLine(at, message) if isinstance(message, str) else None
+    return KernelLine(at / 1e6, message) if isinstance(message, str) and at >= 0 else None
 
 
 def kernel_events(lines: t.Iterable[KernelLine]) -> list[KernelEvent]:

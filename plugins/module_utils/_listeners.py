@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ._gpu import parse_cgroup
 from ._host import Host
 from ._nim_models import addresses_overlap
+from ._untrusted import is_digits
 
 Json = t.Dict[str, t.Any]
 
@@ -118,7 +119,7 @@ def _socket_owners(host: Host, inodes: set[str]) -> dict[str, tuple[int, str, st
     wanted = {"socket:[%s]" % inode: inode for inode in inodes}
     found: dict[str, tuple[int, str, str, str]] = {}
     for entry in host.list_dir("/proc"):
-        if not entry.isdigit():
+        if not is_digits(entry):
             continue
         for descriptor in host.list_dir("/proc/%s/fd" % entry):
             inode = wanted.get(host.read_link("/proc/%s/fd/%s" % (entry, descriptor)) or "")

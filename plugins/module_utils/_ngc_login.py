@@ -20,6 +20,7 @@ from ._host import FileStat, Host
 from ._image_reference import ImageReference
 from ._registry import RegistryClient, decode_basic, encode_basic
 from ._resource import Change, FileDiff, Resource
+from ._untrusted import is_digits, json_object, parse_json
 
 REGISTRY = "nvcr.io"
 #: NGC takes every API key under this literal user name.
@@ -120,7 +121,7 @@ def find_account(host: Host, user: str, option: str = "docker_user") -> Account:
     else:
         line = host.run(["getent", "passwd", user]).stdout.strip()
     fields = line.split(":")
-    if len(fields) < 7 or not fields[2].isdigit() or not fields[3].isdigit() or not fields[5].startswith("/"):
+    if len(fields) < 7 or not is_digits(fields[2]) or not is_digits(fields[3]) or not fields[5].startswith("/"):
         raise FleetError(
             "no_such_user",
             "%s = %r: this host has no such user with a home directory; create it first or name another."
@@ -175,7 +176,7 @@ def read_docker_config(host: Host, account: Account, registry: str) -> DockerCon
     raw = host.read_text(path)
     if raw is not None and raw.strip():
         try:
-            content = json.loads(raw)
+            content = parse_json(raw)
         except ValueError as error:
             # The parser's own message quotes no content.
             raise _unreadable(path, "it is not JSON (%s)" % error) from None
@@ -204,11 +205,8 @@ def read_docker_config(host: Host, account: Account, registry: str) -> DockerCon
 def _ask_helper(host: Host, helper: str, registry: str) -> t.Optional[t.Tuple[str, str]]:
     """What a credential helper has for a registry (docker/docker-credential-helpers, verb ``get``)."""
     answer = host.run(["docker-credential-" + helper, "get"], stdin=registry, timeout=20)
-    try:
-        found = json.loads(answer.stdout) if answer.ok else {}
-    except ValueError:
-        found = {}
-    if isinstance(found, dict) and found.get("Secret"):
+    found = json_object(answer.stdout) if answer.ok else {}
+    if found.get("Secret"):
         return str(found.get("Username") or ""), str(found["Secret"])
     return None
 

@@ -18,6 +18,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._health_target import HealthTarget
+from ._untrusted import json_object
 
 Json = t.Dict[str, t.Any]
 
@@ -33,11 +34,7 @@ class HttpAnswer:
 
     def json(self) -> Json:
         """The body as a mapping; empty when it is none."""
-        try:
-            parsed = json.loads(self.body)
-        except ValueError:
-            return {}
-        return parsed if isinstance(parsed, dict) else {}
+        return json_object(self.body)
 
 
 def http_request(

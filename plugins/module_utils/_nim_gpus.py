@@ -11,7 +11,7 @@ import typing as t
 from ._gpu import observe_gpus
 from ._host import Host
 from ._nim_paths import CONFIGURATION_DIRECTORY
-from ._nim_service_state import json_object
+from ._untrusted import json_object
 
 Json = t.Dict[str, t.Any]
 

@@ -45,6 +45,7 @@ from ._nim_process_state import (
 )
 from ._nim_watch import Failure, Watch
 from ._redaction import host_secrets, scrub
+from ._untrusted import json_object
 
 Json = t.Dict[str, t.Any]
 
@@ -383,11 +384,11 @@ class HealthCheck:
     def _read_record(self, target: HealthTarget, container: ContainerState) -> Json:
         try:
             content = self.host.read_text("%s/%s.json" % (RECORD_DIRECTORY, target.name))
-            found = json.loads(content or "{}")
-        except (FleetError, ValueError):
+            found = json_object(content)
+        except FleetError:
             # A note of our own that can be taken again at any time.
             return {}
-        if not isinstance(found, dict) or found.get("instance") != container.instance:
+        if found.get("instance") != container.instance:
             return {}
         if found.get("asked") != target.completion:
             found.pop("completion", None)

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from ._host import Host
+from ._untrusted import json_object, parse_json
 
 #: Lines of a log that are read at a time.
 MOST_LINES = 2000
@@ -50,6 +50,8 @@ PHASE_WORDS = {
     "settling": "answering, but it ended soon after it was ready before; watching whether it stays",
     "ready": "ready",
 }
+#: Characters of a line that are looked at.
+LINE_MOST = 10_000
 _PERCENT = re.compile(r"(?<![\d.])(\d{1,3})(?:\.\d+)?\s?%")
 _FRACTION = re.compile(r"(?<![\d/.])(\d{1,6})/(\d{1,6})(?![\d/])")
 
@@ -59,14 +61,19 @@ def message_of(line: str) -> str:
     stripped = line.strip()
     if stripped.startswith("{") and stripped.endswith("}"):
         try:
-            record = json.loads(stripped)
+            record = parse_json(stripped)
         except ValueError:
-            return stripped
+            return _clipped(stripped)
         if isinstance(record, dict):
             parts = [str(record.get(key) or "") for key in ("message", "exc_info")]
             told = "\n".join(part for part in parts if part and part != "None")
-            return told or stripped
-    return stripped
+            return _clipped(told or stripped)
+    return _clipped(stripped)
+
+
+def _clipped(text: str) -> str:
+    """Beginning and end of a line that no person would read: what is looked for in lines must not take for ever."""
+    return text if len(text) <= LINE_MOST else "%s … %s" % (text[: LINE_MOST // 2], text[-LINE_MOST // 2 :])
 
 
 def phase_of(message: str) -> str | None:
@@ -136,11 +143,8 @@ def journal_lines(
     read = host.run([*argv, "%s=%s" % (field, value)], timeout=20)
     entries: list[tuple[str, str]] = []
     for line in read.stdout.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("MESSAGE"), str):
+        entry = json_object(line)
+        if isinstance(entry.get("MESSAGE"), str):
             entries.append((str(entry.get(of_last[0]) or "") if of_last else "", entry["MESSAGE"]))
     if of_last:
         kept = list(dict.fromkeys(key for key, _text in reversed(entries)))[: of_last[1]]

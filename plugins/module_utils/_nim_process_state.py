@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import calendar
-import json
 import re
 import time
 import typing as t
@@ -17,6 +16,7 @@ from ._errors import FleetError
 from ._gpu import parse_cgroup
 from ._host import Host
 from ._nim_unit import SPEC_LABEL
+from ._untrusted import json_object, real_number, whole_number
 
 Json = t.Dict[str, t.Any]
 
@@ -57,18 +57,14 @@ def observe_units(host: Host, units: t.Sequence[str]) -> dict[str, UnitState]:
             load=value.get("LoadState", ""),
             active=value.get("ActiveState", ""),
             sub=value.get("SubState", ""),
-            restarts=_digits(value.get("NRestarts")),
+            restarts=whole_number(value.get("NRestarts")),
             invocation=value.get("InvocationID", ""),
             result=value.get("Result", ""),
-            main_status=_digits(value.get("ExecMainStatus")),
+            main_status=whole_number(value.get("ExecMainStatus")),
             condition_met=value.get("ConditionResult", "yes") != "no",
-            main_started=_digits(value.get("ExecMainStartTimestampMonotonic")) / 1e6,
+            main_started=whole_number(value.get("ExecMainStartTimestampMonotonic")) / 1e6,
         )
     return {unit: found.get(unit, UnitState()) for unit in units}
-
-
-def _digits(text: str | None) -> int:
-    return int(text) if text and text.isdigit() else 0
 
 
 @dataclass(frozen=True)
@@ -112,11 +108,14 @@ def parse_container(inspected: t.Mapping[str, t.Any] | None) -> ContainerState |
 
 
 def parse_time(text: str) -> float | None:
-    """Docker's RFC 3339 time in UTC as seconds since the epoch; its zero time (year 1) is None."""
+    """Docker's RFC 3339 time in UTC as seconds since the epoch; its zero time (year 1) and what is no time are None."""
     found = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z", text)
     if not found or text.startswith("0001-"):
         return None
-    whole = calendar.timegm(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S"))
+    try:
+        whole = calendar.timegm(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
     return whole + float(found.group(2) or 0)
 
 
@@ -137,7 +136,7 @@ def read_word(host: Host, name: str) -> Word:
     failures, unsteady, since = found.get("failures"), found.get("unsteady"), found.get("since")
     return Word(
         phase=str(found.get("phase") or ""),
-        since=float(since) if isinstance(since, (int, float)) else 0.0,
+        since=real_number(since),
         failures=failures if isinstance(failures, int) else 0,
         detail=str(found.get("detail") or ""),
         unsteady=unsteady if isinstance(unsteady, int) else 0,
@@ -157,11 +156,10 @@ def wanted_gpus(host: Host, name: str) -> tuple[str, ...]:
 
 def _read_object(host: Host, path: str) -> Json:
     try:
-        found = json.loads(host.read_text(path) or "{}")
-    except (FleetError, ValueError):
+        return json_object(host.read_text(path))
+    except FleetError:
         # A file that is being replaced or was broken by hand; whoever owns it reports that.
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 class ContainerReader(t.Protocol):

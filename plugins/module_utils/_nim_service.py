@@ -42,10 +42,11 @@ from ._nim_service_checks import (
     missing_prerequisite,
     unfit,
 )
-from ._nim_service_state import HostState, ServiceState, describe, json_object, observe_services
+from ._nim_service_state import HostState, ServiceState, describe, observe_services
 from ._nim_unit import FETCHED
 from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
+from ._untrusted import json_object
 
 Json = t.Dict[str, t.Any]
 

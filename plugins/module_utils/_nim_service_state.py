@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import typing as t
@@ -43,6 +42,7 @@ from ._nim_paths import (
 from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
 from ._nim_unit import SPEC_LABEL
+from ._untrusted import json_object, whole_number
 from ._verdict import Verdict
 
 #: Further looks, a second apart, for the container of a docker-proxy.
@@ -414,15 +414,6 @@ def ports_of(model: NimModel, images: t.Mapping[str, ImageState]) -> list[tuple[
     return found
 
 
-def json_object(text: str | None) -> Json:
-    """Empty for anything that is no JSON object."""
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: Json) -> ImageState:
     identifier = str(image.get("Id", ""))
     known = [str(entry) for entry in image.get("RepoDigests") or []]
@@ -482,7 +473,7 @@ def _endangered(host: Host, version: str, info: Json, containers: t.Sequence[Jso
     """
     if info.get("CgroupDriver") != "systemd":
         return ()
-    major = int((re.match(r"\d+", version) or ["0"])[0])
+    major = whole_number((re.match(r"[0-9]*", version) or [""])[0])
     settings = host.read_text("/etc/nvidia-container-runtime/config.toml") or ""
     legacy = re.search(r'^\s*mode\s*=\s*"legacy"', settings, re.MULTILINE) is not None
     found = []

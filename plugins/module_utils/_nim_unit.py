@@ -179,7 +179,7 @@ def inspect(container: str) -> Json | None:
     if done.returncode == 0:
         try:
             return t.cast(Json, json.loads(done.stdout)[0])
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise DockerAwayError("docker inspect answered nonsense: %s" % error) from error
     if "no such" in done.stderr.lower():
         return None
@@ -206,7 +206,7 @@ def read_json(path: str) -> Json:
     try:
         with open(path, encoding="utf-8") as stream:
             found = json.load(stream)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -238,13 +238,16 @@ class Unit:
             with open(self.configuration, encoding="utf-8") as stream:
                 self.config = json.load(stream)
             self.spec = str(self.config["spec"])
-            self.create_arguments = [str(argument) for argument in self.config["create"]]
+            create = self.config["create"]
+            self.create_arguments = [str(argument) for argument in create]
             self.stop_timeout = int(self.config.get("stop_timeout", 60))
             self.docker_timeout = float(self.config.get("docker_timeout", 1800))
         except OSError as error:
             raise BadConfigurationError("%s cannot be read: %s" % (self.configuration, error.strerror)) from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise BadConfigurationError("%s is broken: %r" % (self.configuration, error)) from error
+        if not isinstance(create, list):
+            raise BadConfigurationError("%s is broken: create is no list" % self.configuration)
 
     def count(self, what: str) -> int:
         """What was counted of this very specification, in a row: ``failures`` before it was ready, ``unsteady`` ends soon

@@ -20,6 +20,7 @@ from ._nim_endpoints import HttpAnswer
 from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
 from ._nim_process_state import ContainerState, UnitState, Word
 from ._redaction import scrub
+from ._untrusted import real_number
 
 Json = t.Dict[str, t.Any]
 
@@ -373,7 +374,7 @@ class Watch:
 
 def _instance_start(instance: str, otherwise: float) -> float:
     try:
-        return float(instance.rpartition("@")[2])
+        return real_number(float(instance.rpartition("@")[2]), otherwise)
     except ValueError:
         return otherwise
 

@@ -31,6 +31,7 @@ from ._package_versions import compare_debian, matches_version, upstream_version
 from ._packages import Available, Package, Repository, RepositoryState, check_url, package_manager
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
+from ._untrusted import is_digits, json_object, whole_number
 
 #: One version for all four, always: they depend on each other's exact behaviour (nvidia-container-toolkit #1091, #59).
 PACKAGES = (
@@ -587,16 +588,13 @@ def _hook_newer(host: Host, main_pid: int) -> bool:
     changed = host.run(["stat", "-c", "%Z", HOOK])
     process = (host.read_text("/proc/%d/stat" % main_pid) or "").rpartition(")")[2].split()
     boot = re.search(r"(?m)^btime (\d+)$", host.read_text("/proc/stat") or "")
-    if not changed.ok or len(process) < 20 or not boot:
+    if not changed.ok or len(process) < 20 or not boot or not all(map(is_digits, (boot.group(1), process[19]))):
         return False
     # Field 22 of /proc/<pid>/stat, in USER_HZ, which is 100 on every architecture that NVIDIA supports.
     # Both are rounded to seconds, and the boot time moves with the clock.
-    return int(changed.stdout) > int(boot.group(1)) + int(process[19]) // 100 + 2
+    return whole_number(changed.stdout.strip()) > int(boot.group(1)) + int(process[19]) // 100 + 2
 
 
 def _read_validation(host: Host) -> t.Dict[str, t.Any]:
-    try:
-        found = json.loads(host.read_text(VALIDATION) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("key"), dict) else {}
+    found = json_object(host.read_text(VALIDATION))
+    return found if isinstance(found.get("key"), dict) else {}

@@ -28,6 +28,7 @@ from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
 from ._os_release import read_os_release
 from ._packages import package_manager
 from ._resource import Change, Disruption, Resource
+from ._untrusted import json_object, parse_json, strings
 
 #: The driver's own clients in the order in which they are stopped; they start again in the reverse order.
 CLIENT_UNITS = (
@@ -147,11 +148,7 @@ def in_use_error(holders: t.Sequence[Holder], doing: str) -> FleetError:
 
 def read_record(host: Host) -> tuple[str, ...]:
     """Units that a reload stopped and has not started again."""
-    try:
-        units = json.loads(host.read_text(RECORD) or "{}").get("units", [])
-    except (ValueError, AttributeError):
-        return ()
-    return tuple(str(unit) for unit in units if unit in CLIENT_UNITS)
+    return tuple(unit for unit in strings(json_object(host.read_text(RECORD)).get("units")) if unit in CLIENT_UNITS)
 
 
 def read_marker(host: Host) -> dict[str, t.Any] | None:
@@ -164,7 +161,7 @@ def read_marker(host: Host) -> dict[str, t.Any] | None:
     if text is None:
         return None
     try:
-        marker = json.loads(text)
+        marker = parse_json(text)
     except ValueError as error:
         raise FleetError(
             "state_unreadable",

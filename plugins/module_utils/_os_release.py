@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._host import Host
+from ._untrusted import whole_number
 
 #: Rebuilds that NVIDIA serves from the directories of RHEL.
 _RHEL_REBUILDS = frozenset({"rhel", "rocky", "almalinux", "centos", "ol"})
@@ -80,7 +81,7 @@ def parse_os_release(text: str) -> OsRelease:
     return OsRelease(
         id=fields.get("ID", "linux").lower(),
         version_id=version,
-        major=int(major) if major.isdigit() else 0,
+        major=whole_number(major),
         codename=fields.get("VERSION_CODENAME", "") or fields.get("UBUNTU_CODENAME", ""),
         like=tuple(fields.get("ID_LIKE", "").lower().split()),
         pretty=fields.get("PRETTY_NAME", ""),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ._untrusted import whole_number
+
 
 def _debian_order(char: str) -> int:
     if char == "~":
@@ -16,6 +18,12 @@ def _debian_order(char: str) -> int:
     if char.isalpha():
         return ord(char)
     return ord(char) + 256
+
+
+def _numeral(digits: str) -> t.Tuple[int, str]:
+    """A run of digits as something that compares like its number; int() refuses thousands of them."""
+    stripped = digits.lstrip("0")
+    return len(stripped), stripped
 
 
 def _cut(pattern: str, text: str) -> t.Tuple[str, str]:
@@ -28,16 +36,16 @@ def _cut(pattern: str, text: str) -> t.Tuple[str, str]:
 def _compare_debian_part(left: str, right: str) -> int:
     """Section "Version" of Debian Policy: alternate non-digit and digit runs; ``~`` sorts before the end."""
     while left or right:
-        plain_left, left = _cut(r"\D*", left)
-        plain_right, right = _cut(r"\D*", right)
+        plain_left, left = _cut(r"[^0-9]*", left)
+        plain_right, right = _cut(r"[^0-9]*", right)
         for index in range(max(len(plain_left), len(plain_right))):
             order_left = _debian_order(plain_left[index]) if index < len(plain_left) else 0
             order_right = _debian_order(plain_right[index]) if index < len(plain_right) else 0
             if order_left != order_right:
                 return -1 if order_left < order_right else 1
-        digits_left, left = _cut(r"\d*", left)
-        digits_right, right = _cut(r"\d*", right)
-        number_left, number_right = int(digits_left or "0"), int(digits_right or "0")
+        digits_left, left = _cut(r"[0-9]*", left)
+        digits_right, right = _cut(r"[0-9]*", right)
+        number_left, number_right = _numeral(digits_left), _numeral(digits_right)
         if number_left != number_right:
             return -1 if number_left < number_right else 1
     return 0
@@ -50,7 +58,7 @@ def _split_debian(version: str) -> t.Tuple[int, str, str]:
     upstream, dash, revision = rest.rpartition("-")
     if not dash:
         upstream, revision = rest, ""
-    return (int(epoch) if epoch.isdigit() else 0), upstream, revision
+    return whole_number(epoch), upstream, revision
 
 
 def compare_debian(left: str, right: str) -> int:
@@ -64,7 +72,7 @@ def compare_debian(left: str, right: str) -> int:
 
 def _compare_rpm_part(left: str, right: str) -> int:
     """rpmvercmp: segments of digits or letters; ``~`` before everything, ``^`` after the end, digits beat letters."""
-    tokens = re.compile(r"~|\^|\d+|[A-Za-z]+")
+    tokens = re.compile(r"~|\^|[0-9]+|[A-Za-z]+")
     found_left, found_right = tokens.findall(left), tokens.findall(right)
     for index in range(max(len(found_left), len(found_right))):
         one = found_left[index] if index < len(found_left) else ""
@@ -82,8 +90,8 @@ def _compare_rpm_part(left: str, right: str) -> int:
         if one.isdigit() != two.isdigit():
             return 1 if one.isdigit() else -1
         if one.isdigit():
-            if int(one) != int(two):
-                return -1 if int(one) < int(two) else 1
+            if _numeral(one) != _numeral(two):
+                return -1 if _numeral(one) < _numeral(two) else 1
             continue
         return -1 if one < two else 1
     return 0

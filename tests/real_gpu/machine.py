@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -45,14 +46,18 @@ class Machine(Host):
         return super().run(argv, stdin=stdin, env=env, timeout=timeout)
 
     def _journal(self, argv: t.Sequence[str]) -> t.List[str]:
-        if "--unit" in argv:
-            unit = self.systemd.units.get(argv[list(argv).index("--unit") + 1])
-            return unit.said().splitlines() if unit else []
         field, _equals, value = argv[-1].partition("=")
+        if "--unit" in argv:
+            field, value = "_SYSTEMD_UNIT", argv[list(argv).index("--unit") + 1]
         if field == "_SYSTEMD_UNIT":
             unit = self.systemd.units.get(value)
-            return unit.said().splitlines() if unit else []
-        return self.journal.lines(field, value) if self.journal else []
+            said = unit.said().splitlines() if unit else []
+            entries = [{"MESSAGE": line, "_SYSTEMD_INVOCATION_ID": unit.invocation if unit else ""} for line in said]
+        else:
+            entries = self.journal.find(field, value) if self.journal else []
+        if "--output=json" in argv:
+            return [json.dumps(entry) for entry in entries]
+        return [entry.get("MESSAGE", "") for entry in entries]
 
 
 class Journal:
@@ -80,8 +85,11 @@ class Journal:
                 entry[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
             self.entries.append(entry)
 
+    def find(self, field: str, value: str) -> t.List[t.Dict[str, str]]:
+        return [entry for entry in self.entries if entry.get(field) == value]
+
     def lines(self, field: str, value: str) -> t.List[str]:
-        return [entry.get("MESSAGE", "") for entry in self.entries if entry.get(field) == value]
+        return [entry.get("MESSAGE", "") for entry in self.find(field, value)]
 
 
 def parse_unit(text: str) -> t.Dict[str, str]:

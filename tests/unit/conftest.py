@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from fake_host import FakeHost
+from health_world import Nim, World
 
 _UNHURRIED = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 #: Every time the same examples, so that nobody's change fails by chance; `make fuzz` looks further.
 settings.register_profile("unit", max_examples=40, derandomize=True, database=None, **_UNHURRIED)
 settings.register_profile("fuzz", max_examples=2000, **_UNHURRIED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "unit"))
-from health_world import Nim, World
 
 
 @pytest.fixture

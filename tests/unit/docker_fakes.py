@@ -153,7 +153,8 @@ class FakeDockerd(DockerApi):
             since = float(parameters["since"])
             return "\n".join("{}" for moment in self.reload_times if moment >= since) or ""
         if path == "/containers/json":
-            return list(self.running.values())
+            # The list has the state in a word, the container itself in detail.
+            return [dict(container, State="running") for container in self.running.values()]
         if path.startswith("/containers/"):
             return self.running.get(path.split("/")[2])
         return None
