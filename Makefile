@@ -119,6 +119,17 @@ test-full: install ## The long tables: interruptions at every step, a real dnf o
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
 	@$(BIN)/pytest -n 2 -v tests/full
 
+# The baseline's collections, and the same ansible-core as in .venv.
+.build/bench-venv/.stamp: tests/benchmarks/requirements.txt requirements-dev.txt
+	@echo "== installing the collections of the baseline into .build/bench-venv"
+	@test -x $(@D)/bin/python || python3 -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -r $< 2> >(grep -v 'is ignored: it is neither' >&2)
+	@touch $@
+
+.PHONY: bench
+bench: install .build/bench-venv/.stamp ## site against roles task by task, and against a ping (15 minutes, on an idle machine)
+	@$(BIN)/python tests/benchmarks/bench.py
+
 .PHONY: test-gpu
 test-gpu: ## On a server with NVIDIA GPUs: what only real hardware can tell (see tests/real_gpu)
 	@tests/real_gpu/run.sh
