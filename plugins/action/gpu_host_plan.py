@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import typing as t
 
-import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._expressions import Expressions, NotPlainError
 
 try:
     from ansible.template import trust_as_template
@@ -39,6 +41,7 @@ class Part(t.NamedTuple):
     options: t.Mapping[str, t.Any]
 
 
+@functools.lru_cache(maxsize=None)
 def parts(roles: str = _ROLES) -> dict[str, Part]:
     """What the roles of the collection set up, read from their own tasks: the first task of each resource.
 
@@ -47,7 +50,7 @@ def parts(roles: str = _ROLES) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for role in sorted(os.listdir(roles)):
         with open(os.path.join(roles, role, "tasks", "main.yml"), encoding="utf-8") as stream:
-            tasks: list[dict[str, t.Any]] = yaml.safe_load(stream)
+            tasks: list[dict[str, t.Any]] = yaml_load(stream)
         results = [re.compile(r"\b%s\b" % re.escape(task["register"])) for task in tasks if "register" in task]
         for task in tasks:
             resource = next((name for name in CHAIN if "gpu_fleet.nim." + name in task), None)
@@ -76,6 +79,7 @@ def _trusted(value: t.Any) -> t.Any:
     return trust_as_template(value) if isinstance(value, str) else value
 
 
+@functools.lru_cache(maxsize=None)
 def role_variables(kind: str, roles: str = _ROLES) -> dict[str, t.Any]:
     """Variables of all roles of the collection: those of ``defaults`` or those of ``vars``."""
     found: dict[str, t.Any] = {}
@@ -83,8 +87,23 @@ def role_variables(kind: str, roles: str = _ROLES) -> dict[str, t.Any]:
         path = os.path.join(roles, role, kind, "main.yml")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as stream:
-                found.update(yaml.safe_load(stream) or {})
+                found.update(yaml_load(stream) or {})
     return t.cast("dict[str, t.Any]", _trusted(found))
+
+
+def _condition(text: str) -> str:
+    return "{{ %s }}" % text
+
+
+_EXPRESSIONS = Expressions()
+# As the documentation gives the key.
+_EXPRESSIONS.learn("{{ lookup('ansible.builtin.env', 'NGC_API_KEY') }}")
+for _part in parts().values():
+    for _text in (*map(_condition, _part.when), *_part.options.values()):
+        _EXPRESSIONS.learn(_text)
+for _kind in ("defaults", "vars"):
+    for _text in role_variables(_kind).values():
+        _EXPRESSIONS.learn(_text)
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
@@ -103,15 +122,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
     def options(self, task_vars: t.Mapping[str, t.Any]) -> dict[str, dict[str, t.Any]]:
         """Options of every resource that the roles would set up with the variables of a host."""
         variables = {**role_variables("defaults"), **task_vars, **role_variables("vars")}
-        templar = self._templar.copy_with_new_env(available_variables=variables)
+        templar: t.Any = None
 
         def render(value: t.Any) -> t.Any:
-            return templar.template(_trusted(value))
+            nonlocal templar
+            try:
+                return _EXPRESSIONS.render(value, variables)
+            except NotPlainError:
+                templar = templar or self._templar.copy_with_new_env(available_variables=variables)
+                return templar.template(_trusted(value))
 
         options: dict[str, dict[str, t.Any]] = {}
         for resource, part in parts().items():
             try:
-                if all(boolean(render("{{ %s }}" % condition)) for condition in part.when):
+                if all(boolean(render(_condition(condition))) for condition in part.when):
                     options[resource] = {name: render(value) for name, value in part.options.items()}
             except (AnsibleError, TypeError):
                 # The message may quote a template with a secret in it.

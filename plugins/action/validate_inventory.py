@@ -8,7 +8,7 @@ import os
 import re
 import typing as t
 
-import yaml
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._inventory import (
     PREFIXES,
@@ -30,7 +30,7 @@ def load_specs(roles: str = _ROLES) -> dict[str, dict[str, t.Any]]:
         if not os.path.exists(path):
             continue
         with open(path, encoding="utf-8") as stream:
-            document = yaml.safe_load(stream) or {}
+            document = yaml_load(stream) or {}
         options: dict[str, t.Any] = {}
         for entry_point in (document.get("argument_specs") or {}).values():
             options.update(entry_point.get("options") or {})

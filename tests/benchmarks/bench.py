@@ -93,6 +93,9 @@ def fresh(*names: str) -> None:
     """Bare hosts in the place of whatever there was."""
     sandbox("remove", *names, "--scenario", SCENARIO)
     sandbox("add", *names, "--scenario", SCENARIO, "--image", "debian13", "--gpus", GPUS)
+    for name in names:
+        # Their image was made just now and holds no package lists, which looks like fresh ones to a cache's age.
+        sandbox("exec", "%s-%s" % (SCENARIO, name), "--", "touch", "--date=yesterday", "/var/lib/apt/lists")
 
 
 def inventory(play: Play, count: int) -> pathlib.Path:
@@ -114,7 +117,7 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     return dict(
         kept,
-        ANSIBLE_CONFIG=os.devnull,
+        ANSIBLE_CONFIG=str(OUTPUT / "ansible.cfg"),
         ANSIBLE_HOME=str(OUTPUT / "ansible"),
         ANSIBLE_COLLECTIONS_PATH=str(BUILD / "collections"),
         ANSIBLE_FORKS="20",
@@ -273,6 +276,8 @@ def main() -> int:
     parser.add_argument("--fleets", default=",".join(map(str, FLEETS)), help="hosts for the controller's CPU")
     options = parser.parse_args()
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    # Nobody's own configuration.
+    (OUTPUT / "ansible.cfg").write_text("")
     load = os.getloadavg()[0]
     if load > 1:
         say("this machine is busy (load %.1f): times will be too long, ratios too close to each other" % load)
