@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os.path
 import re
 import typing as t
 
@@ -25,12 +28,15 @@ from ._packages import (
     transaction_failed,
 )
 from ._repository_key import dearmor, is_binary_key
+from ._untrusted import json_object
 
 #: Seconds to wait for another package tool (unattended-upgrades, cloud-init) to give its lock back.
 LOCK_TIMEOUT = 600
 
 APT_KEYRINGS = "/etc/apt/keyrings"
 APT_SOURCES = "/etc/apt/sources.list.d"
+#: Which keys were downloaded, so that another one in their place is seen.
+APT_KEYS = "/var/lib/gpu_fleet/apt-keys.json"
 
 
 class Apt(PackageManager):
@@ -125,10 +131,30 @@ class Apt(PackageManager):
         path, keyring = self._paths(repository)
         return RepositoryState(
             content=self.host.read_text(path),
-            key_present=is_binary_key(self.host.read_bytes(keyring)),
+            key_present=self._key_stands(keyring),
             rivals=tuple(self._rivals(repository, path)),
             indexed=self._indexed(repository),
         )
+
+    def _key_stands(self, keyring: str) -> bool:
+        """Whether a keyring holds the key that was put there, and apt's own user (not root) can read it."""
+        content, found = self.host.read_bytes(keyring), self.host.stat(keyring)
+        if content is None or found is None or not is_binary_key(content) or not found.mode & 0o004:
+            return False
+        return self._known_keys().get(keyring, _digest(content)) == _digest(content)
+
+    def _known_keys(self) -> t.Dict[str, str]:
+        """Keyring -> digest of the key that was downloaded into it; what is not known is taken as it is."""
+        return {path: str(digest) for path, digest in json_object(self.host.read_text(APT_KEYS)).items()}
+
+    def _remember_key(self, keyring: str) -> None:
+        content = self.host.read_bytes(keyring)
+        known = self._known_keys()
+        if content is None or known.get(keyring) == _digest(content):
+            return
+        known[keyring] = _digest(content)
+        self.host.make_dir(os.path.dirname(APT_KEYS), mode=0o755)
+        self.host.write_file(APT_KEYS, json.dumps(known, indent=2, sort_keys=True) + "\n", mode=0o644)
 
     def _rivals(self, repository: Repository, own_path: str) -> t.List[str]:
         candidates = ["/etc/apt/sources.list"]
@@ -155,7 +181,7 @@ class Apt(PackageManager):
         key_before = self.host.read_bytes(keyring)
         # The key first: a definition without it would break every later apt run of this host. Another URL may well be
         # signed with another key.
-        if before != content or not is_binary_key(key_before):
+        if before != content or not self._key_stands(keyring):
             key = dearmor(self.fetch(repository.key_url), repository.key_url)
             self.host.make_dir(APT_KEYRINGS, mode=0o755)
             self.host.write_file(keyring, key, mode=0o644)
@@ -176,6 +202,7 @@ class Apt(PackageManager):
                 elif self.host.read_bytes(name) != (old.encode("utf-8") if isinstance(old, str) else old):
                     self.host.write_file(name, old, mode=0o644)
             raise
+        self._remember_key(keyring)
 
     def refresh(self, repository: t.Optional[Repository] = None) -> None:
         options = ["-o", "APT::Update::Error-Mode=any"]
@@ -264,6 +291,10 @@ class Apt(PackageManager):
             if "lock" not in result.stderr or self.host.monotonic() >= deadline:
                 raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
             self.host.sleep(2)
+
+
+def _digest(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def _apt_cause(result: CommandResult) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ._docker_api import DockerApi
 from ._docker_daemon import DockerDaemon
 from ._docker_restart import restart_blocked
-from ._dockerd import DaemonState, version_tuple
+from ._dockerd import DaemonState, flag_values, version_tuple
 from ._errors import FleetError
 from ._host import Host
 from ._options import DOCKER_REPOSITORY, MINIMUM_DOCKER_VERSION
@@ -33,6 +33,7 @@ from ._systemd import unit_properties
 from ._untrusted import json_object
 
 SERVICE = "docker.service"
+CONTAINERD = "containerd.service"
 
 _CE_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io")
 _SDK = "python3-docker"
@@ -58,6 +59,7 @@ class EngineState:
         offers: Versions on offer, as far as package lists are on the host.
         service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState.
         socket_masked: Whether docker.socket, which the service needs, is masked.
+        containerd: LoadState and ActiveState of the containerd.service that dockerd was told to use; empty when it was not.
         client: Path of the ``docker`` program.
         daemon: The running daemon.
         containerd_store_off: Whether daemon.json turns containerd's image store off.
@@ -69,6 +71,7 @@ class EngineState:
     repository: RepositoryState = field(default_factory=RepositoryState)
     service: t.Mapping[str, str] = field(default_factory=dict)
     socket_masked: bool = False
+    containerd: t.Mapping[str, str] = field(default_factory=dict)
     client: t.Optional[str] = None
     daemon: DaemonState = field(default_factory=DaemonState)
     containerd_store_off: bool = False
@@ -197,6 +200,7 @@ class DockerEngine(Resource[EngineState]):
         names += list(_RPM_DISTRIBUTION.values())
         service = unit_properties(host, SERVICE, "LoadState", "UnitFileState", "ActiveState")
         socket = unit_properties(host, "docker.socket", "LoadState")
+        containerd = unit_properties(host, CONTAINERD, "LoadState", "ActiveState")
         daemon = self.daemon.observe(host)
         packages = manager.installed(*names)
         state = EngineState(
@@ -209,6 +213,8 @@ class DockerEngine(Resource[EngineState]):
             ),
             service=service,
             socket_masked=socket.get("LoadState") == "masked",
+            # Without the flag, dockerd may keep a containerd of its own.
+            containerd=containerd if flag_values(daemon.argv).get("containerd") else {},
             client=host.which("docker"),
             daemon=daemon,
             containerd_store_off=_containerd_store_off(daemon),
@@ -283,6 +289,7 @@ class DockerEngine(Resource[EngineState]):
         for unit, masked in (
             (SERVICE, state.service.get("LoadState") == "masked"),
             ("docker.socket", state.socket_masked),
+            (CONTAINERD, state.containerd.get("LoadState") == "masked"),
         ):
             if masked:
                 raise FleetError(
@@ -422,7 +429,20 @@ class DockerEngine(Resource[EngineState]):
                     action="enable",
                 )
             )
-        if state.service.get("ActiveState") not in ("active", "reloading"):
+        runs = state.service.get("ActiveState") in ("active", "reloading")
+        # Docker brings it along where it has to be started itself.
+        if runs and state.containerd and state.containerd.get("ActiveState") not in ("active", "reloading"):
+            changes.append(
+                Change(
+                    self.name,
+                    CONTAINERD,
+                    state.containerd.get("ActiveState") or None,
+                    "active",
+                    "Docker runs without it, but starts no container",
+                    action="containerd",
+                )
+            )
+        if not runs:
             changes.append(
                 Change(
                     self.name,
@@ -463,6 +483,14 @@ class DockerEngine(Resource[EngineState]):
             )
         elif change.action == "start":
             self._start(host)
+        elif change.action == "containerd":
+            host.check(
+                ["systemctl", "start", CONTAINERD],
+                reason="docker_start_failed",
+                doing="Starting %s" % CONTAINERD,
+                remedy="See 'journalctl -u containerd'.",
+                timeout=120,
+            )
 
     def _install(self, host: Host, manager: PackageManager, release: OsRelease) -> None:
         manager.repair()

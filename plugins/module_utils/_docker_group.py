@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""Who may talk to the Docker socket: the exact members of the group ``docker``.
+"""Who may talk to the Docker socket: the exact members of the group ``docker``, and nobody past the group.
 
 Whoever may do so can mount the host's root file system into a container and is root in all but name (Docker's
 documentation, "Docker daemon attack surface"). So a name that is off the list must be out of the group.
@@ -15,11 +15,14 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._host import Host
+from ._host import FileStat, Host
 from ._resource import Change, Resource
+from ._systemd import unit_properties
 from ._untrusted import is_digits
 
 GROUP = "docker"
+SOCKET = "/run/docker.sock"
+_SOCKET_MODE = 0o660
 
 #: useradd(8): letters, digits, underscore, hyphen and dot; at most 32 characters; a trailing $ for machine accounts.
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}\$?\Z")
@@ -35,6 +38,7 @@ class GroupState:
         members: Its supplementary members.
         primary: Users whose primary group it is; they are members whatever the list says.
         unknown_users: Wanted users that do not exist.
+        socket: Owner and mode of Docker's socket; None when there is none, or where docker.socket itself asks for what it has.
     """
 
     gid: t.Optional[int] = None
@@ -42,6 +46,7 @@ class GroupState:
     members: t.Tuple[str, ...] = ()
     primary: t.Tuple[str, ...] = ()
     unknown_users: t.Tuple[str, ...] = ()
+    socket: t.Optional[FileStat] = None
 
 
 def check_users(users: t.Sequence[str], option: str = "users") -> t.Tuple[str, ...]:
@@ -85,13 +90,14 @@ class DockerGroup(Resource[GroupState]):
             user for user in self.users if user not in known and not host.run(["getent", "passwd", user]).ok
         )
         if entry is None:
-            return GroupState(unknown_users=unknown)
+            return GroupState(unknown_users=unknown, socket=_odd_socket(host, None))
         return GroupState(
             gid=int(entry[2]),
             local=local,
             members=tuple(sorted(name for name in entry[3].split(",") if name)),
             primary=tuple(sorted(fields[0] for fields in accounts if len(fields) > 3 and fields[3] == entry[2])),
             unknown_users=unknown,
+            socket=_odd_socket(host, int(entry[2])),
         )
 
     def plan(self, state: GroupState) -> t.List[Change]:
@@ -126,13 +132,30 @@ class DockerGroup(Resource[GroupState]):
         for user in state.members:
             if user not in wanted and user not in state.primary:
                 changes.append(self._member(user, True, False, "is not on the list"))
+        socket = self._socket_changes(state)
         if changes and not state.local:
             raise FleetError(
                 "remote_group",
                 "Changing the group %s failed: it comes from a directory service, not from /etc/group; change its members "
                 "there, or leave the list undefined." % GROUP,
             )
-        return changes
+        return changes + socket
+
+    def _socket_changes(self, state: GroupState) -> t.List[Change]:
+        found = state.socket
+        if found is None:
+            return []
+        open_to_all = bool(found.mode & 0o006)
+        return [
+            Change(
+                self.name,
+                SOCKET,
+                "%04o group %d" % (found.mode, found.gid),
+                "%04o group %s" % (_SOCKET_MODE, GROUP),
+                "everybody may use Docker through it, and so is root" if open_to_all else "its members are to use it",
+                action="socket",
+            )
+        ]
 
     def _member(self, user: str, before: bool, after: bool, why: str) -> Change:
         return Change(
@@ -147,6 +170,10 @@ class DockerGroup(Resource[GroupState]):
 
     def apply(self, host: Host, change: Change) -> None:
         state = self.observe(host)
+        if change.action == "socket":
+            for command in (["chgrp", GROUP, SOCKET], ["chmod", "%04o" % _SOCKET_MODE, SOCKET]):
+                host.check(command, reason="group_failed", doing="%s %s" % (command[0], SOCKET))
+            return
         if change.action == "create":
             if state.gid is None:
                 host.check(
@@ -162,6 +189,19 @@ class DockerGroup(Resource[GroupState]):
             doing="%s the group %s"
             % ("Adding %s to" % user if change.action == "add" else "Taking %s out of" % user, GROUP),
         )
+
+
+def _odd_socket(host: Host, gid: t.Optional[int]) -> t.Optional[FileStat]:
+    """The socket, where others than the group's members may use it or they may not."""
+    found = host.stat(SOCKET)
+    if found is None or (found.gid == gid and found.mode == _SOCKET_MODE):
+        return None
+    asked = unit_properties(host, "docker.socket", "SocketGroup", "SocketMode")
+    named = _entry(host.read_text("/etc/group") or "", asked.get("SocketGroup", ""))
+    mode = asked.get("SocketMode", "")
+    if named is not None and int(named[2]) == found.gid and mode.isdigit() and int(mode, 8) == found.mode:
+        return None
+    return found
 
 
 def _entry(text: str, name: str) -> t.Optional[t.List[str]]:

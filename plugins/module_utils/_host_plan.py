@@ -20,6 +20,7 @@ from ._host import CommandResult, FileStat, Host
 from ._ngc_login import NgcLogin
 from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
+from ._nim_paths import MAINTENANCE_FILE
 from ._nim_service import NimService
 from ._nim_service_state import HostState
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
@@ -286,7 +287,15 @@ class _Planner:
         state = driver.observe(self.host)
         changes = driver.plan(state)
         self._add(changes)
-        self.driver_packages = next((change for change in changes if change.action in ("packages", "build")), None)
+        self.driver_packages = next(
+            (
+                change
+                for change in changes
+                # Packages that are put back leave the module alone.
+                if change.action in ("packages", "build") and not change.data.get("adds")
+            ),
+            None,
+        )
         if "nvidia_driver_reload" not in self.wanted and driver.kernel_module and self.driver_packages is None:
             self._without_reload(state)
 
@@ -400,6 +409,8 @@ class _Planner:
         )
         state = service.observe(self.host)
         changes = service.plan(state)
+        if state.maintenance:
+            self.plan.notes.append("nim_service: %s exists, so no service is started." % MAINTENANCE_FILE)
         waiting = {change.what: change for change in changes if change.action == "prerequisite"}
         if not waiting:
             self._add(changes)

@@ -52,6 +52,7 @@ class ImageState:
         pinned: Entry of the record, or None.
         local: ``docker image inspect`` of the pinned image, else of whatever carries the wanted name, or None.
         present: ``local`` is what the record pins (or the wanted digest names).
+        named: Identifier of the image that carries the wanted name, whatever the record pins; empty when none does.
         newer: What the tag stands for at the registry; asked only for pull = newer.
         users: Names of the containers that use ``local``; looked at only for state = absent.
     """
@@ -61,6 +62,7 @@ class ImageState:
     pinned: t.Optional[PinnedImage]
     local: t.Optional[t.Mapping[str, t.Any]]
     present: bool
+    named: str = ""
     newer: t.Optional[RegistryImage] = None
     users: t.Tuple[str, ...] = ()
 
@@ -171,6 +173,9 @@ class NimImages(Resource[ImagesState]):
                         local = self.api.image(name)
                         if local is not None:
                             break
+            named = ""
+            if present and _human_name(wanted.reference):
+                named = str((self.api.image(_human_name(wanted.reference)) or {}).get("Id", ""))
             newer = None
             if self.pull == PULL_NEWER and wanted.state == "present" and not wanted.reference.digest:
                 newer = self.resolve(host, source)
@@ -183,7 +188,7 @@ class NimImages(Resource[ImagesState]):
                     for entry in containers
                     if entry.get("ImageID") == local.get("Id")
                 )
-            found.append(ImageState(wanted, source, pinned, local, present, newer, users))
+            found.append(ImageState(wanted, source, pinned, local, present, named, newer, users))
         return ImagesState(docker, tuple(found))
 
     # -- plan -------------------------------------------------------------------------------------
@@ -192,9 +197,28 @@ class NimImages(Resource[ImagesState]):
         changes = []
         for image in state.images:
             change = self._plan_absent(image) if image.wanted.state == "absent" else self._plan_present(image, state)
+            if change is None:
+                change = self._plan_tag(image)
             if change is not None:
                 changes.append(change)
         return changes
+
+    def _plan_tag(self, image: ImageState) -> t.Optional[Change]:
+        """The pinned image shall carry the wanted name: people use it, and ``docker image prune`` goes by it."""
+        reference, local = image.wanted.reference, image.local
+        if image.wanted.state != "present" or not image.present or local is None or not _human_name(reference):
+            return None
+        if image.named == str(local.get("Id", "")):
+            return None
+        return Change(
+            self.name,
+            "tag %s" % _human_name(reference),
+            image.named or None,
+            str(local.get("Id", "")),
+            "somebody gave the name to another image" if image.named else "somebody took the name from the image",
+            action="tag",
+            data={"image_id": str(local.get("Id", "")), "reference": reference},
+        )
 
     def _plan_present(self, image: ImageState, state: ImagesState) -> t.Optional[Change]:
         what = "image %s" % image.wanted.reference
@@ -395,7 +419,10 @@ class NimImages(Resource[ImagesState]):
         if change.action == "pin":
             self.preflight(host, [change])
             pinned: PinnedImage = change.data["pinned"]
+            self._name(pinned.image_id, change.data["image"].wanted.reference)
             update_record(host, pinned.image, pinned, self._record_lock)
+        elif change.action == "tag":
+            self._name(change.data["image_id"], change.data["reference"])
         elif change.action == "remove":
             self._remove(host, change.data["image"])
         elif change.action == "pull":
@@ -406,6 +433,12 @@ class NimImages(Resource[ImagesState]):
                     raise status.failure("Pulling %s" % task.wanted.reference)
         else:
             raise AssertionError(change.action)
+
+    def _name(self, image_id: str, reference: ImageReference) -> None:
+        """Give an image the wanted name, where it has not got it."""
+        name = _human_name(reference)
+        if name and (self.api.image(name) or {}).get("Id") != image_id:
+            self._puller().tag(image_id, reference)
 
     def _remove(self, host: Host, image: ImageState) -> None:
         puller = self._puller()
@@ -492,6 +525,11 @@ class NimImages(Resource[ImagesState]):
                 }
             )
         return {"images": images}
+
+
+def _human_name(reference: ImageReference) -> str:
+    """The name that an image carries for people; empty where a digest alone is wanted."""
+    return "%s:%s" % (reference.name, reference.tag) if reference.tag else ""
 
 
 def _environment(local: t.Optional[t.Mapping[str, t.Any]]) -> t.Dict[str, str]:

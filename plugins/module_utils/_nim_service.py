@@ -17,8 +17,9 @@ from ._gpu_loss import lost_gpus
 from ._gpu_placement import place
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._host import Host
-from ._ngc_login import check_api_key, fingerprint, render_environment
+from ._ngc_login import KEY_VARIABLE, check_api_key, fingerprint, render_environment
 from ._nim_configuration import SLICE_TEXT, TARGET_TEXT, Secrets, build_configuration, unit_text, wrapper_text
+from ._nim_container import differences, restart_policy
 from ._nim_models import NimModel, container_name, unit_name
 from ._nim_paths import (
     BASE_DIRECTORY,
@@ -42,7 +43,14 @@ from ._nim_service_checks import (
     missing_prerequisite,
     unfit,
 )
-from ._nim_service_state import HostState, ServiceState, describe, observe_services
+from ._nim_service_state import (
+    SILENCE,
+    HostState,
+    ImageState,
+    ServiceState,
+    describe,
+    observe_services,
+)
 from ._nim_unit import FETCHED
 from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
@@ -143,6 +151,7 @@ class NimService(Resource[HostState]):
                 changes += self._plan_service_files(model, configurations[model.name], state)
         changes += self._plan_enablement(state)
         changes += self._plan_reload(changes, state)
+        changes += self._plan_containers({name for name, _kind, _why in restarts}, state)
         changes += self._plan_restarts(restarts, state)
         return changes
 
@@ -235,9 +244,16 @@ class NimService(Resource[HostState]):
                 continue
             service = state.service(model.name)
             spec = str(configurations[model.name]["spec"])
+            other = self._differences(configurations[model.name], state.images[model.image], service)
             if service.running:
                 if service.spec != spec:
                     found.append((model.name, "restart", "the container runs something else"))
+                elif other:
+                    why = "the container was made or changed by hand: %s" % ", ".join(other)
+                    found.append((model.name, "restart", why))
+                elif service.silent:
+                    why = "it was ready and has not answered for %d seconds" % SILENCE
+                    found.append((model.name, "restart", why))
                 elif not service.alive:
                     found.append((model.name, "start", "the unit is %s, the container goes on" % service.active))
                 elif service.lost_gpus:
@@ -248,11 +264,43 @@ class NimService(Resource[HostState]):
             elif not service.alive:
                 why = "the unit failed" if service.active == "failed" else "the service does not run"
                 found.append((model.name, "start", why))
+            elif service.paused:
+                continue
+            elif service.phase == "ready" and not service.container:
+                found.append((model.name, "restart", "its container is gone"))
             elif service.started_spec != spec:
                 found.append((model.name, "restart", "the unit is starting something else"))
             elif new_key and service.failures:
                 found.append((model.name, "restart", "its starts failed, and there is a new key"))
         return found
+
+    @staticmethod
+    def _differences(configuration: Json, image: ImageState, service: ServiceState) -> list[str]:
+        """What is other in the container than it was made with."""
+        known = [*image.variables, *configuration["secret_environment"]]
+        if configuration["key_in_service"]:
+            known.append(KEY_VARIABLE)
+        return differences(configuration["create"], service.inspected, known)
+
+    def _plan_containers(self, restarts: t.Collection[str], state: HostState) -> list[Change]:
+        """What can be mended in a container that goes on."""
+        changes = []
+        for model in self.models:
+            service = state.service(model.name)
+            if model.state != "started" or model.name in restarts:
+                continue
+            data = {"container": model.container}
+            if service.paused:
+                why = "somebody has paused the container"
+                changes.append(
+                    Change(self.name, model.unit, "paused", "running", why, Disruption.NONE, "unpause", data)
+                )
+            policy = restart_policy(service.inspected)
+            if policy != "no":
+                what = "restart policy of container %s" % model.container
+                why = "systemd restarts it, and there must not be two who do"
+                changes.append(Change(self.name, what, policy, "no", why, Disruption.NONE, "restart_policy", data))
+        return changes
 
     def _plan_directories(self, state: HostState) -> list[Change]:
         wanted: dict[str, tuple[int, int, int, str]] = {}
@@ -266,7 +314,9 @@ class NimService(Resource[HostState]):
             return []
         for path, (uid, gid, fresh, why) in wanted.items():
             found = state.paths.get(path)
-            if found is not None and found.uid == uid and found.mode & 0o700 == 0o700 and not found.mode & 0o002:
+            foreign = state.foreign_files.get(path, False)
+            right = found is not None and found.uid == uid and found.mode & 0o700 == 0o700 and not found.mode & 0o002
+            if right and not foreign:
                 continue
             if found is not None and not found.is_dir:
                 raise FleetError(
@@ -278,12 +328,14 @@ class NimService(Resource[HostState]):
                 Change(
                     self.name,
                     "directory " + path,
-                    None if found is None else "%04o owner %d:%d" % (found.mode, found.uid, found.gid),
-                    "%04o owner %d:%d" % (mode, uid, gid),
+                    None
+                    if found is None
+                    else _owner(found.mode, found.uid, found.gid) + " with others' files" * foreign,
+                    _owner(mode, uid, gid),
                     why,
                     Disruption.NONE,
                     "directory",
-                    {"path": path, "mode": mode, "uid": uid, "gid": gid},
+                    {"path": path, "mode": mode, "uid": uid, "gid": gid, "files": foreign},
                 )
             )
         return changes
@@ -297,18 +349,27 @@ class NimService(Resource[HostState]):
             (UNIT_DIRECTORY + "/nim.target", TARGET_TEXT, 0o644, "starts and stops all services together"),
             (UNIT_DIRECTORY + "/nim.slice", SLICE_TEXT, 0o644, "holds the containers' processes"),
         ):
-            changes += self._plan_file(path, state.files.get(path), text, mode, why)
+            changes += self._plan_file(state, path, state.files.get(path), text, mode, why)
         return changes
 
-    def _plan_file(self, path: str, before: str | None, after: str, mode: int, why: str) -> list[Change]:
+    def _plan_file(
+        self, state: HostState, path: str, before: str | None, after: str, mode: int, why: str
+    ) -> list[Change]:
+        shown: tuple[str | None, str] = (None if before is None else "other content", "as wanted")
         if before == after:
-            return []
+            found = state.paths.get(path)
+            # Who may write a unit or the wrapper is root; how many may read it is the operator's affair.
+            if found is None or (
+                found.uid == 0 and not found.mode & 0o022 and found.mode & mode & 0o500 == mode & 0o500
+            ):
+                return []
+            shown = (_owner(found.mode, found.uid, found.gid), _owner(mode, 0, 0))
+            why = "only root may write it" if found.uid or found.mode & 0o022 else why
         return [
             Change(
                 self.name,
                 path,
-                None if before is None else "other content",
-                "as wanted",
+                *shown,
                 why,
                 Disruption.NONE,
                 "file",
@@ -371,6 +432,7 @@ class NimService(Resource[HostState]):
     def _plan_service_files(self, model: NimModel, configuration: Json, state: HostState) -> list[Change]:
         service = state.service(model.name)
         changes = self._plan_file(
+            state,
             "%s/%s.json" % (CONFIGURATION_DIRECTORY, model.name),
             service.configuration_text,
             json.dumps(configuration, indent=2, sort_keys=True) + "\n",
@@ -380,6 +442,7 @@ class NimService(Resource[HostState]):
         changes += self._plan_secrets(model, state)
         if not service.masked:
             changes += self._plan_file(
+                state,
                 "%s/%s" % (UNIT_DIRECTORY, model.unit),
                 service.unit_text,
                 unit_text(model, self.injection),
@@ -502,10 +565,14 @@ class NimService(Resource[HostState]):
         if change.action == "prerequisite":
             raise FleetError(str(data["reason"]), str(data["message"]), changes=[])
         if change.action == "directory":
-            host.make_dir(data["path"], mode=data["mode"], uid=data["uid"], gid=data["gid"])
+            self._make_directory(host, data)
         elif change.action == "file":
-            if host.read_text(data["path"]) != data["text"]:
-                host.write_file(data["path"], data["text"], mode=data["mode"])
+            host.write_file(data["path"], data["text"], mode=data["mode"])
+        elif change.action == "unpause":
+            self._docker(host, ["unpause", data["container"]], "Waking container %s" % data["container"])
+        elif change.action == "restart_policy":
+            command = ["update", "--restart=no", data["container"]]
+            self._docker(host, command, "Taking Docker's restart policy from %s" % data["container"])
         elif change.action == "key":
             if host.stat(CONFIGURATION_DIRECTORY) is None:
                 host.make_dir(CONFIGURATION_DIRECTORY, mode=0o755)
@@ -533,6 +600,23 @@ class NimService(Resource[HostState]):
             self._systemctl(host, "start", ["nim.target"])
         elif change.action == "restart":
             self._restart(host, data["names"])
+
+    @staticmethod
+    def _make_directory(host: Host, data: t.Mapping[str, t.Any]) -> None:
+        host.make_dir(data["path"], mode=data["mode"], uid=data["uid"], gid=data["gid"])
+        if data["files"]:
+            owner = "%d:%d" % (data["uid"], data["gid"])
+            words = ["!", "-uid", str(data["uid"]), "-exec", "chown", "--no-dereference", owner, "{}", "+"]
+            host.check(
+                ["find", data["path"], "-xdev", *words],
+                reason="chown_failed",
+                doing="Giving the files in %s to %s" % (data["path"], owner),
+                remedy="On a network file system, do it where that is exported.",
+            )
+
+    @staticmethod
+    def _docker(host: Host, command: t.Sequence[str], doing: str) -> None:
+        host.check(["docker", *command], reason="docker_failed", doing=doing, remedy="See 'docker ps -a'.", timeout=60)
 
     def _systemctl(self, host: Host, verb: str, units: t.Sequence[str], *options: str) -> None:
         host.check(
@@ -692,3 +776,7 @@ def _fetched(model: NimModel, configurations: t.Mapping[str, Json], state: HostS
     there = state.service(model.name).fetched
     download = configurations.get(model.name, {}).get("download") or {}
     return there.get("status") in FETCHED and there.get("key") == download.get("key", "")
+
+
+def _owner(mode: int, uid: int, gid: int) -> str:
+    return "%04o owner %d:%d" % (mode, uid, gid)

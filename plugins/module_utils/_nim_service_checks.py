@@ -41,6 +41,12 @@ def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> t
 
 
 def check_mask(model: NimModel, state: HostState) -> None:
+    if state.target_masked:
+        raise FleetError(
+            "unit_masked",
+            "nim.target, which starts the services at boot, is masked, which somebody did to keep them from starting; "
+            "run 'systemctl unmask nim.target'.",
+        )
     if state.service(model.name).masked:
         raise FleetError(
             "unit_masked",

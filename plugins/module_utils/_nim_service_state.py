@@ -41,12 +41,14 @@ from ._nim_paths import (
 )
 from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
-from ._nim_unit import SPEC_LABEL
+from ._nim_unit import SPEC_LABEL, says_ready
 from ._untrusted import json_object, whole_number
 from ._verdict import Verdict
 
 #: Further looks, a second apart, for the container of a docker-proxy.
 PROXY_LOOKS = 3
+#: Seconds for which a service that was ready must be silent before it counts as hung: a busy one may be slow once.
+SILENCE = 15.0
 
 Json = t.Dict[str, t.Any]
 
@@ -59,6 +61,7 @@ class ImageState:
         reference: How ``docker create`` is told: by digest where Docker knows it, otherwise by id.
         command: The image's own default command.
         manifest: Its profiles; looked at only for a model that names one, and None where they cannot be read.
+        variables: Names of the variables that the image itself sets.
     """
 
     identifier: str
@@ -67,6 +70,7 @@ class ImageState:
     family: Family
     command: tuple[str, ...] = ()
     manifest: Manifest | None = None
+    variables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class ServiceState:
         active: systemd's ActiveState; empty when the unit is not known.
         enabled: systemd's UnitFileState.
         running: Whether the container runs.
+        paused: Whether somebody has paused it.
+        inspected: ``docker inspect`` of the container while it runs.
+        silent: Whether it was ready once and has given no answer since, however often it was asked.
         spec: What the container runs, by its label; empty without a container.
         started_spec: What the wrapper is starting or running, by its own word.
         failures: Starts that failed in a row.
@@ -94,6 +101,9 @@ class ServiceState:
     need_reload: bool = False
     container: bool = False
     running: bool = False
+    paused: bool = False
+    inspected: Json = field(default_factory=dict, repr=False)
+    silent: bool = False
     downloading: bool = False
     spec: str = ""
     started_spec: str = ""
@@ -143,6 +153,9 @@ class HostState:
     """One look at everything that the services of a host consist of or depend on.
 
     Attributes:
+        paths: Owner and mode of directories and files that are managed or needed; None when absent.
+        files: Content of the files that all services share; None when absent.
+        foreign_files: Cache directory -> whether something in it belongs to another user than its model runs as.
         health: Verdicts on the GPUs.
         gpu_users: Who computes on them.
         spaces: File systems for the files of models that do not run, by the model's name.
@@ -160,6 +173,8 @@ class HostState:
     images: t.Mapping[str, ImageState] = field(default_factory=dict)
     paths: t.Mapping[str, FileStat | None] = field(default_factory=dict)
     files: t.Mapping[str, str | None] = field(default_factory=dict)
+    foreign_files: t.Mapping[str, bool] = field(default_factory=dict)
+    target_masked: bool = False
     target_enabled: bool = False
     target_active: bool = False
     target_need_reload: bool = False
@@ -214,8 +229,11 @@ def observe_services(
     for model in wanted:
         paths += [model.cache_directory]
         paths += [path for path in (model.weights_directory, model.lora_directory) if path]
+        paths += ["%s/%s" % (UNIT_DIRECTORY, model.unit), "%s/%s.json" % (CONFIGURATION_DIRECTORY, model.name)]
+    shared = (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
     target = units.get("nim.target", {})
-    services = {name: _service(host, name, units.get(unit_name(name), {}), by_name) for name in sorted(names)}
+    by_id = {str(entry.get("Id", "")): entry for entry in inspected}
+    services = {name: _service(host, name, units.get(unit_name(name), {}), by_name, by_id) for name in sorted(names)}
     endangered = _endangered(host, version, info, inspected)
     if inventory and inventory.gpus:
         for name, said in _lost_gpus(host, names, endangered, inspected).items():
@@ -229,13 +247,15 @@ def observe_services(
         gpus=inventory.gpus if inventory else (),
         gpu_problem=_gpu_problem(inventory) if inventory else "",
         maintenance=host.exists(MAINTENANCE_FILE),
-        services=services,
-        images=images,
-        paths={path: host.stat(path) for path in paths},
-        files={
-            path: host.read_text(path)
-            for path in (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
+        services={
+            name: replace(service, silent=any(model.name == name and _silent(host, model, service) for model in wanted))
+            for name, service in services.items()
         },
+        images=images,
+        paths={path: host.stat(path) for path in (*paths, *shared)},
+        files={path: host.read_text(path) for path in shared},
+        foreign_files={model.cache_directory: _has_foreign_files(host, model) for model in wanted},
+        target_masked=target.get("UnitFileState", "").startswith("masked"),
         target_enabled=target.get("UnitFileState") == "enabled",
         target_active=target.get("ActiveState") == "active",
         target_need_reload=target.get("NeedDaemonReload") == "yes",
@@ -317,7 +337,34 @@ def _units(host: Host, names: t.Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _service(host: Host, name: str, unit: t.Mapping[str, str], containers: t.Mapping[str, Json]) -> ServiceState:
+def _silent(host: Host, model: NimModel, service: ServiceState) -> bool:
+    """Whether a service that has been ready answers no more. Only the first question costs time where all is well."""
+    if model.state != "started" or not service.running or not service.alive or service.phase != "ready":
+        return False
+    address = str(service.configuration.get("ready_url") or "")
+    end = host.monotonic() + SILENCE
+    while address and not says_ready(address):
+        if host.monotonic() >= end:
+            return True
+        host.sleep(1.0)
+    return False
+
+
+def _has_foreign_files(host: Host, model: NimModel) -> bool:
+    """Whether the container's user would meet somebody else's files in its cache; ends at the first one."""
+    if not host.exists(model.cache_directory):
+        return False
+    words = ["find", model.cache_directory, "-xdev", "!", "-uid", str(model.uid), "-print", "-quit"]
+    return bool(host.run(words, timeout=60).stdout.strip())
+
+
+def _service(
+    host: Host,
+    name: str,
+    unit: t.Mapping[str, str],
+    containers: t.Mapping[str, Json],
+    inspected: t.Mapping[str, Json],
+) -> ServiceState:
     unit_path = "%s/%s" % (UNIT_DIRECTORY, unit_name(name))
     masked = host.read_link(unit_path) == "/dev/null"
     text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
@@ -337,6 +384,8 @@ def _service(host: Host, name: str, unit: t.Mapping[str, str], containers: t.Map
         need_reload=unit.get("NeedDaemonReload") == "yes",
         container=container is not None,
         running=(container or {}).get("State") == "running",
+        paused=(container or {}).get("State") == "paused",
+        inspected=inspected.get(str((container or {}).get("Id", "")), {}),
         downloading=download.get("State") == "running",
         spec=str(((container or {}).get("Labels") or {}).get(SPEC_LABEL, "")),
         started_spec=str(runtime.get("spec", "")),
@@ -429,6 +478,7 @@ def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: J
         digest=digest,
         family=family_of_image(image, reference.tag),
         command=tuple(str(word) for word in config.get("Cmd") or ()),
+        variables=tuple(str(entry).partition("=")[0] for entry in config.get("Env") or ()),
     )
 
 

@@ -211,6 +211,29 @@ def read_json(path: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
+def says_ready(address: str) -> bool:
+    """Whether a service answers on its health address with 200, within two seconds."""
+    url = urllib.parse.urlsplit(address)
+    if not url.hostname:
+        return False
+    connection: http.client.HTTPConnection
+    if url.scheme == "https":
+        context = ssl.create_default_context()
+        # The certificate is made out for the name that clients use, not for this address.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=2, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=2)
+    try:
+        connection.request("GET", url.path or "/")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 class Unit:
     """One NIM service."""
 
@@ -448,26 +471,7 @@ class Unit:
         return int(text) if waiter.returncode == 0 and text.isdigit() else None
 
     def answers(self) -> bool:
-        """Whether the service says that it is ready."""
-        url = urllib.parse.urlsplit(str(self.config.get("ready_url") or ""))
-        if not url.hostname:
-            return False
-        connection: http.client.HTTPConnection
-        if url.scheme == "https":
-            context = ssl.create_default_context()
-            # The certificate is made out for the name that clients use, not for this address.
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-            connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=2, context=context)
-        else:
-            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=2)
-        try:
-            connection.request("GET", url.path or "/")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return says_ready(str(self.config.get("ready_url") or ""))
 
     def became_ready(self) -> None:
         self.ready = True

@@ -44,6 +44,8 @@ PACKAGES = (
 MAJOR = "1"
 RUNTIME = "nvidia"
 RUNTIME_PROGRAM = "nvidia-container-runtime"
+#: The package that brings it.
+BASE_PACKAGE = "nvidia-container-toolkit-base"
 HOOK = "/usr/bin/nvidia-container-runtime-hook"
 CONFIG = "/etc/nvidia-container-runtime/config.toml"
 CDI_SPEC = "/var/run/cdi/nvidia.yaml"
@@ -61,6 +63,7 @@ class RefreshUnits:
     path_enabled: bool = False
     path_active: bool = False
     failed: bool = False
+    masked: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,18 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
             state = dataclasses.replace(state, offers=manager.available(*PACKAGES))
         return state
 
+    @staticmethod
+    def _program_missing(state: ToolkitState) -> bool:
+        """Whether the packages say that the runtime is there, and it is not."""
+        return (
+            len(state.packages) == len(PACKAGES)
+            and all(package.complete for package in state.packages.values())
+            and not state.daemon.programs.get(RUNTIME_PROGRAM)
+        )
+
     def _packages_good(self, state: ToolkitState) -> bool:
+        if self._program_missing(state):
+            return False
         versions = {package.version for package in state.packages.values()}
         return (
             len(state.packages) == len(PACKAGES)
@@ -306,9 +320,16 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
                 why = "an interrupted installation left it half done"
             else:
                 why = "version %s is wanted" % self.version
+            lost = self._program_missing(state)
+            if lost:
+                why = "its program %s is not there" % RUNTIME_PROGRAM
             for name in PACKAGES:
                 package = state.packages.get(name)
-                if package is None or package.version != target or not package.complete:
+                if lost and name == BASE_PACKAGE:
+                    changes.append(
+                        Change(self.name, "package %s" % name, "without its files", target, why, action="packages")
+                    )
+                elif package is None or package.version != target or not package.complete:
                     changes.append(
                         Change(
                             self.name,
@@ -361,6 +382,12 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
                 changes.append(Change(self.name, STATIC_CDI_SPEC, "present", None, why, action="static_spec"))
         if not state.driver_version or not state.packages:
             return changes
+        if self.cdi and state.refresh.masked:
+            raise FleetError(
+                "unit_masked",
+                "Keeping the CDI specification fresh failed: %s is masked, so somebody does not want it to run; 'systemctl "
+                "unmask %s' allows it." % (state.refresh.masked, state.refresh.masked),
+            )
         if self.cdi and state.refresh.present and not (state.refresh.path_enabled and state.refresh.path_active):
             changes.append(
                 Change(
@@ -518,7 +545,7 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
                 % (self.version or MAJOR + ".x", self.repository_url, ", ".join(offered) or "nothing"),
                 offered=offered,
             )
-        manager.install(dict.fromkeys(PACKAGES, target))
+        manager.install(dict.fromkeys(PACKAGES, target), reinstall=self._program_missing(state))
         if self.hold:
             # apt forgets the hold of a package that it was told to change all the same.
             manager.hold(*manager.installed(*PACKAGES))
@@ -578,6 +605,11 @@ def _observe_refresh(host: Host) -> RefreshUnits:
         path_enabled=path.get("UnitFileState") == "enabled",
         path_active=path.get("ActiveState") == "active",
         failed=service.get("ActiveState") == "failed",
+        masked=" ".join(
+            "%s.%s" % (REFRESH, kind)
+            for kind, shown in (("path", path), ("service", service))
+            if shown.get("LoadState") == "masked"
+        ),
     )
 
 

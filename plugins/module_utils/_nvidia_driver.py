@@ -61,7 +61,7 @@ from ._nvidia_driver_state import (
     PREFERENCES,
     UNATTENDED,
     DriverState,
-    disabled_units,
+    boot_states,
     headers_offered,
 )
 from ._options import DRIVER_REPOSITORY
@@ -203,6 +203,7 @@ class NvidiaDriver(Resource[DriverState]):
         if not on_disk and host.which("dkms"):
             dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
         headers = host.exists("/lib/modules/%s/build" % kernel)
+        boot = boot_states(host, wish)
         return DriverState(
             os=os_release,
             machine=host.machine(),
@@ -223,7 +224,8 @@ class NvidiaDriver(Resource[DriverState]):
             runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
             holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
             dkms=dkms,
-            disabled_units=tuple(disabled_units(host, wish)),
+            disabled_units=tuple(unit for unit, state in boot.items() if state == "disabled"),
+            masked_units=tuple(unit for unit, state in boot.items() if state.startswith("masked")),
         )
 
     # -- plan
@@ -285,6 +287,13 @@ class NvidiaDriver(Resource[DriverState]):
                 "The driver on this host was put there by NVIDIA's .run installer, which packages cannot replace; "
                 "run /usr/bin/nvidia-uninstall on it first.",
             )
+        if state.masked_units:
+            raise FleetError(
+                "unit_masked",
+                "%s is masked, so somebody does not want it to run; 'systemctl unmask %s' allows it, and "
+                "nvidia_driver_persistenced and nvidia_driver_fabric_manager say that it is not wanted."
+                % (" and ".join(state.masked_units), " ".join(state.masked_units)),
+            )
         changes: list[Change] = []
         if state.interrupted:
             changes.append(
@@ -343,7 +352,7 @@ class NvidiaDriver(Resource[DriverState]):
                 )
             )
         changes += self._plan_holds(plan, state, packages is not None)
-        if packages is not None and state.holders:
+        if packages is not None and state.holders and not packages.data["adds"]:
             # Nobody's GPU is pulled away, and nothing is half done either: the whole plan waits.
             blocked = in_use_message(state.holders, "Changing the driver packages")
             return [dataclasses.replace(change, blocked=blocked) for change in changes]
@@ -432,6 +441,17 @@ class NvidiaDriver(Resource[DriverState]):
             )
         return changes
 
+    def _only_adds(self, plan: PackagePlan, state: DriverState) -> bool:
+        """Whether all that is to be done is to put packages of the loaded version back, which disturbs nobody."""
+        module = self._foreign_module(state)
+        target = self.version or module or self._main(plan, state.installed)
+        return (
+            bool(target)
+            and target == state.loaded_version
+            and all(present is None for _choice, present in self.differing(plan, state.installed, module))
+            and not foreign_packages(plan, state.installed, self.branch)
+        )
+
     def _plan_packages(self, plan: PackagePlan, state: DriverState) -> Change | None:
         different = self.differing(plan, state.installed, self._foreign_module(state))
         foreign = foreign_packages(plan, state.installed, self.branch)
@@ -439,8 +459,11 @@ class NvidiaDriver(Resource[DriverState]):
         if not different and not foreign and pinned:
             return None
         present = state.user_space
+        adds = self._only_adds(plan, state)
         wish = self.wish(state.os, state.inventory, state.secure_boot)
-        if not present:
+        if adds and different:
+            why = "%s is missing" % ", ".join(choice.names[0] for choice, _version in different[:4])
+        elif not present:
             why = "no driver is installed"
         elif branch_of_version(present) != self.branch:
             why = "another branch is installed"
@@ -458,8 +481,11 @@ class NvidiaDriver(Resource[DriverState]):
             present or None,
             "%s (%s, %s)" % (self.version or "branch " + self.branch, wish.flavour, self.source),
             why,
-            disruption=Disruption.UNLOAD_DRIVER if state.inventory.driver and self.kernel_module else Disruption.NONE,
+            disruption=Disruption.UNLOAD_DRIVER
+            if state.inventory.driver and self.kernel_module and not adds
+            else Disruption.NONE,
             action="packages",
+            data={"adds": adds},
         )
 
     def _plan_holds(self, plan: PackagePlan, state: DriverState, packages_change: bool) -> list[Change]:
@@ -635,7 +661,8 @@ class NvidiaDriver(Resource[DriverState]):
         half a driver."""
         state = self.observe(host)
         plan = self.package_plan(state)
-        if self._plan_packages(plan, state) is None:
+        change = self._plan_packages(plan, state)
+        if change is None:
             # Finishing an interrupted transaction was enough.
             self._finish(host)
             return
@@ -649,7 +676,7 @@ class NvidiaDriver(Resource[DriverState]):
         others = {name: version for name, version in resolved.items() if name != plan.pinning}
         download_packages(host, plan, {**pinning, **others})
         stopped = False
-        if state.inventory.driver is not None:
+        if state.inventory.driver is not None and not change.data["adds"]:
             late = foreign_holders(driver_holders(host))
             if late:
                 raise in_use_error(late, "Changing the driver packages")
@@ -692,7 +719,7 @@ class NvidiaDriver(Resource[DriverState]):
     def _enable(self, host: Host) -> None:
         """Only enabled, not started: they need the module, and the reload that loads it starts them."""
         wish = self.wish(read_os_release(host), observe_gpus(host, with_smi=False), False)
-        for unit in disabled_units(host, wish):
+        for unit in [unit for unit, state in boot_states(host, wish).items() if state == "disabled"]:
             host.check(["systemctl", "enable", unit], reason="enable_failed", doing="systemctl enable %s" % unit)
 
     # -- answer
@@ -721,8 +748,8 @@ class NvidiaDriver(Resource[DriverState]):
             return answer
         plan = self.package_plan(state)
         answer["flavour"] = self.wish(state.os, state.inventory, state.secure_boot).flavour
-        pending = self._plan_packages(plan, state) is not None
-        if pending and state.holders:
+        pending = self._plan_packages(plan, state)
+        if pending and state.holders and not pending.data["adds"]:
             raise in_use_error(state.holders, "Changing the driver packages")
         if not (state.headers or state.headers_offered or plan.headers in state.installed):
             # Check mode only: a run has installed them or said the same.

@@ -46,6 +46,7 @@ class DriverState:
         headers_offered: False when the package lists of the host know headers, but not those of the running kernel.
         dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
         disabled_units: Services of the driver that this hardware needs and that would not start at boot.
+        masked_units: Those of them that somebody has masked.
     """
 
     os: OsRelease
@@ -68,6 +69,7 @@ class DriverState:
     headers_offered: bool = True
     dkms: str = ""
     disabled_units: tuple[str, ...] = ()
+    masked_units: tuple[str, ...] = ()
 
     @property
     def loaded_version(self) -> str:
@@ -78,16 +80,14 @@ class DriverState:
         return user_space_version(self.installed)
 
 
-def disabled_units(host: Host, wish: Wish) -> list[str]:
-    """Installed services that the wish needs at boot and that are disabled."""
+def boot_states(host: Host, wish: Wish) -> dict[str, str]:
+    """What ``systemctl is-enabled`` says of the services that the wish needs at boot."""
     units = []
     if wish.fabric_manager:
         units.append("nvidia-fabricmanager.service")
     if wish.persistenced:
         units.append("nvidia-persistenced.service")
-    return [
-        unit for unit in units if host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() == "disabled"
-    ]
+    return {unit: host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() for unit in units}
 
 
 def headers_offered(manager: PackageManager, package: str) -> bool:

@@ -92,7 +92,7 @@ class RepositoryState:
 
     Attributes:
         content: Text of its definition, None when absent.
-        key_present: Whether the key file it refers to is there and is a key.
+        key_present: Whether the key it refers to is there, is the one that was put there, and can be read by the tool.
         rivals: Other files that define the same repository; apt refuses two definitions with different keys.
         indexed: Whether package lists of it were ever downloaded.
     """
@@ -189,7 +189,7 @@ class PackageManager(abc.ABC):
                 before = " and ".join([path, *state.rivals])
                 why = "two definitions of one repository, each with its key, stop the package tool"
             else:
-                why = "its signing key is missing"
+                why = "its signing key is missing or another one, or the package tool cannot read it"
         changes.append(
             Change(
                 resource,

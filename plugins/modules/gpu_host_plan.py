@@ -165,6 +165,10 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAI
 class PlanModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ships no type information
     """A module that knows the secrets within its options, whose specification Ansible does not see."""
 
+    def _log_invocation(self) -> None:
+        """The line in the host's log; Ansible's own has all options in it, and knows nothing of the secrets within."""
+        self.log("Invoked for %s" % ", ".join(name for name in CHAIN if self.params.get(name) is not None))
+
     def fail_json(self, msg: str, **facts: t.Any) -> t.NoReturn:
         """Also where Ansible itself refuses an option, and prints all of them beside its message."""
         for name in CHAIN:
@@ -200,8 +204,6 @@ class PlanModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ships no 
 
 def main() -> None:
     module = PlanModule(
-        # The line in the host's log of what a module was called with knows nothing of the secrets within.
-        no_log=True,
         argument_spec={name: {"type": "dict"} for name in CHAIN},
         required_one_of=[CHAIN],
         supports_check_mode=True,

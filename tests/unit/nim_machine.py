@@ -57,6 +57,7 @@ class FakeApi:
         self.runtimes = {"runc": {}, "nvidia": {}}
         self.list: dict[str, dict[str, t.Any]] = {}
         self.host_config: dict[str, dict[str, t.Any]] = {}
+        self.inspected: dict[str, dict[str, t.Any]] = {}
         self.images = {
             reference: {
                 "Id": "sha256:" + letter * 64,
@@ -90,9 +91,11 @@ class FakeApi:
         for entry in self.list.values():
             if name in (entry["Id"], entry["Names"][0].lstrip("/")):
                 return {
+                    "Id": entry["Id"],
                     "Name": entry["Names"][0],
                     "State": {"Running": entry["State"] == "running"},
                     "HostConfig": self.host_config.get(entry["Names"][0].lstrip("/"), {}),
+                    **self.inspected.get(entry["Names"][0].lstrip("/"), {}),
                 }
         return None
 
@@ -133,22 +136,30 @@ class Machine:
                 "docker stop *": self.docker_stop,
                 "docker rm *": self.docker_rm,
                 "docker exec *": "GPU 0: NVIDIA H200",
+                "docker unpause *": self.docker_unpause,
+                "docker update --restart=no *": self.docker_update,
+                "find *": self.find,
                 "journalctl *": "Cannot start nim-llama: docker create: unknown flag\n",
             }
         )
         self.host.dirs |= {UNIT_DIRECTORY, "/run/nim"}
         self.active: dict[str, str] = {}
         self.enabled: set[str] = set()
+        self.masked: set[str] = set()
         self.stale: set[str] = set()
         self.reloads = 0
+        self.foreign: set[str] = set()
+        self.answers = True
         self.fails: set[str] = set()
         self.inventory = GpuInventory(pci=(PciGpu("0000:00:06.0", "2335", "Hopper", "nvidia"),), gpus=GPUS)
         monkeypatch.setattr(_nim_service_state, "observe_gpus", lambda host: self.inventory)
+        monkeypatch.setattr(_nim_service_state, "says_ready", lambda address: self.answers)
 
     def show(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
         blocks = []
         for unit in argv[argv.index("--") + 1 :]:
             state = "enabled" if unit in self.enabled else "disabled"
+            state = "masked" if unit in self.masked else state
             blocks.append(
                 "Id=%s\nActiveState=%s\nUnitFileState=%s\nNeedDaemonReload=%s\n"
                 % (unit, self.active.get(unit, "inactive"), state, "yes" if unit in self.stale else "no")
@@ -192,6 +203,19 @@ class Machine:
     def docker_stop(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
         self.api.list[argv[-1]]["State"] = "exited"
         return ""
+
+    def docker_unpause(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
+        self.api.list[argv[-1]]["State"] = "running"
+        return ""
+
+    def docker_update(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
+        self.api.host_config[argv[-1]]["RestartPolicy"] = {"Name": "no"}
+        return ""
+
+    def find(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
+        if "chown" in argv:
+            self.foreign.discard(argv[1])
+        return argv[1] + "/file\n" if argv[1] in self.foreign else ""
 
     def docker_rm(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
         del self.api.list[argv[-1]]

@@ -181,6 +181,30 @@ def test_lost_key_is_a_change(host: FakeHost, apt: Apt) -> None:
     assert changes(apt) == []
 
 
+@pytest.mark.parametrize("content", [b"\x99another key", KEY])
+def test_another_key_and_one_that_apt_cannot_read_are_changes(host: FakeHost, apt: Apt, content: bytes) -> None:
+    host.commands["apt-get *"] = ""
+    apt.apply_repository(REPOSITORY)
+    host.files["/etc/apt/keyrings/docker.gpg"] = content
+    host.modes["/etc/apt/keyrings/docker.gpg"] = (0o600 if content == KEY else 0o644, 0, 0)
+    (change,) = changes(apt)
+    assert "another one, or the package tool cannot read it" in change.why
+    apt.apply_repository(REPOSITORY)
+    assert host.files["/etc/apt/keyrings/docker.gpg"] == KEY
+    assert changes(apt) == []
+
+
+def test_a_key_that_was_there_before_anybody_took_note_is_taken_as_it_is(host: FakeHost, apt: Apt) -> None:
+    host.commands["apt-get *"] = ""
+    apt.apply_repository(REPOSITORY)
+    for record in (None, b"[]", b"broken"):
+        host.files.pop("/var/lib/gpu_fleet/apt-keys.json", None)
+        if record is not None:
+            host.files["/var/lib/gpu_fleet/apt-keys.json"] = record
+        host.files["/etc/apt/keyrings/docker.gpg"] = b"\x99another key"
+        assert changes(apt) == []
+
+
 def test_unreachable_repository_leaves_nothing_behind(host: FakeHost, apt: Apt) -> None:
     """A definition that cannot be downloaded would break every later apt run of the host."""
     host.commands["apt-get *"] = (

@@ -13,8 +13,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._package_versions import upstream_version
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
-from docker_fakes import CONFIG, FakeApt, FakeDockerd
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
+from docker_fakes import CONFIG, PID, FakeApt, FakeDockerd
 from fake_host import FakeHost
 
 CE = ("docker-ce", "docker-ce-cli", "containerd.io")
@@ -295,3 +295,29 @@ def test_no_engine_of_its_own(machine: Machine) -> None:
         machine.run(package_source="distribution")
     repository = DockerEngine().repository(parse_os_release('ID=rocky\nVERSION_ID="9.4"'))
     assert repository.url == "https://download.docker.com/linux/centos/9/$basearch/stable"
+
+
+def test_containerd_stopped_under_a_docker_that_runs(machine: Machine) -> None:
+    installed(machine)
+    containerd = {"state": "inactive"}
+
+    def start(*_: t.Any) -> str:
+        containerd["state"] = "active"
+        return ""
+
+    machine.host.commands.update(
+        {
+            "systemctl show *containerd.service": lambda *_: "LoadState=loaded\nActiveState=%s\n" % containerd["state"],
+            "systemctl start containerd.service": start,
+        }
+    )
+    # A dockerd that was not told to use it may have a containerd of its own.
+    assert not machine.run().changed
+    machine.host.files["/proc/%d/cmdline" % PID] = b"/usr/bin/dockerd\0--containerd=/run/containerd/containerd.sock\0"
+    (change,) = machine.run().changes
+    assert (change.what, change.before, change.after) == ("containerd.service", "inactive", "active")
+    assert change.disruption is Disruption.NONE
+    assert not machine.run().changed
+    machine.host.commands["systemctl show *containerd.service"] = "LoadState=masked\nActiveState=inactive\n"
+    with pytest.raises(FleetError, match=r"containerd\.service is masked"):
+        machine.run()

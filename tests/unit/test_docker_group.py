@@ -106,6 +106,45 @@ def test_group_of_a_directory_service() -> None:
     assert not run(host, "eve", check=True).changed
 
 
+def socket_host(mode: int, gid: int, unit: str = "SocketGroup=docker\nSocketMode=0660\n") -> FakeHost:
+    host = group_host("alice")
+    host.files["/run/docker.sock"] = b""
+    host.modes["/run/docker.sock"] = (mode, 0, gid)
+
+    def change(fake: FakeHost, argv: tuple[str, ...], *_: object) -> str:
+        old_mode, uid, old_gid = fake.modes["/run/docker.sock"]
+        new = (old_mode, uid, 999) if argv[0] == "chgrp" else (int(argv[1], 8), uid, old_gid)
+        fake.modes["/run/docker.sock"] = new
+        return ""
+
+    host.commands = {"systemctl show *": unit, "chgrp docker *": change, "chmod *": change, **host.commands}
+    return host
+
+
+@pytest.mark.parametrize(("mode", "gid"), [(0o666, 999), (0o660, 0), (0o600, 999), (0o777, 1000)])
+def test_a_socket_past_the_group(mode: int, gid: int) -> None:
+    host = socket_host(mode, gid)
+    (change,) = run(host, "alice").changes
+    assert (change.what, change.before) == ("/run/docker.sock", "%04o group %d" % (mode, gid))
+    assert host.modes["/run/docker.sock"] == (0o660, 0, 999)
+    assert not run(host, "alice").changed
+
+
+def test_a_socket_as_its_unit_asks_for() -> None:
+    assert not run(socket_host(0o660, 999), "alice").changed
+    assert not run(socket_host(0o600, 0, "SocketGroup=root\nSocketMode=0600\n"), "alice").changed
+
+
+def test_a_new_group_gets_the_socket_in_the_same_run() -> None:
+    host = socket_host(0o660, 998)
+    host.files["/etc/group"] = b"root:x:0:\n"
+    assert [change.what for change in run(host, "alice").changes] == [
+        "group docker",
+        "member alice",
+        "/run/docker.sock",
+    ]
+
+
 @pytest.mark.parametrize("users", [["a b"], [""], ["-x"], ["a:b"], ["alice", "alice"], ["a\nb"], [5]])
 def test_bad_names(users: list[str]) -> None:
     with pytest.raises(FleetError) as caught:

@@ -10,7 +10,7 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from fake_host import FakeHost
-from nim_machine import LLAMA, Machine, calls, llama
+from nim_machine import LLAMA, ZERO, Machine, calls, llama
 
 LOST = (255, "", "Failed to initialize NVML: Unknown Error")
 
@@ -20,7 +20,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A service that got its GPUs with --gpus from Docker 26, and systemd that was reloaded since."""
     machine = Machine(monkeypatch)
     machine.converge(llama(), injection="gpus")
-    machine.api.host_config["nim-llama"] = {"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]}
+    machine.api.host_config["nim-llama"] = {
+        "DeviceRequests": [{"Driver": "", "DeviceIDs": [ZERO], "Capabilities": [["gpu"]]}]
+    }
     machine.host.clock += 1000
     reloaded(machine, 10)
     return machine

@@ -71,7 +71,7 @@ def test_connected_gpus_and_no_question_once_placed(machine: Machine) -> None:
     assert machine.converge(*reversed(models)).changes == []
     assert topology_calls(machine) == before.count(("nvidia-smi", "topo", "-m"))
     # Not one command more than a fleet without profiles needs.
-    assert {words[0] for words in machine.host.calls[len(before) :]} == {"systemctl"}
+    assert {words[0] for words in machine.host.calls[len(before) :]} == {"systemctl", "find"}
 
 
 def test_too_many_gpus_are_refused_before_the_image_is_there(machine: Machine) -> None:

@@ -293,8 +293,17 @@ def test_module_prints_no_secret(
     monkeypatch.setattr("ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan.DockerApi", Down)
     wanted = everything(llama(secret_environment={"HF_TOKEN": SECRET}))
     wanted["nim_image"]["api_key"] = KEY
+    logged: list[str] = []
+    monkeypatch.setattr(
+        "ansible.module_utils.basic.AnsibleModule.log",
+        lambda self, *given, **named: logged.append(repr((given, named))),
+    )
+    # As every task passes it, whatever the module says of itself.
+    wanted["_ansible_no_log"] = False
     with patch_module_args({**wanted, "_ansible_check_mode": check}), pytest.raises(SystemExit):
         gpu_host_plan.main()
+    assert "nim_service" in logged[0]
+    assert KEY not in "".join(logged)
     text = capsys.readouterr().out
     answer = json.loads(text)
     assert answer["changed"] is False

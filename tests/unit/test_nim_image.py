@@ -79,6 +79,27 @@ def test_pull_pin_and_rest(world: ImageWorld) -> None:
     }
 
 
+@pytest.mark.parametrize("other", ["sha256:" + "8" * 64, None])
+def test_the_name_of_a_pinned_image_that_somebody_moved_or_took(world: ImageWorld, other: str | None) -> None:
+    world.run()
+    world.docker.images.pop(LLAMA)
+    if other:
+        world.docker.add(LLAMA, image_id=other)
+    (change,) = world.run().changes
+    assert (change.what, change.before, change.after) == ("tag " + LLAMA, other, IMAGE_ID)
+    assert world.docker.images[LLAMA]["Id"] == IMAGE_ID
+    assert len(world.docker.pulled) == 1
+    assert world.run().changes == []
+
+
+def test_an_image_that_is_wanted_by_digest_alone_needs_no_name(world: ImageWorld) -> None:
+    reference = "%s@%s" % (name_of(LLAMA), DIGEST)
+    world.docker.add(digests=[reference])
+    world.run(reference)
+    assert world.docker.tagged == []
+    assert world.run(reference).changes == []
+
+
 def test_converge_does_the_same_in_one_go(world: ImageWorld) -> None:
     assert converge(world.host, world.images(), check_mode=False).changed
     assert not converge(world.host, world.images(), check_mode=False).changed

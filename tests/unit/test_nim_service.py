@@ -444,3 +444,113 @@ def test_plan_is_pure(machine: Machine) -> None:
     first = resource.plan(state)
     assert first == resource.plan(dataclasses.replace(state))
     assert (dict(machine.host.files), list(machine.host.calls)) == before
+
+
+# -- what somebody did by hand --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "reloads"),
+    [
+        (WRAPPER, (0o644, 0, 0), 0),
+        (WRAPPER, (0o777, 0, 0), 0),
+        (WRAPPER, (0o755, 1000, 0), 0),
+        ("/etc/nim/llama.json", (0o666, 0, 0), 0),
+        (UNIT_DIRECTORY + "/nim-llama.service", (0o664, 0, 0), 1),
+        (UNIT_DIRECTORY + "/nim.target", (0o644, 1000, 1000), 1),
+    ],
+)
+def test_a_file_that_others_may_write_or_nobody_run(
+    machine: Machine, path: str, mode: tuple[int, int, int], reloads: int
+) -> None:
+    machine.converge(llama())
+    machine.host.modes[path] = mode
+    before = machine.reloads
+    changes = machine.converge(llama()).changes
+    assert changes[0].what == path
+    assert changes[0].before == "%04o owner %d:%d" % mode
+    assert [change.what for change in changes[1:]] == ["systemd"] * reloads
+    assert machine.reloads - before == reloads
+    assert machine.plan(llama()) == []
+
+
+def test_a_file_that_others_may_not_read_is_the_operators_affair(machine: Machine) -> None:
+    machine.converge(llama())
+    machine.host.modes["/etc/nim/llama.json"] = (0o600, 0, 0)
+    machine.host.modes[WRAPPER] = (0o700, 0, 0)
+    assert machine.plan(llama()) == []
+
+
+def test_a_paused_container_is_woken(machine: Machine) -> None:
+    machine.converge(llama())
+    machine.api.list["nim-llama"]["State"] = "paused"
+    (change,) = machine.converge(llama()).changes
+    assert (change.what, change.before, change.after) == ("nim-llama.service", "paused", "running")
+    assert change.disruption is Disruption.NONE
+    assert machine.plan(llama()) == []
+
+
+def test_dockers_restart_policy_is_taken_away_without_a_restart(machine: Machine) -> None:
+    machine.converge(llama())
+    machine.api.host_config["nim-llama"] = {"RestartPolicy": {"Name": "always"}}
+    (change,) = machine.converge(llama()).changes
+    assert (change.what, change.before) == ("restart policy of container nim-llama", "always")
+    assert change.disruption is Disruption.NONE
+    assert machine.plan(llama()) == []
+
+
+def test_a_container_that_was_made_again_with_its_label(machine: Machine) -> None:
+    machine.converge(llama(), nemo())
+    machine.api.inspected["nim-llama"] = {"Config": {"Env": ["NIM_LOG_LEVEL=DEBUG"]}}
+    (change,) = machine.plan(llama(), nemo())
+    assert (change.what, change.after, change.disruption) == (
+        "nim-llama.service",
+        "restarted",
+        Disruption.RESTART_NIM,
+    )
+    assert "variable NIM_LOG_LEVEL" in change.why
+    assert "DEBUG" not in str(change)
+
+
+def test_a_service_that_has_fallen_silent_is_restarted(machine: Machine) -> None:
+    machine.converge(llama(), nemo())
+    spec = json.loads(machine.host.files["/run/nim/llama.json"])["spec"]
+    machine.answers = False
+    # It has not been ready yet: that is for nim_health to wait for.
+    assert machine.plan(llama(), nemo()) == []
+    machine.host.files["/run/nim/llama.json"] = json.dumps({"spec": spec, "phase": "ready"}).encode()
+    before = machine.host.clock
+    (change,) = machine.plan(llama(), nemo())
+    assert (change.what, change.disruption) == ("nim-llama.service", Disruption.RESTART_NIM)
+    assert "has not answered for 15 seconds" in change.why
+    assert machine.host.clock - before >= 15
+    machine.answers = True
+    assert machine.plan(llama(), nemo()) == []
+
+
+def test_a_container_that_is_gone_while_its_unit_believes_in_it(machine: Machine) -> None:
+    machine.converge(llama())
+    spec = json.loads(machine.host.files["/run/nim/llama.json"])["spec"]
+    machine.host.files["/run/nim/llama.json"] = json.dumps({"spec": spec, "phase": "ready"}).encode()
+    machine.docker_rm(machine.host, ("nim-llama",))
+    (change,) = machine.converge(llama()).changes
+    assert (change.what, change.why) == ("nim-llama.service", "its container is gone")
+
+
+def test_files_of_others_in_the_cache(machine: Machine) -> None:
+    machine.converge(llama())
+    machine.foreign.add("/var/lib/nim/cache/llama")
+    (change,) = machine.converge(llama()).changes
+    assert change.what == "directory /var/lib/nim/cache/llama"
+    assert "others' files" in change.before
+    command = "find /var/lib/nim/cache/llama -xdev ! -uid 1000 -exec chown --no-dereference 1000:1000 {} +"
+    assert tuple(command.split()) in machine.host.calls
+    assert machine.plan(llama()) == []
+
+
+def test_a_masked_target(machine: Machine) -> None:
+    machine.converge(llama())
+    machine.masked.add("nim.target")
+    error = failure(machine, llama())
+    assert error.reason == "unit_masked"
+    assert "systemctl unmask nim.target" in error.message

@@ -228,6 +228,17 @@ def test_missing_one_of_four(machine: Machine) -> None:
     assert machine.whats()[0] == "package libnvidia-container-tools"
 
 
+def test_packages_without_their_program(machine: Machine) -> None:
+    machine.ready()
+    del machine.host.files["/usr/bin/nvidia-container-runtime"]
+    changes = machine.run().changes
+    assert [change.what for change in changes] == ["package nvidia-container-toolkit-base", "GPU container"]
+    assert "nvidia-container-runtime is not there" in changes[0].why
+    (call,) = (call for call in machine.host.calls if call[0] == "apt-get" and "install" in call)
+    assert "--reinstall" in call
+    assert not machine.run().changed
+
+
 def test_installed_version_is_kept(machine: Machine) -> None:
     machine.ready("1.17.8-1")
     assert not machine.run().changed
@@ -352,6 +363,17 @@ def test_failed_refresh_unit_is_reset(machine: Machine) -> None:
     assert machine.whats() == [tk.CDI_SPEC, "GPU container"]
     assert ("systemctl", "reset-failed", "nvidia-cdi-refresh.service") in machine.host.calls
     assert not machine.run().changed
+
+
+def test_masked_refresh_units_count_only_where_they_are_needed(machine: Machine) -> None:
+    machine.ready()
+    masked = "LoadState=masked\nUnitFileState=masked\nActiveState=inactive\n"
+    machine.host.commands = {"systemctl show *nvidia-cdi-refresh.path": masked, **machine.host.commands}
+    assert not machine.run().changed
+    with pytest.raises(FleetError) as caught:
+        machine.run(cdi=True)
+    assert caught.value.reason == "unit_masked"
+    assert "systemctl unmask nvidia-cdi-refresh.path" in caught.value.message
 
 
 def test_specification_of_an_older_driver(machine: Machine) -> None:

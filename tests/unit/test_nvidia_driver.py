@@ -213,6 +213,36 @@ def test_a_gpu_in_use_blocks_everything(world: DriverWorld) -> None:
     assert run(world).changed
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_missing_part_of_the_loaded_version_is_put_back_under_running_containers(
+    world: DriverWorld, check: bool
+) -> None:
+    world.configured()
+    world.install_driver("580.95.05")
+    world.hold_gpu(4242, "docker.service")
+    for name in ("nvidia-open-580", "nvidia-driver-580-open", "libnvidia-compute-580"):
+        del world.packages[name]
+    resource = NvidiaDriver(branch="580", version="580.95.05")
+    outcome = converge(world, resource, check_mode=check)
+    (packages,) = [change for change in outcome.changes if change.action == "packages"]
+    assert packages.disruption is Disruption.NONE
+    assert "nvidia-open-580 is missing" in packages.why
+    assert outcome.blocked == []
+    assert ("not installed yet" in resource.result(outcome.state)["message"]) is check
+    assert world.ran("rmmod|systemctl stop") == []
+
+
+def test_a_masked_service_of_the_driver(world: DriverWorld) -> None:
+    world.configured()
+    world.install_driver("580.95.05")
+    world.commands = {"systemctl is-enabled nvidia-persistenced.service": (1, "masked\n", ""), **world.commands}
+    with pytest.raises(FleetError) as caught:
+        converge(world, NvidiaDriver(branch="580"), check_mode=False)
+    assert caught.value.reason == "unit_masked"
+    assert "systemctl unmask nvidia-persistenced.service" in caught.value.message
+    assert not converge(world, NvidiaDriver(branch="580", persistenced=False), check_mode=True).blocked
+
+
 def test_somebody_who_comes_between_look_and_change(world: DriverWorld) -> None:
     world.install_driver("535.183.06", flavour="")
 
