@@ -15,6 +15,7 @@ from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._expressions import Expressions, NotPlainError
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._payload import Payload
 
 try:
     from ansible.template import trust_as_template
@@ -106,6 +107,9 @@ for _kind in ("defaults", "vars"):
         _EXPRESSIONS.learn(_text)
 
 
+_PAYLOAD = Payload("gpu_host_plan")
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
     TRANSFERS_FILES = False
     _supports_check_mode = True
@@ -114,9 +118,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         super().run(tmp, task_vars)
         task_vars = task_vars or {}
         args = dict(self._task.args) or self.options(task_vars)
+        _PAYLOAD.put()
         result: dict[str, t.Any] = self._execute_module(
             module_name="gpu_fleet.nim.gpu_host_plan", module_args=args, task_vars=task_vars
         )
+        _PAYLOAD.keep()
         return result
 
     def options(self, task_vars: t.Mapping[str, t.Any]) -> dict[str, dict[str, t.Any]]:
