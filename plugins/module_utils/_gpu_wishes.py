@@ -24,7 +24,7 @@ def names_profile(model: NimModel) -> bool:
 
 
 def find_profile(model: NimModel, profiles: t.Sequence[Profile] | None) -> Match | None:
-    """The profile that a model names, as far as it is known.
+    """The profile that a model names, as far as it is known; None when it names none.
 
     Args:
         profiles: Of its image, or None.
@@ -34,14 +34,16 @@ def find_profile(model: NimModel, profiles: t.Sequence[Profile] | None) -> Match
     """
     if not names_profile(model):
         return None
-    if not needs_download(model):
-        # The model comes from elsewhere, and its manifest may too.
-        profiles = None
+    # A model that comes from elsewhere may bring its manifest.
+    return _find(model.name, str(model.profile), profiles if needs_download(model) else None)
+
+
+def _find(model: str, profile: str, profiles: t.Sequence[Profile] | None) -> Match:
     try:
-        return match_profile(str(model.profile), profiles)
+        return match_profile(profile, profiles)
     except FleetError as error:
-        error.message = "Model %s: profile = %s" % (model.name, error.message)
-        error.facts["model"] = model.name
+        error.message = "Model %s: profile = %s" % (model, error.message)
+        error.facts["model"] = model
         raise
 
 
@@ -73,9 +75,39 @@ def check_profile_of(
     devices: t.Mapping[str, str],
     count: int | None = None,
 ) -> None:
-    """Refuse a model whose profile is not in its image, or cannot run on these GPUs.
+    """Refuse a model whose profile is not in its image, or cannot run on the GPUs that it gets.
+
+    Raises:
+        FleetError: ``no_such_profile``, ``profile_unsuitable``.
+    """
+    if names_profile(model):
+        check_named_profile(
+            model.name,
+            str(model.profile),
+            profiles if needs_download(model) else None,
+            gpus,
+            devices,
+            count=count,
+            lora=model.lora_directory is not None,
+        )
+
+
+def check_named_profile(
+    model: str,
+    named: str,
+    profiles: t.Sequence[Profile] | None,
+    gpus: t.Sequence[Gpu],
+    devices: t.Mapping[str, str],
+    *,
+    count: int | None = None,
+    lora: bool = False,
+) -> None:
+    """Refuse a profile that is not in the image, or cannot run on these GPUs.
 
     Args:
+        model: Name of the model.
+        named: Id or description of the profile.
+        profiles: Of the image; None when they are not known.
         gpus: Those that the model gets, or all of the host.
         devices: PCI device id by PCI address.
         count: How many of them it gets; None = as many as the profile needs.
@@ -83,20 +115,12 @@ def check_profile_of(
     Raises:
         FleetError: ``no_such_profile``, ``profile_unsuitable``.
     """
-    match = find_profile(model, profiles)
-    if match is None or match.profile is None:
+    profile = _find(model, named, profiles).profile
+    if profile is None:
         return
-    profile = match.profile
     if not profile.id and not profile.description:
-        profile = replace(profile, description=str(model.profile))
-    require_profile(
-        model.name,
-        profile,
-        gpus,
-        count=count,
-        lora=model.lora_directory is not None,
-        devices=devices,
-    )
+        profile = replace(profile, description=named)
+    require_profile(model, profile, gpus, count=count, lora=lora, devices=devices)
 
 
 def given_gpus(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[Gpu]:

@@ -194,7 +194,7 @@ def build_configuration(
     common += ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=%d:%d" % (model.uid, model.gid)]
     common += ["--pids-limit=-1", "--shm-size=%d" % model.shm_size]
     common += ["--ulimit=%s=%s" % limit for limit in sorted(model.ulimits.items())]
-    common += _gpu_arguments(gpus, injection)
+    common += gpu_arguments(gpus, injection)
     common += _mounts(model, family)
     network = [] if model.network_mode == "bridge" else ["--network=" + model.network_mode]
     address = "[%s]" % model.bind_address if ":" in model.bind_address else model.bind_address
@@ -252,7 +252,7 @@ def _environment_arguments(environment: t.Mapping[str, str]) -> list[str]:
     return ["--env=%s=%s" % pair for pair in sorted(environment.items())]
 
 
-def _gpu_arguments(gpus: t.Sequence[str], injection: str) -> list[str]:
+def gpu_arguments(gpus: t.Sequence[str], injection: str) -> list[str]:
     if injection == "runtime":
         return ["--runtime=nvidia"]
     if injection == "cdi":

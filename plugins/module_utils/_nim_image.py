@@ -20,11 +20,13 @@ from ._docker_registries import daemon_proxies, insecure_registry
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
+from ._gpu_wishes import check_named_profile, device_ids
 from ._host import Host
 from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress, amount
 from ._image_record import RECORD_LOCK, PinnedImage, read_record, update_record
 from ._image_reference import DOCKER_HUB, ImageReference, check_mirrors
 from ._ngc_login import REGISTRY, USERNAME, check_api_key, stored_credentials
+from ._nim_manifest import manifest_at_registry
 from ._registry import RegistryClient, RegistryImage, image_architecture
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
@@ -303,9 +305,10 @@ class NimImages(Resource[ImagesState]):
 
         Raises:
             FleetError: Reasons of the registry client; ``requirement``, ``invalid_requirement``, ``disk_full``,
-                ``engine_cannot_pull``, ``docker_unavailable``.
+                ``engine_cannot_pull``, ``docker_unavailable``, ``no_such_profile``, ``profile_unsuitable``.
         """
         tasks = []
+        named: t.List[t.Tuple[PullTask, ImageReference]] = []
         pulls = [change for change in changes if change.action == "pull"]
         info = self._docker_info() if pulls else {}
         #: What an image requires, by its name.
@@ -328,16 +331,47 @@ class NimImages(Resource[ImagesState]):
                     **error.facts,
                 ) from None
             tasks.append(PullTask(image.wanted, image.source, found))
+            if image.wanted.profiles:
+                named.append((tasks[-1], change.data["reference"]))
             required[str(image.wanted.reference)] = found.environment
         for wanted in self.wanted:
             if not wanted.check_requirement:
                 required.pop(str(wanted.reference), None)
-        if required and not _requirements_off(host):
-            inventory = observe_gpus(host)
-            for name, environment in required.items():
-                self.check_requirement(environment, inventory, name)
+        if _requirements_off(host):
+            required.clear()
+        inventory = observe_gpus(host) if required or named else GpuInventory()
+        for name, environment in required.items():
+            self.check_requirement(environment, inventory, name)
+        for task, reference in named:
+            self._check_profiles(host, task, reference, inventory)
         self._check_disk(host, str(info.get("DockerRootDir") or "/var/lib/docker"), tasks)
         return tasks
+
+    def _check_profiles(self, host: Host, task: PullTask, reference: ImageReference, inventory: GpuInventory) -> None:
+        """Compare the profiles that models name with the manifest at the registry and with the GPUs.
+
+        Raises:
+            FleetError: ``no_such_profile``, ``profile_unsuitable``.
+        """
+        if not inventory.gpus:
+            # Set up in this very run; the service looks again.
+            return
+        try:
+            manifest = manifest_at_registry(self.client(host, reference.registry), reference, task.found)
+        except FleetError:
+            # What ails the registry is told by the pull.
+            manifest = None
+        profiles = manifest.profiles if manifest is not None and manifest.certain else None
+        for wish in task.wanted.profiles:
+            check_named_profile(
+                wish.model,
+                wish.profile,
+                profiles,
+                inventory.gpus,
+                device_ids(inventory),
+                count=wish.gpus,
+                lora=wish.lora,
+            )
 
     def check_requirement(self, environment: t.Mapping[str, str], inventory: GpuInventory, name: str) -> None:
         """Compare what the image requires with the loaded driver.
@@ -397,21 +431,26 @@ class NimImages(Resource[ImagesState]):
         return stored_credentials(host, registry, self.docker_user)
 
     def resolve(self, host: Host, reference: ImageReference, architecture: t.Optional[str] = None) -> RegistryImage:
-        """Ask the registry for an image, as this host's Docker would: same login, same proxies, same trust."""
-        credentials = self.credentials(host, reference.registry) or ("", "")
+        """Ask the registry for an image, as this host's Docker would."""
+        return self.client(host, reference.registry).resolve(
+            reference, architecture or image_architecture(host.machine())
+        )
+
+    def client(self, host: Host, registry: str) -> RegistryClient:
+        """Who asks a registry as this host's Docker would: same login, same proxies, same trust."""
+        credentials = self.credentials(host, registry) or ("", "")
         try:
             info = self._docker_info()
         except FleetError:
             # Without a daemon the registry can still be asked, with the proxies of our own environment.
             info = {}
-        client = self._client(
-            reference.registry,
+        return self._client(
+            registry,
             credentials[0],
             credentials[1],
-            insecure=insecure_registry(info, reference.registry),
+            insecure=insecure_registry(info, registry),
             proxies=daemon_proxies(info),
         )
-        return client.resolve(reference, architecture or image_architecture(host.machine()))
 
     # -- apply ------------------------------------------------------------------------------------
 

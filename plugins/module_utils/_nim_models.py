@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._options import NIM_MODEL_OPTIONS
-from ._requirements import GO_TRUE
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
 OWNED_ENVIRONMENT: dict[str, str] = {
@@ -206,28 +205,6 @@ def parse_models(raw: t.Any, variable: str = "nim_models") -> list[NimModel]:
     models = [_Entry("%s[%d]" % (variable, number), entry).parse() for number, entry in enumerate(raw)]
     _check_together(models, variable)
     return models
-
-
-def wanted_images(raw: t.Any, variable: str = "nim_models") -> list[dict[str, t.Any]]:
-    """What the models of a host need, as entries for ``gpu_fleet.nim.nim_image``; an image may be there twice.
-
-    Raises:
-        FleetError: As :func:`parse_models`.
-    """
-    images: list[dict[str, t.Any]] = []
-    for entry, model in zip(raw or [], parse_models(raw, variable)):
-        if model.state == "absent":
-            continue
-        image = {
-            "image": model.image,
-            "cache_directory": model.cache_directory,
-            # As libnvidia-container reads it, by Go's ParseBool.
-            "check_requirement": model.environment.get("NVIDIA_DISABLE_REQUIRE") not in GO_TRUE,
-        }
-        if entry.get("disk_space"):
-            image["disk_space"] = entry["disk_space"]
-        images.append(image)
-    return images
 
 
 def _refuse(path: str, value: t.Any, problem: str, remedy: str) -> FleetError:

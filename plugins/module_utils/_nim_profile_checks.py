@@ -108,10 +108,10 @@ def verdict(checks: t.Iterable[Check]) -> bool | None:
     listed = [check.passed for check in checks if check.name == "listing"]
     if False in results or False in listed:
         return False
-    if listed:
+    if True in listed:
         # NIM itself has looked at the GPUs.
         return True
-    return None if None in results else True
+    return None if None in results + listed else True
 
 
 def require_profile(

@@ -11,7 +11,24 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._image_reference import ImageReference
-from ._nim_models import parse_size
+from ._nim_family import needs_download
+from ._nim_models import parse_models, parse_size
+from ._requirements import GO_TRUE
+
+
+@dataclass(frozen=True)
+class WantedProfile:
+    """The profile with which a model will run an image.
+
+    Attributes:
+        model: Name of the model, for messages.
+        gpus: How many GPUs it gets; None = as many as the profile needs, or all.
+    """
+
+    model: str
+    profile: str
+    gpus: t.Optional[int] = None
+    lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,14 @@ class WantedImage:
         spaces: Bytes that model files will take in a directory, for each model that runs this image; an empty directory
             stands for Docker's disk.
         check_requirement: Whether the image's NVIDIA_REQUIRE_* must be met by the driver.
+        profiles: What the models that name a profile want of it.
     """
 
     reference: ImageReference
     state: str = "present"
     spaces: t.Tuple[t.Tuple[str, int], ...] = ()
     check_requirement: bool = True
+    profiles: t.Tuple[WantedProfile, ...] = ()
 
 
 def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
@@ -70,5 +89,36 @@ def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
             spaces += ((directory, size),)
         # One model that insists is enough.
         insists = entry.get("check_requirement") is not False or (known is not None and known.check_requirement)
-        found[str(reference)] = WantedImage(reference, state, spaces, insists)
+        profiles = known.profiles if known else ()
+        if entry.get("profile"):
+            name = str(entry.get("model") or reference)
+            wish = WantedProfile(name, str(entry["profile"]), entry.get("gpus"), bool(entry.get("lora")))
+            profiles += (wish,)
+        found[str(reference)] = WantedImage(reference, state, spaces, insists, profiles)
     return list(found.values())
+
+
+def wanted_images(raw: t.Any, variable: str = "nim_models") -> t.List[t.Dict[str, t.Any]]:
+    """What the models of a host need, as entries for ``gpu_fleet.nim.nim_image``; an image may be there twice.
+
+    Raises:
+        FleetError: As :func:`._nim_models.parse_models`.
+    """
+    images: t.List[t.Dict[str, t.Any]] = []
+    for entry, model in zip(raw or [], parse_models(raw, variable)):
+        if model.state == "absent":
+            continue
+        image: t.Dict[str, t.Any] = {
+            "image": model.image,
+            "cache_directory": model.cache_directory,
+            # As libnvidia-container reads it, by Go's ParseBool.
+            "check_requirement": model.environment.get("NVIDIA_DISABLE_REQUIRE") not in GO_TRUE,
+        }
+        if entry.get("disk_space"):
+            image["disk_space"] = entry["disk_space"]
+        if model.profile and model.profile != "default" and needs_download(model):
+            image.update(model=model.name, profile=model.profile, lora=model.lora_directory is not None)
+            if isinstance(model.gpus, (int, tuple)):
+                image["gpus"] = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
+        images.append(image)
+    return images

@@ -65,6 +65,22 @@ options:
           - Nothing is required either where the container toolkit's C(config.toml) says C(disable-require = true).
         type: bool
         default: true
+      profile:
+        description:
+          - Model profile that a service will name, by id or description. Before the pull it is looked for in the image's
+            manifest, and its kind and number of GPUs and its LoRA support are compared with the host.
+          - Where the manifest cannot be had without the pull, nothing is refused for it.
+        type: str
+      model:
+        description: Name of that service, for messages.
+        type: str
+      gpus:
+        description: How many GPUs that service will get; by default as many as O(images[].profile) needs.
+        type: int
+      lora:
+        description: Whether that service has LoRA adapters.
+        type: bool
+        default: false
   pull:
     description:
       - V(missing) pulls only what is not on the host, and keeps the digest that a tag was pinned to.

@@ -141,7 +141,8 @@ def main() -> None:
     )
     image, reason, message = None, None, ""
     try:
-        image = look_up(Host(), **module.params)
+        # The alias is among the parameters too.
+        image = look_up(Host(), **{name: value for name, value in module.params.items() if name != "name"})
     except FleetError as error:
         if error.reason not in REGISTRY_REASONS:
             fail(module, error)

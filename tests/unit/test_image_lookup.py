@@ -47,7 +47,7 @@ def test_info_module(
         FakeClient.tags[LLAMA] = FleetError(reason, "Because.")
     monkeypatch.setattr(nim_image_info, "Host", lambda: world.host)
     monkeypatch.setattr(nim_image_info, "look_up", functools.partial(look_up, client=t.cast(t.Any, FakeClient)))
-    with patch_module_args({"image": LLAMA, "api_key": KEY}), pytest.raises(SystemExit):
+    with patch_module_args({"name": LLAMA, "api_key": KEY}), pytest.raises(SystemExit):
         nim_image_info.main()
     printed = capsys.readouterr().out
     assert KEY not in printed

@@ -12,9 +12,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import (
     addresses_overlap,
     parse_models,
     parse_size,
-    wanted_images,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import NIM_MODEL_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images import wanted_images
 
 IMAGE = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
 UUID = "GPU-5f2a4b1c-0000-4000-8000-00000000000%d"
