@@ -241,8 +241,13 @@ class _Table:
 
     def refuse(self, wish: Wish, problem: str) -> FleetError:
         asked = "[%s]" % ", ".join(wish.gpus) if isinstance(wish.gpus, tuple) else str(wish.gpus)
-        asked = "profile %s with %s GPUs" % (wish.profile, asked) if wish.profile else "gpus = " + asked
+        if wish.profile:
+            asked = "profile %s with %s GPU%s" % (wish.profile, asked, "" if wish.count == 1 else "s")
+        else:
+            asked = "gpus = " + asked
         remedy = "name another profile" if wish.profile else "change gpus"
+        if wish.memory_mib is not None:
+            remedy += " or gpu_memory"
         return FleetError(
             "gpus_unavailable",
             "Model %s asks for %s, but %s; %s, or set another service to state absent. The GPUs of this host: %s."

@@ -174,18 +174,18 @@ def _check_kind(profile: Profile, gpus: t.Sequence[Gpu], kinds: t.Sequence[bool 
 def _check_count(needed: int | None, there: int, count: int | None) -> Check:
     if needed is None:
         return Check("gpu_count", None, "The number of GPUs that the profile needs is not known.")
+    if count is not None and count < needed:
+        return Check(
+            "gpu_count",
+            False,
+            "It needs %d GPUs, and gpus gives the model %d; set gpus: %d, or leave gpus out." % (needed, count, needed),
+        )
     if needed > there:
         return Check(
             "gpu_count",
             False,
             "It needs %d GPUs, and there %s %d; name a profile with a smaller tp."
             % (needed, "is" if there == 1 else "are", there),
-        )
-    if count is not None and count < needed:
-        return Check(
-            "gpu_count",
-            False,
-            "It needs %d GPUs, and gpus gives the model %d; set gpus: %d, or leave gpus out." % (needed, count, needed),
         )
     return Check("gpu_count", True)
 

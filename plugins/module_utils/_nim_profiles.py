@@ -81,25 +81,23 @@ class Profile:
         return None if self.tp is None else self.tp * (self.pp or 1)
 
     def __str__(self) -> str:
-        """``vllm-bf16-tp2-pp1 (0494aafce0df…)``"""
-        name = self.description or "-".join(
-            part
-            for part in (
-                self.backend,
-                (self.gpu or "").lower(),
-                "buildable" if self.buildable else "",
-                self.precision,
-                "tp%d" % self.tp if self.tp else "",
-                "pp%d" % self.pp if self.pp else "",
-                self.tags.get("profile", ""),
-                "lora" if self.lora else "",
-            )
-            if part
+        """``vllm-bf16-tp2-pp1 (0494aafce0df…)``, or the whole id and what is known where there is no description."""
+        if self.description:
+            short = self.id if len(self.id) < 40 else self.id[:12] + "…"
+            return "%s (%s)" % (self.description, short) if short else self.description
+        known = (
+            self.backend,
+            self.gpu,
+            "buildable" if self.buildable else "",
+            self.precision,
+            "tp%d" % self.tp if self.tp else "",
+            "pp%d" % self.pp if self.pp else "",
+            self.tags.get("profile", ""),
+            "lora" if self.lora else "",
         )
-        short = self.id if len(self.id) < 40 else self.id[:12] + "…"
-        if not short:
-            return name
-        return "%s (%s)" % (name, short) if name else short
+        text = " ".join(part for part in known if part)
+        # What NIM calls it is not known: nothing that looks like a name stands here.
+        return "%s (%s)" % (self.id, text) if text else self.id
 
 
 @dataclass(frozen=True)
@@ -689,7 +687,7 @@ def match_profile(wanted: str, profiles: t.Sequence[Profile] | None) -> Match:
     )
 
 
-def shown(profiles: t.Sequence[Profile], most: int = 12) -> str:
+def shown(profiles: t.Sequence[Profile], most: int = 8) -> str:
     """The profiles in a sentence, those that can run first."""
     order = {COMPATIBLE: 0, LOW_MEMORY: 1, None: 2, INCOMPATIBLE: 3}
     ordered = sorted(profiles, key=lambda one: order[one.verdict])

@@ -91,7 +91,7 @@ def test_too_many_gpus_are_refused_before_the_image_is_there(machine: Machine) -
 @pytest.mark.parametrize(
     ("options", "reason", "words"),
     [
-        ({"profile": "f" * 64}, "no_such_profile", ["none of the 3 profiles", "vllm-bf16-tp4-pp1 (000000000000…)"]),
+        ({"profile": "f" * 64}, "no_such_profile", ["none of the 3 profiles", TP4 + " (vllm bf16 tp4 pp1)"]),
         ({"profile": "vllm-fp8-tp4-pp1"}, "no_such_profile", ["Model llama: profile = vllm-fp8-tp4-pp1"]),
         ({"profile": H100}, "profile_unsuitable", ["built for H100", "NVIDIA H200"]),
         ({"profile": TP4, "gpus": 2}, "profile_unsuitable", ["needs 4 GPUs", "2"]),

@@ -11,8 +11,8 @@ import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 from ansible_collections.gpu_fleet.nim.plugins.action import gpu_host_plan as action
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import wanted_images
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images import wanted_images
 from nim_machine import KEY, LLAMA, ROOT, llama, nemo
 
 
