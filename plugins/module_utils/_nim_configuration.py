@@ -201,8 +201,9 @@ def build_configuration(
     publish = (
         [] if model.network_mode == "host" else ["--publish=%s:%d:%d" % (address, model.port, model.container_port)]
     )
-    create = [*common, *network, *publish, *_environment_arguments(environment), image.reference]
-    create += family.command(model, image.command)
+    options = [*common, *network, *publish, *_environment_arguments(environment)]
+    command = family.command(model, image.command)
+    create = [*options, image.reference, *command]
     content: Json = {"image": image.identifier, "create": create}
     if secret.values:
         content["secrets"] = secret.spec()
@@ -214,14 +215,19 @@ def build_configuration(
     step = family.download(model)
     if step is not None:
         words = [*_log_arguments(model.container + "-download"), *labels, *common, *network]
-        words += [*_environment_arguments({**environment, **step.environment}), image.reference, *step.command]
+        words += _environment_arguments({**environment, **step.environment})
         download = {
-            "create": words,
+            **_with_key(model, image, words, step.command),
             # What decides which files are fetched, and where to.
             "key": spec_hash(
                 [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory, sorted(gpus)]
             ),
         }
+    key_in_service: Json | None = None
+    if step is None and family.key == "unknown":
+        # No known way to fetch the files beforehand: the service has to do it, and then it needs the key.
+        words = [*_log_arguments(model.container), *labels, *options]
+        key_in_service = _with_key(model, image, words, command)
     tls = model.environment.get("NIM_SSL_MODE", "").lower() == "tls"
     return {
         "name": model.name,
@@ -235,12 +241,21 @@ def build_configuration(
         "download": download,
         # Names alone; the values are in the environment file.
         "secret_environment": sorted(secret.values),
-        # No known way to fetch the files beforehand: the service has to do it, and then it needs the key.
-        "key_in_service": step is None and family.key == "unknown",
+        "key_in_service": key_in_service,
         "cache_directory": model.cache_directory,
         "ready_url": (model.url.replace("http:", "https:", 1) if tls else model.url) + "/v1/health/ready",
         "stop_timeout": model.stop_timeout,
         "docker_timeout": model.start_timeout,
+    }
+
+
+def _with_key(model: NimModel, image: ImageState, options: t.Sequence[str], command: t.Sequence[str]) -> Json:
+    """What the wrapper needs for a container that gets the NGC key: there a shell runs what the image would run."""
+    return {
+        "options": list(options),
+        "image": image.reference,
+        "command": [*image.entrypoint, *(command or image.command)],
+        "uid": model.uid,
     }
 
 

@@ -62,6 +62,7 @@ class ImageState:
         command: The image's own default command.
         manifest: Its profiles; looked at only for a model that names one, and None where they cannot be read.
         variables: Names of the variables that the image itself sets.
+        entrypoint: What runs it.
     """
 
     identifier: str
@@ -71,6 +72,7 @@ class ImageState:
     command: tuple[str, ...] = ()
     manifest: Manifest | None = None
     variables: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -479,6 +481,7 @@ def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: J
         family=family_of_image(image, reference.tag),
         command=tuple(str(word) for word in config.get("Cmd") or ()),
         variables=tuple(str(entry).partition("=")[0] for entry in config.get("Env") or ()),
+        entrypoint=tuple(str(word) for word in config.get("Entrypoint") or ()),
     )
 
 

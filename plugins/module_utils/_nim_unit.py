@@ -19,6 +19,7 @@ had never been ready.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import importlib.util
@@ -49,7 +50,7 @@ FETCHED = ("complete", "proven")
 
 #: Seconds between two questions to a daemon that is away, and to a service that is not ready.
 POLL_SECONDS = 1.0
-READY_SECONDS = 2.0
+READY_SECONDS = 1.0
 #: Seconds after which a docker command counts as hanging; a stop has its own limit.
 COMMAND_SECONDS = 120.0
 #: Pause before the start that follows n failures in a row: 5, 10, 20, 40, then 60 seconds.
@@ -57,6 +58,14 @@ BACKOFF_FIRST = 5.0
 BACKOFF_MOST = 60.0
 #: Seconds that a service must serve before its start counts as a good one.
 STEADY_SECONDS = 30.0
+
+#: How a container gets the NGC key: through a pipe that is mounted here and read once by a shell, which then becomes the
+#: image's own program. A variable of the container would be kept by Docker and containerd in files of their own.
+KEY_TARGET = "/run/secrets/ngc_api_key"
+KEY_SHELL = "/bin/sh"
+KEY_SCRIPT = 'IFS= read -r NGC_API_KEY <%s || exit 1; export NGC_API_KEY; exec "$@"' % KEY_TARGET
+#: Seconds within which the shell must have asked for it.
+KEY_SECONDS = 60.0
 
 _AWAY_TEXTS = (
     "cannot connect to the docker daemon",
@@ -242,6 +251,7 @@ class Unit:
         self.configuration = os.path.join(CONFIGURATION, name + ".json")
         self.key_file = os.path.join(CONFIGURATION, "ngc.env")
         self.secret_file = os.path.join(CONFIGURATION, name + ".env")
+        self.key_pipe = os.path.join(RUNTIME, "keys", name)
         self.runtime_file = os.path.join(RUNTIME, name + ".json")
         self.stop_file = os.path.join(RUNTIME, name + ".stop")
         self.marker_file = os.path.join(STATE, "state", name + ".download.json")
@@ -349,7 +359,7 @@ class Unit:
     def serve(self) -> int:
         """Have the container run and wait for its end."""
         container = inspect(self.container)
-        if container is not None and is_running(container) and label_of(container) == self.spec:
+        if container is not None and is_running(container) and self.is_as_wanted(container):
             say("%s %s" % (self.container, "goes on" if self.watching else "runs already and is adopted"))
             return self.watch()
         if self.watching:
@@ -359,6 +369,10 @@ class Unit:
         self.download()
         self.start()
         return self.watch()
+
+    def is_as_wanted(self, container: Json) -> bool:
+        """Whether a container runs what is wanted, and does not wait for a key that nobody will give it any more."""
+        return label_of(container) == self.spec and not os.path.lexists(self.key_pipe)
 
     def back_off(self) -> None:
         failures = self.failures()
@@ -416,15 +430,93 @@ class Unit:
             )
         return ["--env-file", self.secret_file]
 
+    # -- the NGC key ------------------------------------------------------------------------------------
+
+    def key(self) -> str:
+        """The NGC key of the host, empty when it has none."""
+        with contextlib.suppress(OSError), open(self.key_file, encoding="utf-8") as stream:
+            for line in stream:
+                name, _separator, value = line.strip().partition("=")
+                if name == "NGC_API_KEY":
+                    return value
+        return ""
+
+    def launch_with_key(self, name: str, launch: Json) -> bool:
+        """Create and start a container whose program finds the NGC key in its environment.
+
+        Args:
+            launch: ``options`` of ``docker create``, ``image``, ``command`` (the image's entry point with its arguments)
+                and ``uid``, the container's user.
+
+        Returns:
+            False, and there is no container, when the image has no shell.
+        """
+        arguments = [*self.secret_arguments(), *(str(word) for word in launch["options"])]
+        arguments += ["--mount=type=bind,source=%s,target=%s,readonly" % (self.key_pipe, KEY_TARGET)]
+        arguments += ["--entrypoint=" + KEY_SHELL, str(launch["image"]), "-c", KEY_SCRIPT, "nim"]
+        arguments += [str(word) for word in launch["command"]]
+        self.make_key_pipe(int(launch["uid"]))
+        try:
+            self.create(name, arguments)
+            try:
+                self.launch(name)
+            except StartFailedError as error:
+                if '"%s"' % KEY_SHELL not in str(error):
+                    raise
+                say("%s gets no NGC key: its image has no %s" % (name, KEY_SHELL))
+                self.remove(name, inspect(name))
+                return False
+            self.hand_over_key(name)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(self.key_pipe)
+        return True
+
+    def make_key_pipe(self, uid: int) -> None:
+        """A named pipe that only the container's user can read, where only root can reach it."""
+        directory = os.path.dirname(self.key_pipe)
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.key_pipe)
+            os.mkfifo(self.key_pipe, 0o400)
+            os.chown(self.key_pipe, uid, -1)
+        except OSError as error:
+            raise StartFailedError("%s cannot be made: %s" % (self.key_pipe, error.strerror)) from error
+
+    def hand_over_key(self, name: str) -> None:
+        """Write the key into the pipe as soon as the container's shell reads it."""
+        end = time.monotonic() + KEY_SECONDS
+        while time.monotonic() < end:
+            try:
+                # Without a reader there is ENXIO instead of a wait (fifo(7)).
+                pipe = os.open(self.key_pipe, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise StartFailedError("%s cannot be opened: %s" % (self.key_pipe, error.strerror)) from error
+            else:
+                # A reader that has gone is found out like any other end.
+                with contextlib.suppress(BrokenPipeError), open(pipe, "w", encoding="utf-8") as stream:
+                    stream.write(self.key() + "\n")
+                return
+            container = inspect(name)
+            if container is None or not is_running(container):
+                # Why it ended is found out by whoever waits for it.
+                return
+            time.sleep(0.1)
+        self.remove(name, inspect(name))
+        raise StartFailedError("%s did not take the NGC key within %d seconds" % (name, KEY_SECONDS))
+
+    # -- the container ----------------------------------------------------------------------------------
+
     def start(self) -> None:
         if self.stopping():
             raise StartFailedError("stopped")
-        arguments = [*self.secret_arguments(), *self.create_arguments]
-        if self.config.get("key_in_service") and os.path.exists(self.key_file):
-            arguments = ["--env-file", self.key_file, *arguments]
         self.note("starting")
-        self.create(self.container, arguments)
-        self.launch(self.container)
+        launch = self.config.get("key_in_service")
+        if not isinstance(launch, dict) or not self.key() or not self.launch_with_key(self.container, launch):
+            self.create(self.container, [*self.secret_arguments(), *self.create_arguments])
+            self.launch(self.container)
         say("%s started" % self.container)
         if self.stopping():
             # The stop came before there was a container to stop.
@@ -545,7 +637,7 @@ class Unit:
         """Fetch the model with the NGC key in a container of its own, so that the service itself never has the key."""
         plan = self.config.get("download")
         running = inspect(self.downloader)
-        if not isinstance(plan, dict) or not os.path.exists(self.key_file):
+        if not isinstance(plan, dict) or not self.key():
             self.remove(self.downloader, running)
             return
         marker = read_json(self.marker_file)
@@ -555,16 +647,15 @@ class Unit:
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.
         brought = filled and not marker
-        if running is None or not is_running(running) or label_of(running) != self.spec:
+        if running is None or not is_running(running) or not self.is_as_wanted(running):
             self.remove(self.downloader, running)
             if self.stopping():
                 raise StartFailedError("stopped")
             if not brought:
                 self.mark("incomplete")
             self.note("download")
-            arguments = ["--env-file", self.key_file, *self.secret_arguments()]
-            self.create(self.downloader, [*arguments, *(str(word) for word in plan["create"])])
-            self.launch(self.downloader)
+            if not self.launch_with_key(self.downloader, plan):
+                return
             say("%s fetches the model" % self.downloader)
         else:
             self.note("download")
@@ -575,7 +666,6 @@ class Unit:
             if running is None:
                 raise StartFailedError("%s was removed" % self.downloader)
             code = self.wait(self.downloader, probe=False) if is_running(running) else running["State"]["ExitCode"]
-        # Its environment holds the key: it must not lie around.
         self.remove(self.downloader, inspect(self.downloader))
         if code == 0 and self.cache_has_files():
             say("%s has fetched the model" % self.downloader)

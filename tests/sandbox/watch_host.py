@@ -17,6 +17,9 @@ import sys
 REQUEST = json.loads(sys.stdin.buffer.readline())
 NEEDLES = {name: [needle.encode() for needle in needles] for name, needles in REQUEST["needles"].items()}
 SKIP = set(REQUEST["skip"])
+#: Looked through again and again; the last two are what Docker and containerd know of containers.
+WATCHED = ("/etc", "/root", "/home", "/run", "/tmp", "/var/tmp", "/var/lib/gpu_fleet", "/var/lib/nim")
+WATCHED += ("/var/lib/docker/containers", "/var/lib/containerd/io.containerd.metadata.v1.bolt")
 
 
 def has(data):
@@ -92,7 +95,7 @@ def watch():
                 for secret in has(text):
                     inspections[secret + " " + identifier] = name
         if rounds % 10 == 0:
-            for top in ("/etc", "/root", "/home", "/run", "/tmp", "/var/tmp", "/var/lib/gpu_fleet", "/var/lib/nim"):
+            for top in WATCHED:
                 found.update(files(top))
     return {
         "rounds": rounds,

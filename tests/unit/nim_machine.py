@@ -29,6 +29,7 @@ KEY = "nvapi-unit-test-key-0123456789"
 LLAMA = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
 NEMO = "nvcr.io/nim/nvidia/nemotron-3-nano:2.0.13"
 DIGEST = "sha256:" + "ab" * 32
+ENTRYPOINT = "/opt/nvidia/nvidia_entrypoint.sh"
 
 FIB_TRIE = """\
 Main:
@@ -62,7 +63,12 @@ class FakeApi:
             reference: {
                 "Id": "sha256:" + letter * 64,
                 "RepoDigests": ["%s@%s" % (reference.rsplit(":", 1)[0], DIGEST)],
-                "Config": {"Labels": {"com.nvidia.nim.version": version}, "Env": [], "Cmd": ["/opt/nim/start.sh"]},
+                "Config": {
+                    "Labels": {"com.nvidia.nim.version": version},
+                    "Env": [],
+                    "Entrypoint": [ENTRYPOINT],
+                    "Cmd": ["/opt/nim/start.sh"],
+                },
             }
             for reference, letter, version in ((LLAMA, "1", "1.8.4"), (NEMO, "2", "2.0.13"))
         }

@@ -24,6 +24,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
 )
 from nim_machine import (
     DIGEST,
+    ENTRYPOINT,
     KEY,
     LLAMA,
     ONE,
@@ -68,9 +69,11 @@ def test_what_a_1x_container_is_given(machine: Machine) -> None:
         "--env=NVIDIA_VISIBLE_DEVICES=" + ONE,
         "nvcr.io/nim/meta/llama-3.1-8b-instruct@" + DIGEST,
     ]
-    assert found["download"]["create"][-3:] == ["download-to-cache", "--profile", "vllm-bf16-tp1-pp1"]
-    assert not any(word.startswith("--publish") for word in found["download"]["create"])
-    assert found["key_in_service"] is False
+    download = found["download"]
+    assert download["command"] == [ENTRYPOINT, "download-to-cache", "--profile", "vllm-bf16-tp1-pp1"]
+    assert (download["image"], download["uid"]) == ("nvcr.io/nim/meta/llama-3.1-8b-instruct@" + DIGEST, 1000)
+    assert not any(word.startswith("--publish") for word in download["options"])
+    assert found["key_in_service"] is None
 
 
 def test_other_ways_to_give_gpus_and_network(machine: Machine) -> None:
@@ -94,14 +97,32 @@ def test_local_weights_and_loras_are_mounted_read_only_and_nothing_is_fetched(ma
     assert "--mount=type=bind,source=/srv/weights,target=/opt/nim/weights,readonly" in found["create"]
     assert "--mount=type=bind,source=/srv/loras,target=/opt/nim/loras,readonly" in found["create"]
     assert found["download"] is None
-    assert found["key_in_service"] is False
+    assert found["key_in_service"] is None
 
 
 def test_an_image_of_no_known_family_fetches_by_itself(machine: Machine) -> None:
-    machine.api.images[LLAMA]["Config"] = {}
-    machine.converge(llama())
+    machine.api.images[LLAMA]["Config"] = {"Entrypoint": ["/start"], "Cmd": ["serve", "--all"]}
+    machine.converge(llama(user="500"))
     found = json.loads(machine.host.files["/etc/nim/llama.json"])
-    assert (found["family"], found["download"], found["key_in_service"]) == ("unknown", None, True)
+    assert (found["family"], found["download"]) == ("unknown", None)
+    assert found["key_in_service"] == {
+        "options": found["create"][:-1],
+        "image": found["create"][-1],
+        "command": ["/start", "serve", "--all"],
+        "uid": 500,
+    }
+
+
+def test_the_native_runtime_downloads_with_its_own_command(machine: Machine) -> None:
+    machine.api.images[LLAMA]["Config"] = {
+        "Labels": {"com.nvidia.nim.model_download_protocol": "native-v1"},
+        "Entrypoint": ["/opt/entry"],
+        "Cmd": ["nim-native"],
+    }
+    machine.converge(llama())
+    download = json.loads(machine.host.files["/etc/nim/llama.json"])["download"]
+    assert download["command"] == ["/opt/entry", "nim-native"]
+    assert "--env=NIM_ENGINE_MODEL_DOWNLOAD_ONLY=1" in download["options"]
 
 
 def test_tls_is_asked_with_tls(machine: Machine) -> None:

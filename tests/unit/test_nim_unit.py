@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import pathlib
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -64,11 +66,30 @@ elif words[0] == "create":
         sys.exit(1)
     label = words[words.index("--label") + 1].split("=", 1)
     env = "".join(open(words[at + 1]).read() for at, word in enumerate(words) if word == "--env-file")
-    save(name, {"Config": {"Labels": {label[0]: label[1]}, "Env": env}, "State": {"Running": False, "ExitCode": 0}})
+    pipe = next((word.split("source=")[1].split(",")[0] for word in words if "target=/run/secrets/" in word), "")
+    save(name, {"Config": {"Labels": {label[0]: label[1]}, "Env": env, "Pipe": pipe},
+                "State": {"Running": False, "ExitCode": 0}})
 elif words[0] == "start":
     error_of("start")
     content = load(words[-1])
+    pipe = content["Config"].get("Pipe")
+    if pipe:
+        error_of("shell")
     content["State"]["Running"] = True
+    key = ""
+    if pipe and not os.path.exists(root + "/ends-at-once"):
+        save(words[-1], content)
+        if os.fork():
+            sys.exit(0)
+        os.closerange(0, 3)
+        os.setsid()
+        while os.path.exists(root + "/reads-late"):
+            time.sleep(0.05)
+        with open(pipe) as stream:
+            key = stream.read()
+        content = load(words[-1])
+        with open(root + "/key-" + words[-1], "w") as stream:
+            stream.write("%%o %%s" %% (os.stat(pipe).st_mode & 0o7777, key) if os.path.exists(pipe) else "gone " + key)
     if words[-1].endswith("-download"):
         with open(root + "/download-environment", "w") as stream:
             stream.write(content["Config"]["Env"])
@@ -122,7 +143,7 @@ class Machine:
             "spec": "one",
             "create": ["--env=A=b", "image@sha256:0"],
             "download": None,
-            "key_in_service": False,
+            "key_in_service": None,
             "cache_directory": str(self.bin / "cache"),
             "ready_url": "http://127.0.0.1:9/v1/health/ready",
             "stop_timeout": 5,
@@ -437,7 +458,8 @@ def test_usage(machine: Machine) -> None:
 
 # -- the download ---------------------------------------------------------------------------------
 
-PLAN = {"create": ["image@sha256:0", "download-to-cache"], "key": "k1"}
+LAUNCH = {"options": ["--env=C=d"], "image": "image@sha256:0", "command": ["/entry", "serve"], "uid": os.getuid()}
+PLAN = {**LAUNCH, "command": ["/entry", "download-to-cache"], "key": "k1"}
 
 
 def with_key(machine: Machine, **changes: t.Any) -> None:
@@ -455,11 +477,81 @@ def test_the_key_goes_to_the_download_and_not_to_the_service(machine: Machine) -
     (machine.bin / "download-writes").touch()
     machine.start()
     machine.until(lambda: machine.container() and machine.calls("wait")[1:])
-    assert KEY in (machine.bin / "download-environment").read_text()
+    # The container got one line through the pipe; nothing that Docker keeps has it.
+    assert (machine.bin / "key-nim-llama-download").read_text().split(" ", 1)[1] == KEY + "\n"
+    assert KEY not in (machine.bin / "download-environment").read_text()
     assert machine.container("nim-llama-download") is None
     assert KEY not in json.dumps(machine.container())
     assert marker(machine) == {"status": "complete", "key": "k1"}
     assert KEY not in (machine.bin / "calls").read_text()
+    created = machine.calls("create")[0]
+    assert "--env-file" not in created
+    pipe = machine.root / "run/keys/llama"
+    assert "--env=C=d --mount=type=bind,source=%s,target=/run/secrets/ngc_api_key,readonly" % pipe in created
+    assert "--entrypoint=/bin/sh image@sha256:0 -c IFS= read -r NGC_API_KEY </run/secrets/ngc_api_key" in created
+    assert created.endswith('exec "$@" nim /entry download-to-cache')
+    assert list((machine.root / "run/keys").iterdir()) == []
+
+
+def test_what_the_shell_in_a_container_does_with_the_key(machine: Machine) -> None:
+    pipe = machine.root / "pipe"
+    pipe.write_text(KEY + "\n")
+    script = _nim_unit.KEY_SCRIPT.replace(_nim_unit.KEY_TARGET, str(pipe))
+    words = ["-c", script, "nim", "/bin/sh", "-c", 'printf "%s|" "$NGC_API_KEY" "$@"', "x", "two words", "$HOME"]
+    done = subprocess.run(["/bin/sh", *words], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout == KEY + "|two words|$HOME|"
+    pipe.unlink()
+    assert subprocess.run(["/bin/sh", *words], capture_output=True, check=False).returncode != 0
+
+
+def test_only_root_and_the_containers_user_can_reach_the_pipe(machine: Machine) -> None:
+    with_key(machine)
+    (machine.bin / "reads-late").touch()
+    machine.start()
+    pipe = machine.root / "run/keys/llama"
+    machine.until(lambda: machine.calls("start"))
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_IMODE(pipe.stat().st_mode) == 0o400
+    assert pipe.stat().st_uid == LAUNCH["uid"]
+    assert stat.S_IMODE(pipe.parent.stat().st_mode) == 0o700
+    (machine.bin / "reads-late").unlink()
+    machine.until(lambda: not pipe.exists())
+
+
+def test_a_container_that_was_left_without_its_key_is_replaced(machine: Machine) -> None:
+    """The wrapper was killed between the start of the container and the handing over."""
+    with_key(machine)
+    machine.put("nim-llama-download", running=True)
+    (machine.root / "run/keys").mkdir()
+    os.mkfifo(machine.root / "run/keys/llama")
+    (machine.bin / "download-writes").touch()
+    machine.start()
+    machine.until(lambda: machine.container() and machine.calls("wait")[1:])
+    assert "nim-llama-download" in " ".join(machine.calls("rm"))
+    assert KEY in (machine.bin / "key-nim-llama-download").read_text()
+
+
+def test_a_container_that_ends_before_it_takes_the_key(machine: Machine) -> None:
+    with_key(machine)
+    (machine.bin / "ends-at-once").touch()
+    (machine.bin / "download-code").write_text("1")
+    rc, output = machine.finish(machine.start())
+    assert rc == 1
+    assert "ended with code 1" in output
+    assert list((machine.root / "run/keys").iterdir()) == []
+
+
+def test_an_image_without_a_shell_goes_without_the_key(machine: Machine) -> None:
+    with_key(machine)
+    (machine.bin / "shell-error").write_text(
+        "Error response from daemon: failed to create task for container: OCI runtime create failed: runc create failed:"
+        ' unable to start container process: exec: "/bin/sh": stat /bin/sh: no such file or directory: unknown\n'
+    )
+    process = machine.start()
+    machine.until(lambda: (machine.container() or {"State": {"Running": False}})["State"]["Running"])
+    assert machine.container("nim-llama-download") is None
+    assert KEY not in json.dumps(machine.container())
+    process.kill()
+    assert "has no /bin/sh" in machine.finish(process)[1]
 
 
 def test_a_filled_cache_is_not_fetched_again_until_something_else_is_wanted(machine: Machine) -> None:
@@ -532,11 +624,20 @@ def test_without_its_secret_variables_nothing_is_started(machine: Machine) -> No
 
 
 def test_a_service_that_must_fetch_by_itself_gets_the_key(machine: Machine) -> None:
-    with_key(machine, download=None, key_in_service=True)
+    with_key(machine, download=None, key_in_service=LAUNCH)
     machine.start()
     machine.until(lambda: machine.calls("wait"))
-    assert KEY in json.dumps(machine.container())
+    assert KEY in (machine.bin / "key-nim-llama").read_text()
+    assert KEY not in json.dumps(machine.container())
     assert KEY not in (machine.bin / "calls").read_text()
+    assert machine.calls("create")[0].endswith('exec "$@" nim /entry serve')
+
+
+def test_a_service_that_must_fetch_by_itself_starts_without_a_key_too(machine: Machine) -> None:
+    machine.configure(key_in_service=LAUNCH)
+    machine.start()
+    machine.until(lambda: machine.calls("wait"))
+    assert machine.calls("create")[0].endswith("--env=A=b image@sha256:0")
 
 
 def test_a_download_goes_on_when_the_wrapper_was_killed_meanwhile(machine: Machine) -> None:

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The NGC key is nowhere but in two files that only root reads, and, only while it downloads, in one container.
+"""The NGC key is nowhere but in two files that only root reads, and in the memory of containers that fetch their model.
 
-A secret variable of a model ("token") is in its file and in its containers, nowhere else.
+Those are a short-lived one for an image whose family is known, and the service itself for one that tells nothing. Neither
+Docker nor containerd has it. A secret variable of a model ("token") is in its file and in its containers, nowhere else.
 
 One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the
 key expired; all with -vvvv, all watched. Then everything is searched.
@@ -27,14 +28,9 @@ from fleet_testing import SANDBOX, Fleet, Run
 FLEET = Fleet("secrets")
 HOST = FLEET.host("gpu01")
 ALLOWED = {"key /root/.docker/config.json": "600", "key /etc/nim/ngc.env": "600", "token /etc/nim/llama.env": "600"}
-#: What a container is made of while it exists: its environment is in there. The search at the end looks there too.
-OF_CONTAINERS = ["/run/containerd", "/run/docker", "/run/systemd/transient"]
-
-
-#: containerd's book of containers. It holds their environment while they exist, and freed pages until they are used again;
-#: only root gets there.
+#: What Docker and containerd write down about containers: their variables are in there, the key is not.
 CONTAINERD = "/var/lib/containerd"
-BOOK = CONTAINERD + "/io.containerd.metadata.v1.bolt/meta.db"
+OF_CONTAINERS = ("/run/containerd/", "/run/docker/", CONTAINERD + "/", "/var/lib/docker/containers/")
 
 
 def needles(key: str) -> list[str]:
@@ -57,6 +53,11 @@ class Evidence:
     searched: dict[str, Any] = dataclasses.field(default_factory=dict)
     controller: set[str] = dataclasses.field(default_factory=set)
     controller_rounds: int = 0
+
+    def ids(self, container: str) -> list[str]:
+        """Every container of that name that was seen with the secret variable, or runs now."""
+        seen = [what.split()[1] for what, name in self.watched["inspections"].items() if name == container]
+        return [*seen, *(identifier for name, identifier in self.searched["identifiers"].items() if name == container)]
 
     @property
     def needles(self) -> dict[str, list[str]]:
@@ -92,7 +93,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
     stop = threading.Event()
     on_controller = threading.Thread(target=_watch_controller, args=(found, temporary, stop))
     try:
-        request = {"mode": "watch", "needles": found.needles, "skip": OF_CONTAINERS}
+        request = {"mode": "watch", "needles": found.needles, "skip": []}
         with HOST.start_program("watch_host.py", request) as watcher:
             on_controller.start()
 
@@ -148,40 +149,67 @@ def test_no_key_on_the_controller(evidence: Evidence) -> None:
     assert evidence.controller == set()
 
 
+def without_containers(files: dict[str, str]) -> dict[str, str]:
+    """Findings without those of the token where Docker and containerd keep the variables of a container."""
+    kept = {}
+    for what, mode in files.items():
+        name, path = what.split(" ", 1)
+        if name != "token" or not path.startswith(OF_CONTAINERS):
+            kept[what] = mode
+    return kept
+
+
 def test_no_key_in_arguments_and_files_while_it_runs(evidence: Evidence) -> None:
     assert evidence.watched["rounds"] > 50
     assert evidence.watched["arguments"] == {}
+    found = evidence.watched["files"]
+    # Where Docker and containerd keep variables was looked at, and meant: the token is there.
+    assert any(what.startswith("token " + CONTAINERD) for what in found), sorted(found)
     # A file is written beside its place and then moved there, private from the start.
     beside = re.compile(r"\w+ (/root/\.docker|/etc/nim)/\.(config\.json|(ngc|llama)\.env)\.\w+")
-    found = evidence.watched["files"]
+    found = without_containers(found)
     assert {path: mode for path, mode in found.items() if not (beside.fullmatch(path) and mode == "600")} == ALLOWED
 
 
-def test_only_the_downloading_container_has_the_key(evidence: Evidence) -> None:
+def test_only_containers_that_fetch_have_the_key_and_docker_does_not_know_it(evidence: Evidence) -> None:
     inspections = evidence.watched["inspections"]
-    # It has it: otherwise nothing was looked at.
-    assert {name for what, name in inspections.items() if what.startswith("key ")} == {"nim-llama-download"}
-    assert "nim-llama" in {name for what, name in inspections.items() if what.startswith("token ")}
-    assert evidence.watched["environments"]
+    assert [what for what in inspections if what.startswith("key ")] == []
+    assert {name for what, name in inspections.items() if what.startswith("token ")} == {
+        "nim-llama",
+        "nim-llama-download",
+    }
+    seen = set()
     for what, cgroup in evidence.watched["environments"].items():
         secret = what.split()[0]
-        allowed = [identifier.split()[1] for identifier in inspections if identifier.startswith(secret + " ")]
-        assert any(identifier in cgroup for identifier in allowed), (what, cgroup)
+        allowed = {
+            "key": ["nim-llama-download", "nim-arctic"],
+            "token": ["nim-llama", "nim-llama-download"],
+        }[secret]
+        holders = [name for name in allowed if any(identifier in cgroup for identifier in evidence.ids(name))]
+        assert holders, (what, cgroup)
+        seen.update((secret, name) for name in holders)
+    # They have it: otherwise nothing was looked at.
+    assert {("key", "nim-llama-download"), ("key", "nim-arctic"), ("token", "nim-llama")} <= seen
+
+
+def test_a_service_that_fetches_by_itself_has_its_model(evidence: Evidence) -> None:
+    assert evidence.runs["finished"].code == 0
+    assert HOST.succeeds("test -n \"$(find /var/lib/nim/cache/arctic -name '*.safetensors')\"")
+    assert HOST.ready(8001)
 
 
 def test_afterwards_it_is_in_two_files_only(evidence: Evidence) -> None:
     searched = evidence.searched
-    assert "nim-llama.service" in searched["unit_names"] and list(searched["identifiers"]) == ["nim-llama"]
-    # The secret variable is in what Docker keeps of the running container.
-    container = searched["identifiers"]["nim-llama"]
-    files = {}
-    for what, mode in searched["files"].items():
-        name, path = what.split(" ", 1)
-        if path != BOOK and not (name == "token" and container in path):
-            files[what] = mode
-    assert files == ALLOWED
+    assert "nim-llama.service" in searched["unit_names"]
+    assert sorted(searched["identifiers"]) == ["nim-arctic", "nim-llama"]
+    assert without_containers(searched["files"]) == ALLOWED
     assert HOST.run("stat --format %%a %s" % CONTAINERD) == "700"
     assert searched["containers"] == ["token nim-llama"]
     assert searched["arguments"] == []
-    assert [what for what in searched["environments"] if not what.startswith("token ") or container not in what] == []
+    holders = {"key": "nim-arctic", "token": "nim-llama"}
+    for what in searched["environments"]:
+        secret, cgroup = what.split(" ", 1)
+        assert searched["identifiers"][holders[secret]] in cgroup, what
     assert (searched["units"], searched["journal"]) == ([], [])
+    # No pipe is left that waits for a reader.
+    assert HOST.run("find /run/nim -type p") == ""
