@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import typing as t
 import xml.etree.ElementTree as ET  # the XML comes from the host's own nvidia-smi
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ._host import Host
 from ._untrusted import is_digits, json_object
@@ -453,6 +453,29 @@ def _unlisted(host: Host, pci: t.Sequence[PciGpu], gpus: t.Sequence[Gpu]) -> tup
     )
 
 
+def with_mig_uuids(gpus: t.Sequence[Gpu], listed: str) -> tuple[Gpu, ...]:
+    """GPUs whose MIG devices have the UUIDs that ``nvidia-smi -L`` lists; not every branch has them in its XML."""
+    found: dict[tuple[str, int], str] = {}
+    gpu_uuid = ""
+    for line in listed.splitlines():
+        gpu = re.match(r"GPU \d+: .*\(UUID: (GPU-[0-9A-Fa-f-]+)\)", line)
+        if gpu:
+            gpu_uuid = gpu.group(1)
+        device = re.match(r"\s+MIG \S+\s+Device\s+(\d+): \(UUID: (MIG-[0-9A-Za-z/-]+)\)", line)
+        if device:
+            found[(gpu_uuid, int(device.group(1)))] = device.group(2)
+    return tuple(
+        replace(
+            gpu,
+            mig_devices=tuple(
+                device if device.get("uuid") else dict(device, uuid=found.get((gpu.uuid, device.get("index") or 0), ""))
+                for device in gpu.mig_devices
+            ),
+        )
+        for gpu in gpus
+    )
+
+
 def _gpus_from_proc(host: Host, pci: t.Sequence[PciGpu]) -> tuple[Gpu, ...]:
     """Name, UUID and minor number of every GPU from procfs: works while the user-space driver does not match."""
     architectures = {gpu.bdf: gpu.architecture for gpu in pci}
@@ -505,6 +528,8 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
                 smi_error = result.last_line()
             if gpus:
                 unlisted = _unlisted(host, pci, gpus)
+            if any(not device.get("uuid") for gpu in gpus for device in gpu.mig_devices):
+                gpus = with_mig_uuids(gpus, host.run(["nvidia-smi", "-L"], timeout=_SMI_TIMEOUT).stdout)
         if not gpus:
             gpus = _gpus_from_proc(host, pci)
     return GpuInventory(

@@ -152,7 +152,9 @@ class NimService(Resource[HostState]):
         changes += self._plan_enablement(state)
         changes += self._plan_reload(changes, state)
         changes += self._plan_containers({name for name, _kind, _why in restarts}, state)
-        changes += self._plan_restarts(restarts, state)
+        changes += self._plan_restarts(
+            [(name, kind, why + _new_gpus(gpus[name], name, state)) for name, kind, why in restarts], state
+        )
         return changes
 
     @staticmethod
@@ -780,3 +782,11 @@ def _fetched(model: NimModel, configurations: t.Mapping[str, Json], state: HostS
 
 def _owner(mode: int, uid: int, gid: int) -> str:
     return "%04o owner %d:%d" % (mode, uid, gid)
+
+
+def _new_gpus(gpus: t.Sequence[str], name: str, state: HostState) -> str:
+    """``; on GPU 0, 1`` for a service that gets others than it has; empty where they stay."""
+    if sorted(gpus) == sorted(state.service(name).gpus):
+        return ""
+    index = {gpu.uuid: str(gpu.index) for gpu in state.gpus}
+    return "; on GPU " + ", ".join(index.get(uuid, uuid) for uuid in gpus)

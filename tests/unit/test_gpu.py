@@ -167,6 +167,31 @@ def test_values_that_are_none() -> None:
     assert empty.name == ""
 
 
+def test_mig_devices_get_the_uuids_that_the_xml_lacks(host: FakeHost) -> None:
+    gpu = (
+        "<gpu><uuid>GPU-%s</uuid><mig_mode><current_mig>Enabled</current_mig></mig_mode><mig_devices>"
+        "<mig_device><index>0</index></mig_device><mig_device><index>1</index>%s</mig_device></mig_devices></gpu>"
+    )
+    xml = "<nvidia_smi_log>%s%s</nvidia_smi_log>" % (gpu % ("aa", ""), gpu % ("bb", "<uuid>MIG-b1-known</uuid>"))
+    host.files["/proc/driver/nvidia/version"] = b"NVRM version: NVIDIA UNIX Open Kernel Module  580.95.05  x"
+    host.commands["nvidia-smi -q -x"] = xml
+    host.commands["nvidia-smi -L"] = (
+        "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aa)\n"
+        "  MIG 3g.20gb     Device  0: (UUID: MIG-a0)\n"
+        "  MIG 1c.3g.20gb  Device  1: (UUID: MIG-a1)\n"
+        "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bb)\n"
+        "  MIG 1g.5gb      Device  0: (UUID: MIG-b0)\n"
+        "  MIG 1g.5gb      Device  1: (UUID: MIG-b1)\n"
+    )
+    found = [[device["uuid"] for device in gpu.mig_devices] for gpu in observe_gpus(host).gpus]
+    assert found == [["MIG-a0", "MIG-a1"], ["MIG-b0", "MIG-b1-known"]]
+    # Only where something is missing.
+    host.calls.clear()
+    host.commands["nvidia-smi -q -x"] = xml.replace("<index>", "<uuid>MIG-x</uuid><index>")
+    observe_gpus(host)
+    assert ("nvidia-smi", "-L") not in host.calls
+
+
 @pytest.mark.parametrize(
     "text", ["", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "<nvidia_smi_log>"]
 )

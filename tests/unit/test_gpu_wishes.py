@@ -55,6 +55,16 @@ def test_a_profile_brings_its_number_of_gpus(machine: Machine) -> None:
     assert (indices(machine, "llama"), indices(machine, "nemo")) == ([0], [4])
 
 
+def test_the_plan_shows_which_gpus(machine: Machine) -> None:
+    def why(*models: dict[str, t.Any]) -> list[str]:
+        return [change.why for change in machine.plan(*models) if change.action == "restart"]
+
+    assert why(llama(profile=TP4)) == ["the service does not run; on GPU 0, 1, 2, 3"]
+    machine.converge(llama(profile=TP4))
+    assert why(llama(profile=TP2)) == ["the container runs something else; on GPU 0, 1"]
+    assert why(llama(profile=TP4, max_model_length=4096)) == ["the container runs something else"]
+
+
 def test_connected_gpus_and_no_question_once_placed(machine: Machine) -> None:
     header = "\t" + "\t".join("GPU%d" % one for one in range(8)) + "\tCPU Affinity"
     rows = [
