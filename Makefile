@@ -76,6 +76,10 @@ demo: install ## Bare hosts to three answering models, then a table and a chat w
 demo-down: ## Remove every trace of the sandbox
 	@if test -d .sandbox; then $(SANDBOX) down; else echo "== there is no sandbox"; fi
 
+.PHONY: screenshot
+screenshot: install ## docs/images/fleet-report.png out of the demo that is up (installs chromium)
+	@tests/sandbox/screenshot.sh
+
 # -- tests ------------------------------------------------------------------------------------------
 
 .PHONY: test

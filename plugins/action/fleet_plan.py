@@ -4,14 +4,20 @@
 
 from __future__ import annotations
 
+import time
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_plan
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_report import render_report
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row, write_file
 
 
 class ActionModule(FleetTableBase):
-    options: t.ClassVar[dict[str, dict[str, t.Any]]] = {"fail_on_drift": {"type": "bool", "default": False}}
+    options: t.ClassVar[dict[str, dict[str, t.Any]]] = {
+        "fail_on_drift": {"type": "bool", "default": False},
+        "report": {"type": "path"},
+        "facts": {"type": "str"},
+    }
 
     def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:
         return _fleet_plan.rows_of(host, look)
@@ -23,9 +29,20 @@ class ActionModule(FleetTableBase):
         return _fleet_plan.render_table(rows, notes)
 
     def conclude(self, rows: list[Row], args: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        if args["report"] and not self._task.check_mode:
+            write_file(args["report"], self._report(list(dict.fromkeys(row["host"] for row in rows)), args))
         hosts = _fleet_plan.drifted(rows)
         result: dict[str, t.Any] = {"drift": bool(hosts), "hosts": hosts}
         if hosts and args["fail_on_drift"]:
             result["failed"] = True
             result["msg"] = "Not as wanted, or not known to be: %s." % ", ".join(hosts)
         return result
+
+    def _report(self, hosts: list[str], args: t.Mapping[str, t.Any]) -> str:
+        seen = []
+        for host in hosts:
+            variables = self.variables[host]
+            address = str(variables.get("ansible_host") or host)
+            facts = self.look(variables, args["facts"]) if args["facts"] else None
+            seen.append((host, address, self.look(variables, args["variable"]), facts))
+        return render_report(seen, time.strftime("%Y-%m-%d at %H:%M UTC", time.gmtime()))

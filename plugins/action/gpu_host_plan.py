@@ -15,6 +15,7 @@ from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._expressions import Expressions, NotPlainError
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._models import without_secrets
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._payload import Payload
 
 try:
@@ -149,4 +150,6 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                     "The variables of role %s that %s needs cannot be resolved; gpu_fleet.nim.validate_inventory says "
                     "which, and why." % (part.role, resource)
                 ) from None
+        if "nim_health" in options:
+            options["nim_health"]["models"] = without_secrets(options["nim_health"]["models"])
         return options

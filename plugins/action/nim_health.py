@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._models import without_secrets
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._progress import ProgressActionBase
 
 
@@ -13,13 +14,7 @@ class ActionModule(ProgressActionBase):
     module = "gpu_fleet.nim.nim_health"
 
     def _call(self, args: dict[str, t.Any], task_vars: dict[str, t.Any], wrap_async: bool = False) -> dict[str, t.Any]:
-        """Secrets of the models are not needed to ask how they are: they stay on the controller, and out of results."""
-        models = args.get("models")
-        if isinstance(models, list):
-            args["models"] = [
-                {key: value for key, value in entry.items() if key != "secret_environment"}
-                if isinstance(entry, dict)
-                else entry
-                for entry in models
-            ]
+        """Secrets of the models are not needed to ask how they are: they stay on the controller."""
+        if "models" in args:
+            args["models"] = without_secrets(args["models"])
         return super()._call(args, task_vars, wrap_async)

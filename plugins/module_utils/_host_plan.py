@@ -16,11 +16,15 @@ from ._docker_engine import DockerEngine
 from ._docker_group import DockerGroup
 from ._errors import FleetError
 from ._gpu import observe_gpus
+from ._health_target import parse_targets
 from ._host import CommandResult, FileStat, Host
-from ._ngc_login import NgcLogin
+from ._host_services import state_of
+from ._ngc_login import VALIDATE_ALWAYS, NgcLogin
+from ._nim_health import HealthCheck
 from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
 from ._nim_paths import MAINTENANCE_FILE
+from ._nim_process_state import read_word
 from ._nim_service import NimService
 from ._nim_service_state import HostState
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
@@ -28,6 +32,7 @@ from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
+from ._own_signatures import parse_signatures
 from ._resource import Change, Disruption, Resource
 from ._systemd import unit_properties
 
@@ -166,13 +171,15 @@ class HostPlan:
 
     Attributes:
         gpu: Whether the host has an NVIDIA GPU; without one it is left alone.
-        notes: What a plan leaves open although nothing is wrong.
+        notes: What a plan leaves open although nothing is wrong: only a run can find it out.
+        warnings: What is worth knowing although no run changes it.
     """
 
     gpu: bool = True
     planned: list[Planned] = field(default_factory=list)
     errors: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def result(self) -> dict[str, t.Any]:
         """Return values of the module; worst disruption first, equal ones in the order of the chain."""
@@ -230,6 +237,7 @@ class _Planner:
             "ngc_login": self._login,
             "nim_image": self._images,
             "nim_service": self._services,
+            "nim_health": self._health,
         }
         for name in CHAIN:
             if name not in self.wanted:
@@ -261,6 +269,8 @@ class _Planner:
         # A test that leaves the host as it is belongs to a plan only beside a change.
         if any(not change.proof for change in changes):
             self.plan.planned += [Planned(change) for change in changes]
+            return
+        self.plan.notes += ["%s: a run will test %s: %s." % (one.resource, one.what, one.why) for one in changes]
 
     def _later(
         self,
@@ -371,7 +381,13 @@ class _Planner:
 
     def _login(self, options: Options) -> None:
         # Without the check at the registry that the module makes before it stores a key.
-        self._simple(NgcLogin(**options))
+        login = NgcLogin(**options)
+        self._simple(login)
+        if login.validate == VALIDATE_ALWAYS and login.key:
+            self.plan.notes.append(
+                "ngc_login: validate is always, but a plan asks no registry: whether it still takes the key is found by "
+                "the run itself."
+            )
 
     def _images(self, options: Options) -> None:
         pull = options.get("pull", PULL_MISSING)
@@ -414,6 +430,7 @@ class _Planner:
         waiting = {change.what: change for change in changes if change.action == "prerequisite"}
         if not waiting:
             self._add(changes)
+            self.plan.warnings += service.result(state)["warnings"]
             return
         # One model that cannot be planned yet hides neither the others nor what is wrong with them.
         ready = [model for model in models if model.unit not in waiting]
@@ -432,6 +449,20 @@ class _Planner:
                     "%s (not in the list)" % unit[len("nim-") : -len(".service")], unit
                 )
             raise
+
+    def _health(self, options: Options) -> None:
+        """What is to be started, or is not known to be as wanted, need not answer yet."""
+        if any(error.resource == "nim_service" for error in self.plan.errors):
+            return
+        signatures = parse_signatures(options.get("failure_signatures") or [], option="failure_signatures")
+        planned = {one.change.what for one in self.plan.planned if one.change.resource == "nim_service"}
+        targets = [target for target in parse_targets(options["models"]) if target.unit not in planned]
+        looked = HealthCheck(self.host, self.api, targets, signatures).run(None, interval=0, wait=False, record=False)
+        for target, model in zip(targets, looked.models):
+            if not model["ready"]:
+                state = state_of(model, read_word(self.host, target.name).failures)
+                why = str(model["message"] or "the run waits for it").rstrip(".")
+                self._add([Change("nim_health", target.unit, state, "ready", why)])
 
     def _waiting(self, change: Change, state: HostState) -> None:
         """A service that cannot be planned yet: because of an earlier resource, or for good."""

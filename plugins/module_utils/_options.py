@@ -151,30 +151,44 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
         "gpu_injection": {"type": "str", "choices": list(GPU_INJECTIONS), "default": "runtime"},
         "gpu_health": {"type": "str", "choices": list(GPU_HEALTH), "default": "enforce"},
     },
+    "nim_health": {
+        # Mappings with more in them than a look needs are welcome, so their keys are not listed.
+        "models": {"type": "list", "elements": "dict", "required": True},
+        "failure_signatures": {"type": "list", "elements": "dict", "default": []},
+    },
+}
+
+#: Where secrets can be in what the specifications above leave open.
+_SECRETS: dict[str, Spec] = {
+    "nim_health": {"models": {"options": {"secret_environment": {"no_log": True}}}},
 }
 
 #: Resources in the order in which they are set up.
 CHAIN = tuple(RESOURCE_OPTIONS)
 
 
-def secrets_in(options: Spec, given: t.Any) -> set[str]:
-    """All secrets in what was given for some options, also where it is not what they ask for.
+def secrets_of(resource: str, given: t.Any) -> set[str]:
+    """All secrets in what was given as the options of a resource, also where it is not what they ask for.
 
     Text in place of a mapping may hold a secret anywhere, and is secret as a whole.
     """
+    return _secrets_in(_SECRETS.get(resource) or RESOURCE_OPTIONS[resource], given)
+
+
+def _secrets_in(options: Spec, given: t.Any) -> set[str]:
     found: set[str] = set()
     if isinstance(given, str):
         return {given} if given and _has_secrets(options) else set()
     if isinstance(given, (list, tuple)):
         for entry in given:
-            found |= secrets_in(options, entry)
+            found |= _secrets_in(options, entry)
     if isinstance(given, dict):
         for name, option in options.items():
             value = given.get(name)
             if option.get("no_log"):
                 found |= _texts(value)
             elif "options" in option:
-                found |= secrets_in(option["options"], value)
+                found |= _secrets_in(option["options"], value)
     return found
 
 

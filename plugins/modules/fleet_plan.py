@@ -21,7 +21,7 @@ extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
 attributes:
   check_mode:
-    details: In check mode O(output) is not written.
+    details: In check mode O(output) and O(report) are not written.
   platform:
     platforms: all
 options:
@@ -37,6 +37,15 @@ options:
   output:
     description: File on the controller that gets the rows as JSON as well.
     type: path
+  report:
+    description:
+      - File on the controller that gets the fleet as one HTML page that loads nothing, to read, print or send.
+    type: path
+  facts:
+    description:
+      - Name of the variable under which M(gpu_fleet.nim.gpu_host_info) was registered on the hosts; O(report) shows GPUs,
+        driver and models from it.
+    type: str
   fail_on_drift:
     description: Fail when a host is not as wanted, or is not known to be, because it could not be looked at.
     type: bool

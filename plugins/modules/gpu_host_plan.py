@@ -51,6 +51,11 @@ options:
   nim_service:
     description: What is wanted, with the options of M(gpu_fleet.nim.nim_service).
     type: dict
+  nim_health:
+    description:
+      - Services that must be ready, with the options C(models) and C(failure_signatures) of M(gpu_fleet.nim.nim_health). One that is not ready is a
+        change that waits for it.
+    type: dict
 seealso:
   - module: gpu_fleet.nim.gpu_host_info
   - module: gpu_fleet.nim.fleet_plan
@@ -159,7 +164,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import Fleet
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS, secrets_in
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS, secrets_of
 
 
 class PlanModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ships no type information
@@ -172,7 +177,7 @@ class PlanModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ships no 
     def fail_json(self, msg: str, **facts: t.Any) -> t.NoReturn:
         """Also where Ansible itself refuses an option, and prints all of them beside its message."""
         for name in CHAIN:
-            self.no_log_values.update(secrets_in(RESOURCE_OPTIONS[name], self.params.get(name)))
+            self.no_log_values.update(secrets_of(name, self.params.get(name)))
         super().fail_json(msg, **facts)
         raise AssertionError("fail_json returned")
 
@@ -190,7 +195,7 @@ class PlanModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ships no 
             result = ArgumentSpecValidator(specification).validate(self.params[name])
             found[name] = result.validated_parameters
             # Also what was given as text, which the validator has turned into mappings.
-            self.no_log_values.update(secrets_in(specification, found[name]))
+            self.no_log_values.update(secrets_of(name, found[name]))
             for unknown in result.unsupported_parameters:
                 option = ".".join([name, *([unknown] if isinstance(unknown, str) else unknown)])
                 raise FleetError(
@@ -212,6 +217,8 @@ def main() -> None:
         found = plan_host(Host(), module.resources())
     except FleetError as error:
         fail(module, error)
+    for warning in found.warnings:
+        module.warn(warning)
     module.exit_json(changed=False, **found.result())
 
 

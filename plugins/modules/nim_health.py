@@ -191,14 +191,14 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._own_signatures import parse_signatures
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "models": {"type": "list", "elements": "dict", "required": True},
-            "failure_signatures": {"type": "list", "elements": "dict", "default": []},
+            **RESOURCE_OPTIONS["nim_health"],
             "wait": {"type": "bool", "default": True},
             "progress_interval": {"type": "int", "default": 5},
             "resume": {"type": "dict"},

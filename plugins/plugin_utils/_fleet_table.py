@@ -62,6 +62,8 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         super().run(tmp, task_vars)
         task_vars = task_vars or {}
+        #: Of all hosts of the play, those that have failed included.
+        self.variables: dict[str, t.Mapping[str, t.Any]] = {}
         _result, args = self.validate_argument_spec(
             argument_spec={
                 "variable": {"type": "str", "required": True},
@@ -72,9 +74,10 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
         )
         rows: list[Row] = []
         notes: list[str] = []
-        for host, variables in self.hosts(task_vars):
+        for host in task_vars.get("ansible_play_hosts_all") or []:
+            self.variables[str(host)] = variables = task_vars["hostvars"][host]
             look = self.look(variables, args["variable"])
-            rows += self.rows(host, look, variables)
+            rows += self.rows(str(host), look, variables)
             notes += ["%s: %s" % (host, note) for note in (look or {}).get("notes") or []]
         rows = self.ordered(rows)
         if args["format"] == "json":
@@ -84,11 +87,6 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
         if args["output"] and not self._task.check_mode:
             write_file(args["output"], json.dumps(rows, indent=2) + "\n")
         return {"changed": False, "rows": rows, **self.conclude(rows, args)}
-
-    @staticmethod
-    def hosts(task_vars: t.Mapping[str, t.Any]) -> list[tuple[str, t.Mapping[str, t.Any]]]:
-        """All hosts of the play, those that have failed included, each with its variables."""
-        return [(str(host), task_vars["hostvars"][host]) for host in task_vars.get("ansible_play_hosts_all") or []]
 
     @staticmethod
     def look(variables: t.Mapping[str, t.Any], variable: str) -> Look:

@@ -77,7 +77,15 @@ def run_table(
 ) -> tuple[dict[str, t.Any], str]:
     plugin = fleet_plan_action.ActionModule.__new__(fleet_plan_action.ActionModule)
     shown: list[str] = []
-    arguments = {"format": "table", "output": None, "fail_on_drift": False, "variable": "plan", **arguments}
+    arguments = {
+        "format": "table",
+        "output": None,
+        "fail_on_drift": False,
+        "variable": "plan",
+        "report": None,
+        "facts": None,
+        **arguments,
+    }
     monkeypatch.setattr(_fleet_table.ActionBase, "run", lambda *_arguments: {})
     monkeypatch.setattr(plugin, "validate_argument_spec", lambda **_options: (None, arguments), raising=False)
     monkeypatch.setattr(plugin, "_display", type("D", (), {"display": staticmethod(shown.append)}), raising=False)

@@ -11,7 +11,7 @@ import typing as t
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon, _host_plan
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost, plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
@@ -60,6 +60,7 @@ def everything(*models: dict[str, t.Any], **options: t.Any) -> dict[str, t.Any]:
         "ngc_login": {"api_key": KEY},
         "nim_image": {"images": [{"image": model["image"]} for model in models]},
         "nim_service": {"models": list(models), "ngc_api_key": KEY},
+        "nim_health": {"models": list(models)},
     }
     return {**wanted, **options}
 
@@ -103,7 +104,8 @@ def test_bare_host(bare: DriverWorld) -> None:
     assert answer["drift"] is True
     assert answer["worst"] == "none"
     resources = [change["resource"] for change in answer["changes"]]
-    assert set(resources) == set(CHAIN)
+    # A service that is not there yet is not asked.
+    assert set(resources) == set(CHAIN) - {"nim_health"}
     assert sorted(resources, key=CHAIN.index) == resources
     assert ("driver packages", None) in found(answer, "nvidia_driver")
     assert found(answer, "nvidia_driver_reload") == [("kernel module nvidia", "nvidia_driver")]
@@ -136,7 +138,7 @@ def test_a_broken_file_hides_nothing_else(bare: DriverWorld) -> None:
     ]
     assert CONFIG in answer["errors"][0]["message"]
     planned = {change["resource"] for change in answer["changes"]}
-    assert planned == set(CHAIN) - {"docker_daemon", "nvidia_container_toolkit"}
+    assert planned == set(CHAIN) - {"docker_daemon", "nvidia_container_toolkit", "nim_health"}
 
 
 def test_wrong_options_are_findings_too(bare: DriverWorld) -> None:
@@ -198,6 +200,61 @@ def test_converged_services_have_an_empty_plan(serving: Machine) -> None:
     assert answer == {"gpu": True, "drift": False, "worst": "none", "changes": [], "errors": [], "notes": []}
 
 
+class Health:
+    """Stands in for the look at running services: what it says of each by name."""
+
+    asked: t.ClassVar[list[str]] = []
+    says: t.ClassVar[dict[str, dict[str, t.Any]]] = {}
+
+    def __init__(self, host: t.Any, api: t.Any, targets: t.Sequence[t.Any], signatures: t.Any) -> None:
+        self.targets = targets
+
+    def run(self, resume: None, *, interval: float, wait: bool, record: bool) -> t.Any:
+        assert (resume, wait, record) == (None, False, False)
+        self.asked[:] = [target.name for target in self.targets]
+        ready = {"ready": True, "reason": None, "phase": "ready", "message": None}
+        return type("Outcome", (), {"models": [{**ready, **self.says.get(name, {})} for name in self.asked]})
+
+
+def test_a_service_that_is_not_ready_is_waited_for(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_plan, "HealthCheck", Health)
+    models = [llama(), nemo()]
+    wanted = {"nim_service": {"models": models}, "nim_health": {"models": models}}
+    serving.converge(*models)
+    assert plan(serving.host, serving.api, **wanted)["drift"] is False
+    monkeypatch.setitem(Health.says, "nemo", {"ready": False, "phase": "loading"})
+    answer = plan(serving.host, serving.api, **wanted)
+    assert Health.asked == ["llama", "nemo"]
+    assert [(change["resource"], change["what"], change["from"], change["to"]) for change in answer["changes"]] == [
+        ("nim_health", "nim-nemo.service", "loading the model", "ready")
+    ]
+    assert answer["worst"] == "none"
+    doomed = {"ready": False, "phase": "failed", "reason": "wrong_server", "message": "NIM nemo is not it."}
+    monkeypatch.setitem(Health.says, "nemo", doomed)
+    [change] = plan(serving.host, serving.api, **wanted)["changes"]
+    assert (change["from"], change["why"]) == ("port taken", "NIM nemo is not it")
+
+
+def test_a_service_that_must_start_need_not_answer_yet(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host_plan, "HealthCheck", Health)
+    monkeypatch.setitem(Health.says, "nemo", {"ready": False, "phase": "starting"})
+    models = [llama(), nemo()]
+    serving.converge(*models)
+    serving.active["nim-nemo.service"] = "failed"
+    serving.api.list["nim-nemo"]["State"] = "exited"
+    wanted = {"nim_service": {"models": models}, "nim_health": {"models": models}}
+    answer = plan(serving.host, serving.api, **wanted)
+    assert Health.asked == ["llama"]
+    assert {change["resource"] for change in answer["changes"]} == {"nim_service"}
+
+
+def test_services_beside_the_list_are_a_warning(serving: Machine) -> None:
+    serving.converge(llama(), nemo())
+    found = plan_host(serving.host, {"nim_service": {"models": [llama()]}}, t.cast(t.Any, serving.api))
+    assert found.result()["drift"] is False
+    assert "not in the list and were left alone: nemo" in found.warnings[0]
+
+
 def test_exactly_what_was_broken(serving: Machine) -> None:
     serving.converge(llama(), nemo())
     serving.host.files["/etc/systemd/system/nim-llama.service"] += b"# by hand\n"
@@ -246,6 +303,12 @@ def test_a_stopped_docker_is_not_started_by_asking(serving: Machine) -> None:
     answer = plan(serving.host, serving.api, **services(llama()))
     assert [error["reason"] for error in answer["errors"]] == ["docker_unavailable"] * 2
     assert "docker.socket would start it" in answer["errors"][1]["message"]
+
+
+@pytest.mark.parametrize(("validate", "notes"), [("always", 1), ("on_change", 0)])
+def test_a_key_that_is_always_checked_is_left_open(bare: DriverWorld, validate: str, notes: int) -> None:
+    assert len(plan(bare, ngc_login={"api_key": KEY, "validate": validate})["notes"]) == notes
+    assert plan(bare, ngc_login={"api_key": None, "validate": validate})["notes"] == []
 
 
 def test_pull_newer_asks_no_registry(serving: Machine) -> None:
@@ -326,7 +389,7 @@ def test_services_with_secrets_print_fingerprints(serving: Machine) -> None:
 @pytest.mark.parametrize("name", CHAIN)
 def test_options_are_those_of_the_modules(name: str) -> None:
     """Names, types, defaults and choices; those that have no part in a plan are left out."""
-    left_out = {"progress_interval", "resume", "prepare_reboot", "reboot_reason", "host_name"}
+    left_out = {"progress_interval", "resume", "prepare_reboot", "reboot_reason", "host_name", "wait"}
     documented = yaml.safe_load(importlib.import_module(MODULES + name).DOCUMENTATION)["options"]
 
     def compare(options: dict[str, t.Any], specification: dict[str, t.Any]) -> None:
@@ -365,6 +428,7 @@ def test_options_are_those_of_the_modules(name: str) -> None:
         ({"nim_service": {"models": [llama(secret_environment=SECRET)]}}, "nim_service: "),
         ({"nim_service": {"models": SECRET}}, "nim_service: "),
         ({"nim_service": SECRET}, "nim_service"),
+        ({"nim_health": {"models": [{"secret_environment": {"x": SECRET}}], "x": 1}}, "nim_health.x"),
         ({"nim_servce": {}}, "Unsupported parameters"),
     ],
 )

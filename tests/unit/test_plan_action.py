@@ -15,14 +15,15 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAI
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images import wanted_images
 from nim_machine import KEY, LLAMA, ROOT, llama, nemo
 
+SECRET = "hf_plan-secret"
+
 
 def test_every_module_of_every_role_is_in_the_plan() -> None:
     modules = set()
     for path in (ROOT / "roles").glob("*/tasks/main.yml"):
         for task in yaml.safe_load(path.read_text()):
             modules |= {key for key in task if key.startswith("gpu_fleet.nim.")}
-    # nim_health waits for what others have set up, and sets nothing up itself.
-    assert modules - {"gpu_fleet.nim.nim_health"} == {"gpu_fleet.nim." + name for name in action.parts()}
+    assert modules == {"gpu_fleet.nim." + name for name in action.parts()}
     assert tuple(action.parts()) == CHAIN
 
 
@@ -72,7 +73,10 @@ def test_role_variables_reach_the_options(rendered: Rendered) -> None:
         docker_users=["ops"],
         nim_gpu_injection="cdi",
         my_port=8009,
-        nim_models=[llama(port="{{ my_port }}", disk_space="20GB"), nemo(state="absent")],
+        nim_models=[
+            llama(port="{{ my_port }}", disk_space="20GB", secret_environment={"HF_TOKEN": SECRET}),
+            nemo(state="absent"),
+        ],
     )
     assert list(options) == list(CHAIN)
     assert options["nvidia_driver"]["branch"] == "580"
@@ -80,7 +84,11 @@ def test_role_variables_reach_the_options(rendered: Rendered) -> None:
     assert options["nvidia_driver_reload"] == {"expected_version": "580.95.05"}
     assert options["docker_group"] == {"users": ["ops"]}
     assert options["nvidia_container_toolkit"]["injection"] == "cdi"
+    assert options["nim_service"]["models"][0]["secret_environment"] == {"HF_TOKEN": SECRET}
+    # Not needed to ask how it is.
+    assert SECRET not in repr(options["nim_health"])
     assert options["ngc_login"]["api_key"] == options["nim_service"]["ngc_api_key"] == KEY
+    assert [model["name"] for model in options["nim_health"]["models"]] == ["llama", "nemo"]
     [image] = options["nim_image"]["images"]
     assert (image["image"], image["disk_space"]) == (LLAMA, "20GB")
     assert [model["port"] for model in options["nim_service"]["models"]] == [8009, 8001]
@@ -88,9 +96,18 @@ def test_role_variables_reach_the_options(rendered: Rendered) -> None:
 
 def test_what_the_roles_would_skip_is_not_planned(rendered: Rendered) -> None:
     options = rendered(nvidia_driver_reload=False, nim_models=[])
-    assert set(CHAIN) - set(options) == {"nvidia_driver_reload", "docker_group", "nim_image", "nim_service"}
+    assert set(CHAIN) - set(options) == {
+        "nvidia_driver_reload",
+        "docker_group",
+        "nim_image",
+        "nim_service",
+        "nim_health",
+    }
     assert options["nvidia_driver"]["unload"] is False
-    assert rendered(nim_state="absent")["nim_service"]["state"] == "absent"
+    removal = rendered(nim_state="absent", nim_models=[llama()])
+    assert removal["nim_service"]["state"] == "absent"
+    assert "nim_health" not in removal
+    assert "nim_health" not in rendered(nim_wait=False, nim_models=[llama()])
 
 
 def test_a_variable_that_cannot_be_resolved_is_named_without_its_template(rendered: Rendered) -> None:
