@@ -11,7 +11,7 @@ import re
 
 import pytest
 from control import KEY_VALID
-from fleet_testing import Fleet, Run, wait_until
+from fleet_testing import Fleet, Run
 
 FLEET = Fleet("plan")
 HOST = FLEET.host("gpu01")
@@ -70,18 +70,20 @@ def test_what_only_the_run_can_find_out_is_found_out(option: str, task: str) -> 
 
 def test_a_service_that_is_not_ready_is_waited_for(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "plan.json"
-    HOST.run("docker kill nim-llama")
-    wait_until(lambda: not HOST.ready(8000), "the model is gone")
-    plan = FLEET.play("plan", "-e", "plan_output=%s" % output)
+    # The stand-in begins when this file of its cache is there.
+    inventory = FLEET.changed("gpu01", "llama", environment={"STANDIN_START_WHEN": "/opt/nim/.cache/go"})
+    run = FLEET.site("--tags", "nim", "-e", "nim_wait=false", inventory=inventory)
+    assert run.restarts(HOST.name) == {"nim-llama.service"}
+    FLEET.play("plan", "-e", "plan_output=%s" % output, inventory=inventory)
     rows = [row for row in json.loads(output.read_text()) if row["host"] == HOST.name]
-    assert [(row["resource"], row["what"], row["to"]) for row in rows] == [
-        ("nim_health", "nim-llama.service", "ready")
-    ], plan.output
-    run = FLEET.site()
+    assert [(row["resource"], row["what"], row["to"]) for row in rows] == [("nim_health", "nim-llama.service", "ready")]
+    HOST.run("systemd-run --quiet --on-active=3 touch /var/lib/nim/cache/llama/go")
+    run = FLEET.site(inventory=inventory)
     assert run.changed() == []
-    assert HOST.ready(8000)
     assert run.of(HOST.name, "Every model answers")
-    assert tasks(FLEET.site(), HOST.name) == [LOOK]
+    assert HOST.ready(8000)
+    assert tasks(FLEET.site(inventory=inventory), HOST.name) == [LOOK]
+    assert FLEET.site().restarts(HOST.name) == {"nim-llama.service"}
 
 
 def test_one_drift_is_one_row_and_one_repair() -> None:
