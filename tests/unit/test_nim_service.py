@@ -100,17 +100,17 @@ def test_a_change_of_one_model_restarts_that_one_only(machine: Machine) -> None:
 
 
 def test_secret_variables_are_nowhere_but_in_their_file(machine: Machine) -> None:
-    secret = {"HF_TOKEN": "hf_unit_secret", "PIN": 4711}
+    secret = {"HF_TOKEN": "hf_unit_secret", "PIN": 471108154711}
     outcome = machine.converge(llama(secret_environment=secret), nemo(), key=KEY)
     path = "/etc/nim/llama.env"
-    assert machine.host.files[path].decode().splitlines()[2:] == ["HF_TOKEN=hf_unit_secret", "PIN=4711"]
+    assert machine.host.files[path].decode().splitlines()[2:] == ["HF_TOKEN=hf_unit_secret", "PIN=471108154711"]
     assert machine.host.modes[path] == (0o600, 0, 0)
     for name, content in machine.host.files.items():
         assert (b"hf_unit_secret" in content) == (name == path), name
     assert "/etc/nim/nemo.env" not in machine.host.files
     printed = json.dumps([change.as_dict() for change in outcome.changes]) + repr([c.diff for c in outcome.changes])
     printed += repr(machine.host.calls) + repr(machine.resource(llama(secret_environment=secret)).observe(machine.host))
-    assert "hf_unit_secret" not in printed and "4711" not in printed
+    assert "hf_unit_secret" not in printed and "471108154711" not in printed
     assert "HF_TOKEN hmac:" in printed and "PIN hmac:" in printed
     assert json.loads(machine.host.files["/etc/nim/llama.json"])["secret_environment"] == ["HF_TOKEN", "PIN"]
     assert machine.converge(llama(secret_environment=secret), nemo(), key=KEY).changes == []
