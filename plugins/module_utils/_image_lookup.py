@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import typing as t
 
+from ._errors import FleetError
 from ._host import Host
+from ._image_reference import ImageReference
 from ._nim_family import detect_family
 from ._nim_image import NimImages
-from ._registry import RegistryClient
+from ._registry import RegistryClient, image_architecture
 
 #: Refusals that answer the question "may this host have the image", rather than fail to ask it.
 REGISTRY_REASONS = frozenset(
@@ -25,6 +27,7 @@ REGISTRY_REASONS = frozenset(
         "rate_limit",
         "registry_unreachable",
         "registry_error",
+        "unauthorized",
         "tls_error",
         "architecture",
     )
@@ -52,18 +55,35 @@ def look_up(
         docker_user=docker_user,
         client=client,
     )
-    reference = resource.wanted[0].reference
-    found = resource.resolve(host, reference.rewritten(resource.mirrors), architecture)
+    wanted = resource.wanted[0].reference
+    reference = wanted.rewritten(resource.mirrors)
+    credentials = resource.credentials(host, reference.registry)
+    registry = resource.client_with(reference.registry, credentials)
+    found = registry.resolve(reference, architecture or image_architecture(host.machine()))
+    sizes = registry.compressed_sizes(reference) or {found.architecture: found.compressed_size}
     return {
         "reference": found.reference,
+        "with_key": credentials is not None,
+        "public": _public(resource, reference, found.architecture) if credentials else True,
         "digest": found.digest,
         "platform_digest": found.platform_digest,
         "architecture": found.architecture,
         "architectures": list(found.architectures),
         "compressed_size": found.compressed_size,
+        "compressed_sizes": sizes,
         "created": found.created,
         "cuda_version": found.environment.get("CUDA_VERSION"),
         "require_cuda": found.environment.get("NVIDIA_REQUIRE_CUDA"),
-        "family": detect_family(found.labels, found.environment, reference.tag).key,
+        "family": detect_family(found.labels, found.environment, wanted.tag).key,
         "labels": found.labels,
     }
+
+
+def _public(resource: NimImages, reference: ImageReference, architecture: str) -> t.Optional[bool]:
+    """Whether the registry hands the image out without a key too; None when it does not say."""
+    try:
+        resource.client_with(reference.registry, None).resolve(reference, architecture)
+    except FleetError as error:
+        # What one is told without a key about a repository that is there: that it wants one.
+        return False if error.reason in ("no_key", "no_entitlement", "no_such_repository") else None
+    return True

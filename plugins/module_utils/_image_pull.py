@@ -270,6 +270,8 @@ class DockerPuller:
             urllib3.exceptions.HTTPError,
             http.client.HTTPException,
             OSError,
+            # A stream that is no JSON.
+            ValueError,
         )
         self._api_error: t.Any = docker.errors.APIError
         try:
@@ -306,9 +308,12 @@ class DockerPuller:
             # Without auth_config the SDK would look for credentials itself; an empty one is anonymous.
             for event in self._client.pull(source, tag=digest, auth_config=auth, stream=True, decode=True):
                 signal.alarm(stalled_after)
+                if not isinstance(event, dict):
+                    continue
                 if event.get("error") or event.get("errorDetail"):
-                    detail = event.get("errorDetail") or {}
-                    raise pull_error(image, str(detail.get("message") or event.get("error")))
+                    detail = event.get("errorDetail")
+                    told = detail.get("message") if isinstance(detail, dict) else None
+                    raise pull_error(image, str(told or event.get("error") or detail))
                 on_event(event)
         except _StalledError:
             raise FleetError(

@@ -438,18 +438,18 @@ class NimImages(Resource[ImagesState]):
 
     def client(self, host: Host, registry: str) -> RegistryClient:
         """Who asks a registry as this host's Docker would: same login, same proxies, same trust."""
-        credentials = self.credentials(host, registry) or ("", "")
+        return self.client_with(registry, self.credentials(host, registry))
+
+    def client_with(self, registry: str, credentials: t.Optional[t.Tuple[str, str]]) -> RegistryClient:
+        """The same with another login, or with none."""
+        user, password = credentials or ("", "")
         try:
             info = self._docker_info()
         except FleetError:
             # Without a daemon the registry can still be asked, with the proxies of our own environment.
             info = {}
         return self._client(
-            registry,
-            credentials[0],
-            credentials[1],
-            insecure=insecure_registry(info, registry),
-            proxies=daemon_proxies(info),
+            registry, user, password, insecure=insecure_registry(info, registry), proxies=daemon_proxies(info)
         )
 
     # -- apply ------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import binascii
 import errno
 import hashlib
 import http.client
-import json
 import os
 import re
 import socket
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError
 from ._image_reference import DOCKER_HUB, ImageReference
+from ._untrusted import MapOf, is_digits, json_object, misfit, parse_json
 
 USER_AGENT = "gpu_fleet.nim"
 #: Seconds for one request to answer.
@@ -125,14 +125,10 @@ class _Answer:
 
     def errors(self) -> t.List[t.Tuple[str, str]]:
         """Code and message of each error in the body, which every registry words a little differently."""
-        try:
-            found = json.loads(self.body.decode("utf-8", "replace"))
-        except ValueError:
-            return []
-        entries = found.get("errors") if isinstance(found, dict) else None
+        entries = json_object(self.body.decode("utf-8", "replace")).get("errors")
         return [
-            (str(entry.get("code", "")).upper(), str(entry.get("message", "")))
-            for entry in entries or []
+            (str(entry.get("code") or "").upper(), " ".join(str(entry.get("message") or "").split()))
+            for entry in (entries if isinstance(entries, list) else [])
             if isinstance(entry, dict)
         ]
 
@@ -173,9 +169,12 @@ def parse_challenge(header: str) -> t.Tuple[str, t.Dict[str, str]]:
 def token_url(parameters: t.Mapping[str, str], scope: str, account: str = "") -> str:
     """Where to fetch a token, given the parameters of a Bearer challenge.
 
-    nvcr.io puts the scope into the realm's own query; what is already there is not repeated.
+    nvcr.io puts the scope into the realm's own query; what is already there is not repeated. Empty when the realm is no URL.
     """
-    parts = urllib.parse.urlsplit(parameters.get("realm", ""))
+    try:
+        parts = urllib.parse.urlsplit(parameters.get("realm", ""))
+    except ValueError:
+        return ""
     query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     present = {name for name, _value in query}
     wanted = [("service", parameters.get("service", "")), ("scope", parameters.get("scope", "") or scope)]
@@ -184,6 +183,49 @@ def token_url(parameters: t.Mapping[str, str], scope: str, account: str = "") ->
     query += [(name, value) for name, value in wanted if value and name not in present]
     encoded = urllib.parse.urlencode(query, safe=":/,$")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, encoded, ""))
+
+
+_INDEX = {"manifests": [{"digest": str, "platform": {"os": str, "architecture": str}}]}
+_MANIFEST = {"layers": [{"digest": str, "size": int}], "config": {"digest": str}}
+_CONFIG = {"architecture": str, "created": str, "config": {"Env": [str], "Labels": MapOf(str)}}
+
+
+def _shaped(document: t.Dict[str, t.Any], shape: t.Any, what: str, name: str) -> t.Dict[str, t.Any]:
+    """The document, which is what the OCI image specification promises as far as it is read here."""
+    wrong = misfit(document, shape)
+    if wrong:
+        raise FleetError(
+            "registry_error",
+            "The %s of %s is not what the OCI image specification promises (%s); use a tag that was pushed by another "
+            "program, or look for a proxy that changes what passes through it." % (what, name, wrong),
+            image=name,
+        )
+    return document
+
+
+def _offered(index: t.Mapping[str, t.Any]) -> t.Dict[str, str]:
+    """Digest of the manifest for each architecture of Linux."""
+    found: t.Dict[str, str] = {}
+    for entry in index.get("manifests") or []:
+        platform = entry.get("platform") or {}
+        # Attestations are listed with the platform unknown/unknown.
+        if platform.get("os") == "linux" and platform.get("architecture"):
+            found.setdefault(platform["architecture"], entry.get("digest") or "")
+    return found
+
+
+def _layers(manifest: t.Dict[str, t.Any], name: str) -> t.Tuple[t.Tuple[str, int], ...]:
+    """Digest and compressed size of each layer."""
+    if not isinstance(manifest.get("layers"), list) or not isinstance(manifest.get("config"), dict):
+        kind = manifest.get("mediaType") or "schema %s" % manifest.get("schemaVersion")
+        raise FleetError(
+            "registry_error",
+            "The manifest of %s is of a kind that is not supported (%s); use a tag that was pushed in the Docker v2 or "
+            "OCI format." % (name, str(kind)[:100]),
+            image=name,
+        )
+    layers = _shaped(manifest, _MANIFEST, "manifest", name)["layers"]
+    return tuple((layer.get("digest") or "", max(0, layer.get("size") or 0)) for layer in layers)
 
 
 class RegistryClient:
@@ -242,7 +284,8 @@ class RegistryClient:
 
         Raises:
             FleetError: ``no_key``, ``bad_key``, ``no_entitlement``, ``no_such_repository``, ``no_such_tag``, ``legal``,
-                ``rate_limit``, ``registry_unreachable``, ``tls_error``, ``architecture`` or ``registry_error``.
+                ``rate_limit``, ``unauthorized``, ``registry_unreachable``, ``tls_error``, ``architecture`` or
+                ``registry_error``.
         """
         name = str(reference)
         repository = reference.repository
@@ -250,32 +293,21 @@ class RegistryClient:
         digest, document = self._manifest(repository, version, name)
         platform_digest = digest
         architectures: t.Tuple[str, ...] = ()
-        if isinstance(document.get("manifests"), list):
-            offered: t.Dict[str, str] = {}
-            for entry in document["manifests"]:
-                platform = entry.get("platform") or {}
-                # Attestations are listed with the platform unknown/unknown.
-                if platform.get("os") == "linux" and platform.get("architecture"):
-                    offered.setdefault(str(platform["architecture"]), str(entry.get("digest", "")))
+        if "manifests" in document:
+            offered = _offered(_shaped(document, _INDEX, "index", name))
             architectures = tuple(offered)
             if architecture not in offered:
                 raise _wrong_architecture(name, architecture, architectures)
             platform_digest, document = self._manifest(repository, offered[architecture], name)
-        if not isinstance(document.get("layers"), list) or not isinstance(document.get("config"), dict):
-            raise FleetError(
-                "registry_error",
-                "The manifest of %s is of a kind that is not supported (%s); use a tag that was pushed in the Docker v2 or "
-                "OCI format." % (name, document.get("mediaType") or "schema %s" % document.get("schemaVersion")),
-                image=name,
-            )
-        config_digest = str(document["config"].get("digest", ""))
-        config = self._blob_json(repository, config_digest, name)
+        layers = _layers(document, name)
+        config_digest = str(document["config"].get("digest") or "")
+        config = _shaped(self._blob_json(repository, config_digest, name), _CONFIG, "configuration", name)
         found = str(config.get("architecture") or "")
         architectures = architectures or ((found,) if found else ())
         if found and found != architecture:
             raise _wrong_architecture(name, architecture, architectures)
         details = config.get("config") or {}
-        environment = dict(str(entry).split("=", 1) for entry in details.get("Env") or [] if "=" in str(entry))
+        environment = dict(entry.split("=", 1) for entry in details.get("Env") or [] if "=" in entry)
         return RegistryImage(
             reference=name,
             digest=digest,
@@ -283,9 +315,9 @@ class RegistryClient:
             config_digest=config_digest,
             architecture=found or architecture,
             architectures=architectures,
-            layers=tuple((str(layer["digest"]), int(layer.get("size") or 0)) for layer in document["layers"]),
+            layers=layers,
             environment=environment,
-            labels={str(key): str(value) for key, value in (details.get("Labels") or {}).items()},
+            labels=dict(details.get("Labels") or {}),
             created=str(config.get("created") or ""),
         )
 
@@ -305,6 +337,23 @@ class RegistryClient:
                 image=name,
             )
         return answer.body
+
+    def compressed_sizes(self, reference: ImageReference) -> t.Dict[str, int]:
+        """Bytes to download for each architecture on offer; empty where the image has no index.
+
+        Raises:
+            FleetError: As :meth:`resolve`.
+        """
+        name = str(reference)
+        version = reference.digest or reference.tag or "latest"
+        _digest, document = self._manifest(reference.repository, version, name)
+        if "manifests" not in document:
+            return {}
+        sizes = {}
+        for architecture, digest in _offered(_shaped(document, _INDEX, "index", name)).items():
+            _digest, manifest = self._manifest(reference.repository, digest, name)
+            sizes[architecture] = sum(dict(_layers(manifest, name)).values())
+        return sizes
 
     def check_credentials(self, reference: t.Optional[ImageReference] = None) -> None:
         """Prove that the credentials are good, and with a reference that they may pull it.
@@ -353,7 +402,7 @@ class RegistryClient:
     @staticmethod
     def _json(answer: _Answer, name: str) -> t.Dict[str, t.Any]:
         try:
-            found = json.loads(answer.body.decode("utf-8"))
+            found = parse_json(answer.body.decode("utf-8"))
         except ValueError:
             found = None
         if not isinstance(found, dict):
@@ -395,9 +444,14 @@ class RegistryClient:
             raise self._refusal(answer, repository, name, "token")
         found = self._json(answer, name)
         token = found.get("token") or found.get("access_token")
-        if not token:
+        # What cannot stand in a header would be printed by whoever refuses it.
+        if not isinstance(token, str) or not re.match(r"[!-~]+\Z", token):
             raise FleetError(
-                "registry_error", "%s gave no token for %s." % (self.registry, name), image=name, registry=self.registry
+                "registry_error",
+                "%s gave no token for %s that could be used; look for a proxy or a login page in between."
+                % (self.registry, name),
+                image=name,
+                registry=self.registry,
             )
         return "Bearer %s" % token
 
@@ -473,8 +527,16 @@ class RegistryClient:
                     "ngc_api_key, or check the name." % (self.registry, name),
                     **facts,
                 )
-            if repository == self._control_repository or self._control() is False:
+            accepted = False if repository == self._control_repository else self._control()
+            if accepted is False:
                 return self._bad_key(name)
+            if accepted is None:
+                return FleetError(
+                    "unauthorized",
+                    "%s refuses %s with the stored login (401) and does not tell whether the login or the name is the "
+                    "matter; check both." % (self.registry, name),
+                    **facts,
+                )
             return FleetError(
                 "no_such_repository",
                 "%s accepts the API key but has no repository %s that it may see; check the name, and that the key's "
@@ -488,7 +550,7 @@ class RegistryClient:
                 "organisation of the key." % (self.registry, name),
                 **facts,
             )
-        if status == 403 or codes & {"DENIED"}:
+        if status == 403 or (codes & {"DENIED"} and status < 500 and status not in (429, 451)):
             if not self.has_credentials:
                 return FleetError(
                     "no_key", "%s denies %s without a key%s; set ngc_api_key." % (self.registry, name, said), **facts
@@ -659,7 +721,7 @@ def _lower(headers: t.Any) -> t.Dict[str, str]:
 
 def _retry_after(text: str) -> t.Optional[float]:
     """Seconds of a Retry-After header; dates, which registries do not send, count as not given."""
-    return float(text) if text.strip().isdigit() else None
+    return float(text) if is_digits(text.strip()) else None
 
 
 def _wrong_architecture(name: str, wanted: str, offered: t.Sequence[str]) -> FleetError:

@@ -10,7 +10,8 @@ module: nim_image_info
 short_description: What the registry knows of an image before it is pulled
 version_added: "1.0.0"
 description:
-  - Asks the registry for an image's digest, size, architectures, requirements and family, without pulling it and without Docker.
+  - Asks the registry for an image's digest, sizes, architectures, requirements and family, without pulling it and without Docker.
+  - With a key (O(api_key), or the login that is stored on the host) it also tells whether the image can be had without one.
   - When the registry refuses, says exactly why. A key that is missing, wrong or not entitled, a repository or tag that does not
     exist, a limit, the network and TLS are told apart.
 extends_documentation_fragment:
@@ -88,8 +89,21 @@ image:
       elements: str
       returned: always
     compressed_size:
-      description: Bytes to download.
+      description: Bytes to download for the architecture.
       type: int
+      returned: always
+    compressed_sizes:
+      description: Bytes to download for each architecture on offer.
+      type: dict
+      returned: always
+      sample: {amd64: 7341209600, arm64: 7012345678}
+    with_key:
+      description: Whether the registry was asked with a login.
+      type: bool
+      returned: always
+    public:
+      description: Whether the registry hands the image out without a login too; null when it did not say.
+      type: bool
       returned: always
     created:
       description: Time stamp of the build as the image states it.
@@ -111,6 +125,10 @@ image:
       description: Labels of the image.
       type: dict
       returned: always
+status:
+  description: HTTP status of the registry's refusal, for example 401, 402, 403, 404, 429 or 451; null where it gave none.
+  returned: success
+  type: int
 reason:
   description: Why the registry does not hand it out; null when RV(exists) is true. See M(gpu_fleet.nim.nim_image) for the names.
   returned: always
@@ -139,15 +157,17 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    image, reason, message = None, None, ""
+    image, reason, message, status = None, None, "", None
     try:
         # The alias is among the parameters too.
         image = look_up(Host(), **{name: value for name, value in module.params.items() if name != "name"})
     except FleetError as error:
         if error.reason not in REGISTRY_REASONS:
             fail(module, error)
-        reason, message = error.reason, error.message
-    module.exit_json(changed=False, exists=image is not None, image=image, reason=reason, message=message)
+        reason, message, status = error.reason, error.message, error.facts.get("status")
+    module.exit_json(
+        changed=False, exists=image is not None, image=image, reason=reason, message=message, status=status
+    )
 
 
 if __name__ == "__main__":

@@ -125,6 +125,9 @@ class FakeClient:
     tags: t.ClassVar[dict[str, t.Any]] = {}
     asked: t.ClassVar[list[tuple[str, str, str]]] = []
     options: t.ClassVar[dict[str, t.Any]] = {}
+    #: What is said to who has no login.
+    anonymous: t.ClassVar[FleetError | None] = None
+    sizes: t.ClassVar[dict[str, int]] = {}
 
     def __init__(self, registry: str, username: str, password: str, **options: t.Any) -> None:
         self.login = (username, password)
@@ -132,12 +135,17 @@ class FakeClient:
 
     def resolve(self, reference: ImageReference, architecture: str) -> RegistryImage:
         self.asked.append((str(reference), *self.login))
+        if not self.login[1] and self.anonymous is not None:
+            raise self.anonymous
         answer = self.tags.get(str(reference), DIGEST)
         if isinstance(answer, FleetError):
             raise answer
         if isinstance(answer, dict):
             return found_image(reference, **answer)
         return found_image(reference, reference.digest or answer)
+
+    def compressed_sizes(self, reference: ImageReference) -> dict[str, int]:
+        return self.sizes
 
 
 class ImageWorld(t.NamedTuple):
@@ -173,6 +181,7 @@ def image_world(host: FakeHost, tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     )
     FakeClient.tags.clear()
     FakeClient.asked.clear()
+    FakeClient.anonymous, FakeClient.sizes = None, {}
     driver = LoadedDriver("580.95.05", "open", True)
     monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: GpuInventory(driver=driver, cuda_version="13.0"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):

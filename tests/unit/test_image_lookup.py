@@ -37,6 +37,34 @@ def test_look_up(world: ImageWorld) -> None:
     assert found["require_cuda"] == "cuda>=12.5"
     assert found["cuda_version"] == "12.5.0"
     assert KEY not in repr(found)
+    # Without an index there is one size.
+    assert found["compressed_sizes"] == {"amd64": 2_800_000_000}
+    assert found["with_key"] is True
+
+
+def test_sizes_of_all_architectures(world: ImageWorld) -> None:
+    FakeClient.sizes = {"amd64": 5, "arm64": 4}
+    found = look_up(world.host, LLAMA, client=t.cast(t.Any, FakeClient))
+    assert found["compressed_sizes"] == {"amd64": 5, "arm64": 4}
+    assert (found["with_key"], found["public"]) == (False, True)
+    assert len(FakeClient.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "public"),
+    [
+        ("", True),
+        ("no_key", False),
+        ("no_such_repository", False),
+        ("rate_limit", None),
+        ("registry_unreachable", None),
+    ],
+)
+def test_whether_it_can_be_had_without_a_key(world: ImageWorld, reason: str, public: bool | None) -> None:
+    FakeClient.anonymous = FleetError(reason, "Because.") if reason else None
+    found = look_up(world.host, LLAMA, api_key=KEY, client=t.cast(t.Any, FakeClient))
+    assert found["public"] is public
+    assert [login[1:] for login in FakeClient.asked] == [("$oauthtoken", KEY), ("", "")]
 
 
 @pytest.mark.parametrize("reason", ["bad_key", "no_such_tag", "tls_error", ""])
@@ -44,7 +72,7 @@ def test_info_module(
     world: ImageWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str
 ) -> None:
     if reason:
-        FakeClient.tags[LLAMA] = FleetError(reason, "Because.")
+        FakeClient.tags[LLAMA] = FleetError(reason, "Because.", status=404)
     monkeypatch.setattr(nim_image_info, "Host", lambda: world.host)
     monkeypatch.setattr(nim_image_info, "look_up", functools.partial(look_up, client=t.cast(t.Any, FakeClient)))
     with patch_module_args({"name": LLAMA, "api_key": KEY}), pytest.raises(SystemExit):
@@ -56,4 +84,5 @@ def test_info_module(
     assert result["exists"] is not bool(reason)
     assert result["reason"] == (reason or None)
     assert (result["image"] is None) is bool(reason)
+    assert result["status"] == (404 if reason else None)
     assert result["message"] == ("Because." if reason else "")

@@ -179,6 +179,7 @@ def _resolve(server: Server, client: RegistryClient, architecture: str = "amd64"
     return client.resolve(_reference(server), architecture)
 
 
+CONTROL = "/v2/nvidia/cuda/tags/list?n=1"
 MANIFEST_PATH = "/v2/%s/manifests/1.8.4" % REPOSITORY
 BEARER = "Bearer tkn"
 
@@ -241,9 +242,6 @@ def _refused(server: Server, client: RegistryClient, architecture: str = "amd64"
     return error
 
 
-CONTROL = "/v2/nvidia/cuda/tags/list?n=1"
-
-
 def test_a_bad_key_and_a_wrong_name_are_told_apart_by_the_control_repository(server: Server) -> None:
     refused = [
         Call(MANIFEST_PATH, 401, headers=server.challenge()),
@@ -296,6 +294,92 @@ def test_what_a_status_means(server: Server, status: int, reason: str, stage: st
     else:
         server.expect(*server.login(MANIFEST_PATH), Call(MANIFEST_PATH, status, body, authorization=BEARER))
     assert _refused(server, _client(server)).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("status", "key", "reason", "remedy"),
+    [
+        (401, "", "no_key", "set ngc_api_key, or check the name"),
+        (401, KEY, "bad_key", "create a new one"),
+        (402, KEY, "no_entitlement", "activate one for the organisation of the key"),
+        (403, "", "no_key", "set ngc_api_key"),
+        (403, KEY, "no_entitlement", "accept the terms of the image on its NGC page"),
+        (404, "", "no_such_repository", "check the name"),
+        (404, KEY, "no_such_repository", "check the name"),
+        (429, "", "rate_limit", "try again later, log in, or use a mirror"),
+        (429, KEY, "rate_limit", "try again later, log in, or use a mirror"),
+        (451, "", "legal", "use another model or registry"),
+        (451, KEY, "legal", "use another model or registry"),
+        (500, KEY, "registry_unreachable", "try again"),
+        (418, KEY, "registry_error", "418"),
+    ],
+)
+@pytest.mark.parametrize("code", ["", "DENIED", "UNAUTHORIZED"])
+def test_every_cause_with_and_without_a_key(
+    server: Server, status: int, key: str, reason: str, remedy: str, code: str
+) -> None:
+    """The status decides; what registries write beside it (NGC says DENIED to nearly everything) does not."""
+    body = json.dumps({"errors": [{"code": code, "message": "No."}]}).encode() if code else b""
+    authorization = BASIC if key else None
+    server.expect(
+        Call(MANIFEST_PATH, 401, headers=server.challenge()),
+        Call(server.token_path(key=bool(key)), status, body, authorization=authorization),
+    )
+    if status == 401 and key:
+        server.expect(
+            Call(CONTROL, 401, headers=server.challenge("nvidia/cuda")),
+            Call(server.token_path("nvidia/cuda"), 401, authorization=BASIC),
+        )
+    if status in (404, 418) and code == "DENIED":
+        reason, remedy = ("no_entitlement", "accept the terms") if key else ("no_key", "set ngc_api_key")
+    error = _refused(server, _client(server, key))
+    assert error.reason == reason
+    assert error.facts.get("status", 401) == status
+    assert remedy in error.message
+
+
+def test_a_registry_that_does_not_tell_what_is_the_matter(server: Server) -> None:
+    server.expect(
+        Call(MANIFEST_PATH, 401, headers=server.challenge()),
+        Call(server.token_path(), 401, authorization=BASIC),
+        # Its door is open to everybody.
+        Call("/v2/"),
+    )
+    error = _refused(server, _client(server, control_repository=""))
+    assert error.reason == "unauthorized"
+    assert "check both" in error.message
+
+
+@pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "very secret", "", None, 5, ["x"], {"a": 1}])
+def test_a_token_that_is_none_is_not_sent_nor_shown(server: Server, token: t.Any) -> None:
+    server.expect(
+        Call(MANIFEST_PATH, 401, headers=server.challenge()),
+        Call(server.token_path(), body=json.dumps({"token": token}).encode(), authorization=BASIC),
+    )
+    error = _refused(server, _client(server))
+    assert error.reason == "registry_error"
+    assert "secret" not in error.message + repr(error.facts)
+
+
+def test_sizes_of_all_architectures(server: Server) -> None:
+    other, other_digest = _document({"config": {"digest": "x"}, "layers": [{"digest": "sha256:1", "size": 7}]})
+    index, _digest = _document(
+        {
+            "manifests": [
+                {"digest": MANIFEST_DIGEST, "platform": {"os": "linux", "architecture": "amd64"}},
+                {"digest": other_digest, "platform": {"os": "linux", "architecture": "arm64"}},
+                {"digest": "sha256:" + "d" * 64, "platform": {"os": "unknown", "architecture": "unknown"}},
+            ]
+        }
+    )
+    server.expect(
+        Call(MANIFEST_PATH, body=index),
+        Call("/v2/%s/manifests/%s" % (REPOSITORY, MANIFEST_DIGEST), body=MANIFEST),
+        Call("/v2/%s/manifests/%s" % (REPOSITORY, other_digest), body=other),
+    )
+    assert _client(server).compressed_sizes(_reference(server)) == {"amd64": 1500, "arm64": 7}
+    server.expect(Call(MANIFEST_PATH, body=MANIFEST))
+    assert _client(server).compressed_sizes(_reference(server)) == {}
 
 
 @pytest.mark.parametrize(
