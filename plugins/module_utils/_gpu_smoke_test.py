@@ -10,7 +10,6 @@ import hashlib
 import io
 import os.path
 import re
-import tarfile
 import typing as t
 
 from ._errors import FleetError
@@ -230,6 +229,9 @@ def build_archive(host: Host, programs: t.Sequence[str]) -> bytes:
                 # The rest of the C library: where nvidia-smi is a wrapper script, ldd does not see what the program needs.
                 for name in _C_LIBRARY:
                     paths[os.path.join(os.path.dirname(found.group(1)), name)] = None
+    # Here: only this needs it, and a look at the host does not.
+    import tarfile
+
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         made: t.Set[str] = set()

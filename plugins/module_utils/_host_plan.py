@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing as t
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
 from ._own_signatures import parse_signatures
 from ._resource import Change, Disruption, Resource
-from ._systemd import unit_properties
+from ._systemd import LookedAtOnce, UnitTable, unit_properties
 
 Options = t.Mapping[str, t.Any]
 S = t.TypeVar("S")
@@ -48,7 +49,7 @@ _SERVICE_NEEDS = {
 }
 
 
-class ReadOnlyHost(Host):
+class ReadOnlyHost(LookedAtOnce):
     """A host for looking only: writes are refused, and a command that several resources ask for is run once.
 
     A command is remembered because nothing changes between two looks of one plan.
@@ -56,6 +57,7 @@ class ReadOnlyHost(Host):
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.units = UnitTable(self)
         self._ran: dict[tuple[tuple[str, ...], str | None, tuple[tuple[str, str], ...]], CommandResult] = {}
 
     def run(
@@ -112,6 +114,21 @@ class ReadOnlyHost(Host):
 
     def sleep(self, seconds: float) -> None:
         self._host.sleep(seconds)
+
+
+class DockerLook(DockerApi):
+    """Docker that is only looked at: what several resources ask for is asked once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: dict[tuple[str, str], t.Any] = {}
+
+    def get(self, path: str, parameters: t.Mapping[str, str] | None = None) -> t.Any:
+        key = (path, repr(sorted((parameters or {}).items())))
+        if key not in self._answers:
+            self._answers[key] = super().get(path, parameters)
+        # Nobody may change what another one is given.
+        return copy.deepcopy(self._answers[key])
 
 
 class SleepingDocker(DockerApi):
@@ -205,7 +222,7 @@ def plan_host(host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi
     Returns:
         The plan; what is wrong with one resource is a finding of it and hides no other one.
     """
-    return _Planner(ReadOnlyHost(host), wanted, api or DockerApi()).run()
+    return _Planner(ReadOnlyHost(host), wanted, api or DockerLook()).run()
 
 
 class _Planner:

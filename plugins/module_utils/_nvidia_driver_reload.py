@@ -28,6 +28,7 @@ from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
 from ._os_release import read_os_release
 from ._packages import package_manager
 from ._resource import Change, Disruption, Resource
+from ._systemd import unit_properties
 from ._untrusted import json_object, parse_json, strings
 
 #: The driver's own clients in the order in which they are stopped; they start again in the reverse order.
@@ -221,8 +222,7 @@ def idle_daemons(host: Host) -> list[str]:
     """Daemons that are enabled and do not run, in the order in which they start."""
     idle = []
     for unit in DAEMONS:
-        result = host.run(["systemctl", "show", "-p", "ActiveState,UnitFileState", unit], timeout=_STOP_TIMEOUT)
-        values = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+        values = unit_properties(host, unit, "ActiveState", "UnitFileState")
         if values.get("UnitFileState") == "enabled" and values.get("ActiveState") not in ("active", "activating"):
             idle.append(unit)
     return idle

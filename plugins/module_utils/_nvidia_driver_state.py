@@ -14,6 +14,7 @@ from ._host import Host
 from ._nvidia_driver_packages import Wish, user_space_version
 from ._os_release import OsRelease
 from ._packages import Package, PackageManager, RepositoryState
+from ._systemd import unit_properties
 
 PREFERENCES = "/etc/apt/preferences.d/gpu-fleet-nvidia-driver"
 UNATTENDED = "/etc/apt/apt.conf.d/52gpu-fleet-nvidia"
@@ -81,13 +82,13 @@ class DriverState:
 
 
 def boot_states(host: Host, wish: Wish) -> dict[str, str]:
-    """What ``systemctl is-enabled`` says of the services that the wish needs at boot."""
+    """Whether the services that the wish needs start at boot: enabled, disabled, masked, …; empty without such a unit."""
     units = []
     if wish.fabric_manager:
         units.append("nvidia-fabricmanager.service")
     if wish.persistenced:
         units.append("nvidia-persistenced.service")
-    return {unit: host.run(["systemctl", "is-enabled", unit], timeout=60).stdout.strip() for unit in units}
+    return {unit: unit_properties(host, unit, "UnitFileState").get("UnitFileState", "") for unit in units}
 
 
 def headers_offered(manager: PackageManager, package: str) -> bool:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-import ssl
 import typing as t
-import urllib.error
-import urllib.request
 
 from ._errors import FleetError
 
@@ -26,6 +23,11 @@ def download(url: str) -> bytes:
     Raises:
         FleetError: ``repository_unreachable`` with the cause.
     """
+    # Here: looks do without it, and loading it takes longer than most of them.
+    import ssl
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(url, headers={"User-Agent": "gpu_fleet.nim"})  # noqa: S310 (scheme: check_url)
     try:
         opener = urllib.request.build_opener(urllib.request.HTTPSHandler(context=ssl.create_default_context()))

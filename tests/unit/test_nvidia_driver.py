@@ -235,7 +235,8 @@ def test_a_missing_part_of_the_loaded_version_is_put_back_under_running_containe
 def test_a_masked_service_of_the_driver(world: DriverWorld) -> None:
     world.configured()
     world.install_driver("580.95.05")
-    world.commands = {"systemctl is-enabled nvidia-persistenced.service": (1, "masked\n", ""), **world.commands}
+    shown = "systemctl show --no-pager -p UnitFileState nvidia-persistenced.service"
+    world.commands = {shown: "UnitFileState=masked\n", **world.commands}
     with pytest.raises(FleetError) as caught:
         converge(world, NvidiaDriver(branch="580"), check_mode=False)
     assert caught.value.reason == "unit_masked"
