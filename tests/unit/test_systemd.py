@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Units of a host that is looked at: one question for all, and the same answers as one by one."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import UNITS, unit_properties
+from fake_host import FakeHost
+
+
+def systemctl(_host: FakeHost, argv: tuple[str, ...], _stdin: t.Any, _env: t.Any) -> str:
+    names = [word for before, word in zip(argv, argv[1:]) if before == "-p"]
+    units = argv[3 + 2 * len(names) :]
+    states = {"ActiveState": "active", "SocketMode": "0660", "ExecStart": "{ path=/x ; argv[]=/x a=b }"}
+    blocks = []
+    for unit in units:
+        known = {name: value for name, value in states.items() if name != "SocketMode" or unit.endswith(".socket")}
+        known["LoadState"] = "not-found" if "fabric" in unit else "loaded"
+        blocks.append("".join("%s=%s\n" % (name, known[name]) for name in names if name in known))
+    return "\n".join(blocks)
+
+
+QUESTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("docker.service", ("LoadState", "ExecStart")),
+    ("docker.socket", ("ActiveState", "SocketMode")),
+    ("nvidia-fabricmanager.service", ("LoadState",)),
+    ("docker.service", ("ActiveState",)),
+)
+
+
+def test_one_question_and_the_same_answers() -> None:
+    alone = FakeHost(commands={"systemctl show *": systemctl})
+    together = FakeHost(commands={"systemctl show *": systemctl})
+    looked_at = ReadOnlyHost(together)
+    for unit, names in QUESTIONS:
+        assert unit_properties(looked_at, unit, *names) == unit_properties(alone, unit, *names) != {}
+    assert len(together.calls) == 1
+    assert len(alone.calls) == len(QUESTIONS)
+
+
+def test_what_is_not_asked_by_everybody_is_asked_alone() -> None:
+    host = FakeHost(commands={"systemctl show *": systemctl})
+    looked_at = ReadOnlyHost(host)
+    assert unit_properties(looked_at, "ssh.service", "ActiveState") == {"ActiveState": "active"}
+    assert unit_properties(looked_at, "docker.service", "ActiveState", "NRestarts") == {"ActiveState": "active"}
+    assert not any(set(UNITS) <= set(call) for call in host.calls)
+
+
+def test_a_systemd_that_answers_otherwise_is_asked_for_each() -> None:
+    host = FakeHost(commands={"systemctl show *": "ActiveState=active\n"})
+    assert unit_properties(ReadOnlyHost(host), "docker.service", "ActiveState") == {"ActiveState": "active"}
+    assert len(host.calls) == 2
+    assert unit_properties(ReadOnlyHost(FakeHost()), "docker.service", "ActiveState") == {}
