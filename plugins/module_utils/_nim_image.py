@@ -78,6 +78,19 @@ class ImagesState:
 
 
 @dataclass(frozen=True)
+class ExpectedDriver:
+    """The driver that an image will meet, where it is not the loaded one.
+
+    Attributes:
+        version: Empty when nothing is known of it.
+        words: What is said of it, for example ``this host is to get driver branch 580``.
+    """
+
+    version: str
+    words: str
+
+
+@dataclass(frozen=True)
 class PullTask:
     """A pull that passed all checks."""
 
@@ -310,44 +323,55 @@ class NimImages(Resource[ImagesState]):
         tasks = []
         named: t.List[t.Tuple[PullTask, ImageReference]] = []
         pulls = [change for change in changes if change.action == "pull"]
-        info = self._docker_info() if pulls else {}
+        if pulls:
+            # Without a daemon nothing is pulled.
+            self._docker_info()
         #: What an image requires, by its name.
         required: t.Dict[str, t.Mapping[str, str]] = {}
         for change in changes:
             if change.action == "pin":
-                required[str(change.data["image"].wanted.reference)] = _environment(change.data["image"].local)
+                required[str(change.data["image"].wanted.reference)] = environment_of(change.data["image"].local)
         for change in pulls:
-            image: ImageState = change.data["image"]
-            self._check_engine(info, change.data["reference"])
-            try:
-                found = image.newer or self.resolve(host, change.data["reference"])
-            except FleetError as error:
-                if error.reason != "no_such_tag" or image.pinned is None or not image.wanted.reference.tag:
-                    raise
-                raise FleetError(
-                    "no_such_tag",
-                    "%s is pinned to %s, which is neither on the host nor at the registry any more; set pull to newer "
-                    "once, to pin it to what the tag stands for now." % (image.wanted.reference, image.pinned.digest),
-                    **error.facts,
-                ) from None
-            tasks.append(PullTask(image.wanted, image.source, found))
-            if image.wanted.profiles:
-                named.append((tasks[-1], change.data["reference"]))
-            required[str(image.wanted.reference)] = found.environment
+            task = self.find(host, change)
+            tasks.append(task)
+            if task.wanted.profiles:
+                named.append((task, change.data["reference"]))
+            required[str(task.wanted.reference)] = task.found.environment
         for wanted in self.wanted:
             if not wanted.check_requirement:
                 required.pop(str(wanted.reference), None)
-        if _requirements_off(host):
+        if requirements_off(host):
             required.clear()
         inventory = observe_gpus(host) if required or named else GpuInventory()
         for name, environment in required.items():
             self.check_requirement(environment, inventory, name)
         for task, reference in named:
-            self._check_profiles(host, task, reference, inventory)
-        self._check_disk(host, str(info.get("DockerRootDir") or "/var/lib/docker"), tasks)
+            self.check_profiles(host, task, reference, inventory)
+        check_space(file_systems(host, self.space_needs(host, tasks)))
         return tasks
 
-    def _check_profiles(self, host: Host, task: PullTask, reference: ImageReference, inventory: GpuInventory) -> None:
+    def find(self, host: Host, change: Change) -> PullTask:
+        """Ask the registry for an image that is to be pulled.
+
+        Raises:
+            FleetError: Reasons of the registry client; ``engine_cannot_pull``.
+        """
+        image: ImageState = change.data["image"]
+        self._check_engine(self._engine(), change.data["reference"])
+        try:
+            found = image.newer or self.resolve(host, change.data["reference"])
+        except FleetError as error:
+            if error.reason != "no_such_tag" or image.pinned is None or not image.wanted.reference.tag:
+                raise
+            raise FleetError(
+                "no_such_tag",
+                "%s is pinned to %s, which is neither on the host nor at the registry any more; set pull to newer "
+                "once, to pin it to what the tag stands for now." % (image.wanted.reference, image.pinned.digest),
+                **error.facts,
+            ) from None
+        return PullTask(image.wanted, image.source, found)
+
+    def check_profiles(self, host: Host, task: PullTask, reference: ImageReference, inventory: GpuInventory) -> None:
         """Compare the profiles that models name with the manifest at the registry and with the GPUs.
 
         Raises:
@@ -373,15 +397,24 @@ class NimImages(Resource[ImagesState]):
                 lora=wish.lora,
             )
 
-    def check_requirement(self, environment: t.Mapping[str, str], inventory: GpuInventory, name: str) -> None:
-        """Compare what the image requires with the loaded driver.
+    def check_requirement(
+        self,
+        environment: t.Mapping[str, str],
+        inventory: GpuInventory,
+        name: str,
+        expected: t.Optional[ExpectedDriver] = None,
+    ) -> None:
+        """Compare what the image requires with the loaded driver, or with the one that is expected in its place.
 
         Raises:
             FleetError: ``requirement``, ``invalid_requirement``.
         """
         driver = inventory.driver.version if inventory.driver else inventory.smi_driver_version
+        cuda: t.Optional[str] = inventory.cuda_version
+        if expected is not None:
+            driver, cuda = expected.version, ""
         # nvidia-smi may be missing while the module is loaded; the branch tells as much.
-        cuda = inventory.cuda_version or (cuda_of_branch(branch_of_version(driver)) if driver else None)
+        cuda = cuda or (cuda_of_branch(branch_of_version(driver)) if driver else None)
         # nvidia-smi -q does not print the compute capability, and unknown counts as fulfilled.
         gpus = [(gpu.brand, None) for gpu in inventory.gpus]
         verdict = evaluate(
@@ -389,9 +422,10 @@ class NimImages(Resource[ImagesState]):
             driver or None,
             cuda,
             gpus,
-            architectures=[gpu.architecture for gpu in inventory.gpus],
+            architectures=[gpu.architecture for gpu in inventory.gpus or inventory.pci],
             image=name,
             host_name=self.host_name,
+            runs=expected.words if expected is not None else "",
         )
         check_verdict(verdict, image=name, driver_version=driver or None)
 
@@ -408,7 +442,9 @@ class NimImages(Resource[ImagesState]):
                 version=version,
             )
 
-    def _check_disk(self, host: Host, docker_root: str, tasks: t.Sequence[PullTask]) -> None:
+    def space_needs(self, host: Host, tasks: t.Sequence[PullTask]) -> t.List[Need]:
+        """What pulls, and the models of the pulled images, will take on the disk."""
+        docker_root = str(self._engine().get("DockerRootDir") or "/var/lib/docker")
         needs = []
         for task in tasks:
             size = task.found.compressed_size
@@ -417,7 +453,14 @@ class NimImages(Resource[ImagesState]):
             for directory, wanted in task.wanted.spaces:
                 missing = max(0, wanted - used_bytes(host, directory))
                 needs.append(Need(directory or docker_root, missing, "model of %s" % task.wanted.reference))
-        check_space(file_systems(host, needs))
+        return needs
+
+    def _engine(self) -> t.Mapping[str, t.Any]:
+        """What Docker says of itself; empty where there is no daemon yet."""
+        try:
+            return self._docker_info()
+        except FleetError:
+            return {}
 
     def _docker_info(self) -> t.Dict[str, t.Any]:
         if self._info is None:
@@ -443,11 +486,8 @@ class NimImages(Resource[ImagesState]):
     def client_with(self, registry: str, credentials: t.Optional[t.Tuple[str, str]]) -> RegistryClient:
         """The same with another login, or with none."""
         user, password = credentials or ("", "")
-        try:
-            info = self._docker_info()
-        except FleetError:
-            # Without a daemon the registry can still be asked, with the proxies of our own environment.
-            info = {}
+        # Without a daemon the registry can still be asked, with the proxies of our own environment.
+        info = self._engine()
         return self._client(
             registry, user, password, insecure=insecure_registry(info, registry), proxies=daemon_proxies(info)
         )
@@ -571,13 +611,13 @@ def _human_name(reference: ImageReference) -> str:
     return "%s:%s" % (reference.name, reference.tag) if reference.tag else ""
 
 
-def _environment(local: t.Optional[t.Mapping[str, t.Any]]) -> t.Dict[str, str]:
+def environment_of(local: t.Optional[t.Mapping[str, t.Any]]) -> t.Dict[str, str]:
     """Environment of an image on the host, from ``docker image inspect``."""
     entries = ((local or {}).get("Config") or {}).get("Env") or []
     return dict(str(entry).split("=", 1) for entry in entries if "=" in str(entry))
 
 
-def _requirements_off(host: Host) -> bool:
+def requirements_off(host: Host) -> bool:
     """Whether the container toolkit was told not to enforce NVIDIA_REQUIRE_* (``disable-require`` in its config.toml)."""
     text = host.read_text(_TOOLKIT_CONFIGURATION) or ""
     return bool(re.search(r"(?m)^\s*disable-require\s*=\s*true\b", text))

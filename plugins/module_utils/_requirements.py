@@ -279,6 +279,7 @@ def evaluate(
     architectures: t.Sequence[str] = (),
     image: str = "The image",
     host_name: str = "this host",
+    runs: str = "",
 ) -> RequirementVerdict:
     """Judge an image by the environment in its configuration.
 
@@ -290,6 +291,7 @@ def evaluate(
         architectures: Names of the GPUs' architectures, so that no branch is named that does not support them.
         image: Subject of the message.
         host_name: Name of the host for the message.
+        runs: What the message says of the driver, where it is not the loaded one.
     """
     driver, cuda = _text(driver_version), _text(cuda_version)
     values = requirements_of(environment)
@@ -310,7 +312,7 @@ def evaluate(
         remedy = _remedy(values, driver, cuda, gpus, architectures)
         # Only the first alternative, like the original: images list dozens of older branches behind it.
         first = next((group for group in value.split(" ") if group.strip(",")), value)[:200]
-        runs = "%s runs %s%s" % (host_name, driver or "an unknown driver", " (CUDA %s)" % cuda if cuda else "")
+        runs = runs or "%s runs %s%s" % (host_name, driver or "an unknown driver", " (CUDA %s)" % cuda if cuda else "")
         todo = "use another image"
         if remedy.install:
             todo = "set nvidia_driver_branch to %r or use an older image" % remedy.install
