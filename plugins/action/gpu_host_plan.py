@@ -108,22 +108,25 @@ for _kind in ("defaults", "vars"):
         _EXPRESSIONS.learn(_text)
 
 
-_PAYLOAD = Payload("gpu_host_plan")
-
-
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
     TRANSFERS_FILES = False
     _supports_check_mode = True
+    #: The module that is given the options.
+    module = "gpu_fleet.nim.gpu_host_plan"
+    #: Made once a run, for modules that every run asks.
+    payload: Payload | None = Payload("gpu_host_plan")
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         super().run(tmp, task_vars)
         task_vars = task_vars or {}
-        args = dict(self._task.args) or self.options(task_vars)
-        _PAYLOAD.put()
-        result: dict[str, t.Any] = self._execute_module(
-            module_name="gpu_fleet.nim.gpu_host_plan", module_args=args, task_vars=task_vars
-        )
-        _PAYLOAD.keep()
+        given = dict(self._task.args)
+        if not any(name in given for name in CHAIN):
+            given.update(self.options(task_vars))
+        if self.payload is not None:
+            self.payload.put()
+        result: dict[str, t.Any] = self._execute_module(module_name=self.module, module_args=given, task_vars=task_vars)
+        if self.payload is not None:
+            self.payload.keep()
         return result
 
     def options(self, task_vars: t.Mapping[str, t.Any]) -> dict[str, dict[str, t.Any]]:

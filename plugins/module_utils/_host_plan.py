@@ -142,7 +142,7 @@ class SleepingDocker(DockerApi):
         )
 
 
-def _sleeps(host: Host) -> bool:
+def sleeps(host: Host) -> bool:
     def state(unit: str) -> str:
         return unit_properties(host, unit, "ActiveState").get("ActiveState", "")
 
@@ -242,7 +242,7 @@ class _Planner:
         if not observe_gpus(self.host, with_smi=False).pci:
             self.plan.gpu = False
             return self.plan
-        if _sleeps(self.host):
+        if sleeps(self.host):
             self.api = SleepingDocker()
         steps: dict[str, t.Callable[[Options], None]] = {
             "nvidia_driver": self._driver,

@@ -292,7 +292,7 @@ class NgcLogin(Resource[DockerConfig]):
             self.check_reference = ImageReference.parse(text, "check_repository")
             self._check_tag = ":" in text.rsplit("/", 1)[-1] or "@" in text
         self._client = client
-        self._checked = False
+        self.checked = False
 
     def observe(self, host: Host) -> DockerConfig:
         return read_docker_config(host, find_account(host, self.docker_user), self.registry)
@@ -402,7 +402,7 @@ class NgcLogin(Resource[DockerConfig]):
         Raises:
             FleetError: As :meth:`._registry.RegistryClient.check_credentials`.
         """
-        if not self.key or self._checked:
+        if not self.key or self.checked:
             return
         client = self._client(self.registry, self.username, self.key)
         try:
@@ -411,7 +411,7 @@ class NgcLogin(Resource[DockerConfig]):
             # Read access to the repository is proved by the answer that it lacks this tag.
             if error.reason != "no_such_tag" or self._check_tag:
                 raise
-        self._checked = True
+        self.checked = True
 
     def result(self, state: DockerConfig) -> t.Dict[str, t.Any]:
         """Return values of the module."""

@@ -10,9 +10,12 @@ import json
 import os
 import secrets
 import typing as t
+from dataclasses import dataclass, replace
+from functools import partial
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
+from ._gpu import Gpu
 from ._gpu_loss import lost_gpus
 from ._gpu_placement import place
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
@@ -42,6 +45,7 @@ from ._nim_service_checks import (
     check_port,
     missing_prerequisite,
     unfit,
+    unreadable_directory,
 )
 from ._nim_service_state import (
     SILENCE,
@@ -55,12 +59,29 @@ from ._nim_unit import FETCHED
 from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
 from ._untrusted import json_object
+from ._verdict import OK, Verdict, refusal
 
 Json = t.Dict[str, t.Any]
 
 ENFORCE = GPU_HEALTH[0]
 #: Seconds until the wrapper must have said that it runs.
 WRAPPER_TIMEOUT = 15.0
+
+
+@dataclass(frozen=True)
+class StartCheck:
+    """One question that is settled before a service is started.
+
+    Attributes:
+        model: Name of the model; empty when it is about several.
+        run: Raises :class:`FleetError` when the answer is no.
+        passed: What is true otherwise, as a clause; empty when that is not worth a word.
+    """
+
+    name: str
+    model: str
+    run: t.Callable[[], None]
+    passed: str = ""
 
 
 class NimService(Resource[HostState]):
@@ -130,8 +151,9 @@ class NimService(Resource[HostState]):
         prerequisites = self._missing_prerequisites(state)
         if prerequisites:
             # What cannot work anyway is said before an image is pulled for it.
-            idle = {model.name for model in self.models if model.state == "started" and self._idle(model, state)}
-            self._check_starts(idle, self.placement(state) if state.gpus else {}, set(), state)
+            placed = self.placement(state) if state.gpus else {}
+            for check in self._start_checks(self._idle(state), placed, set(), state):
+                check.run()
             return prerequisites
         check_backend_ports(self.models, state.images)
         configurations = self.configurations(state)
@@ -141,7 +163,8 @@ class NimService(Resource[HostState]):
         restarts = self._restarts(state, configurations)
         gpus = {name: configuration["gpus"] for name, configuration in configurations.items()}
         fetched = {model.name for model in self.models if _fetched(model, configurations, state)}
-        self._check_starts({name for name, _kind, _why in restarts}, gpus, fetched, state)
+        for check in self._start_checks({name for name, _kind, _why in restarts}, gpus, fetched, state):
+            check.run()
         changes = self._plan_directories(state) + self._plan_files(state) + self._plan_key(state)
         for model in self.models:
             if model.state != "started":
@@ -157,33 +180,85 @@ class NimService(Resource[HostState]):
         )
         return changes
 
-    @staticmethod
-    def _idle(model: NimModel, state: HostState) -> bool:
-        service = state.service(model.name)
-        return not service.running and not service.alive
+    def _idle(self, state: HostState) -> set[str]:
+        """Names of models that shall run and do not."""
+        services = [state.service(model.name) for model in self.models if model.state == "started"]
+        return {service.name for service in services if not service.running and not service.alive}
 
-    def _check_starts(
+    def _start_checks(
         self, starting: set[str], gpus: t.Mapping[str, t.Sequence[str]], fetched: t.Collection[str], state: HostState
-    ) -> None:
-        """What keeps services from being started is found before anything is touched; those that run are left alone."""
+    ) -> t.Iterator[StartCheck]:
+        """What keeps services from being started is found before anything is touched; those that run are left alone.
+
+        Args:
+            gpus: Given to each model; a model without an entry is not judged by them.
+            fetched: Names of models whose files are there.
+        """
         models = [model for model in self.models if model.name in starting]
         leaving = starting | {model.name for model in self.models if model.state != "started"}
         for model in models:
-            check_address(model, state)
-            check_port(model, self.models, state)
+            port = "port %d on %s" % (model.port, model.bind_address)
+            yield StartCheck("address", model.name, partial(check_address, model, state))
+            yield StartCheck("port", model.name, partial(check_port, model, self.models, state), "%s is free" % port)
             given = gpus.get(model.name, ())
             if self.health == ENFORCE:
-                check_gpu_health(model, given, state)
-            check_gpu_memory(model, given, leaving, state)
+                fit = "its GPUs are fit for service" if given else ""
+                yield StartCheck("gpu_health", model.name, partial(check_gpu_health, model, given, state), fit)
+            yield StartCheck("gpu_memory", model.name, partial(check_gpu_memory, model, given, leaving, state))
             if given:
-                check_profile_of(
-                    model,
-                    state.profiles(model),
-                    given_gpus(given, state.gpus),
-                    state.devices,
-                    requested_count(model.gpus, len(state.gpus)),
+                count = requested_count(model.gpus, len(state.gpus))
+                here = given_gpus(given, state.gpus)
+                profile = partial(check_profile_of, model, state.profiles(model), here, state.devices, count)
+                yield StartCheck("profile", model.name, profile)
+        yield StartCheck("disk", "", partial(check_disk, models, fetched, state))
+
+    def preflight(self, state: HostState) -> list[Verdict]:
+        """What would keep the services from being set up and started, one verdict a check, all of them together."""
+        verdicts: list[Verdict] = []
+
+        def judge(check: StartCheck) -> None:
+            try:
+                check.run()
+            except FleetError as error:
+                verdicts.append(refusal(check.name, error, check.model))
+                return
+            if check.passed:
+                verdicts.append(
+                    Verdict(check.name, OK, "Model %s: %s." % (check.model, check.passed), "", "", "", check.model)
                 )
-        check_disk(models, fetched, state)
+
+        models = [model for model in self.models if model.state != "absent" and not self.remove_all]
+        for model in models:
+            judge(StartCheck("directories", model.name, partial(self._check_directories, model, state)))
+            if model.state == "started":
+                judge(StartCheck("mask", model.name, partial(check_mask, model, state)))
+        judge(StartCheck("port", "", partial(check_backend_ports, models, state.images)))
+        placed: dict[str, tuple[str, ...]] = {}
+        seen = state if state.gpus else replace(state, gpus=_gpus_on_the_bus(state.devices))
+        try:
+            # Without a driver nobody knows the UUIDs.
+            placed = self.placement(seen, [model for model in models if state.gpus or not _names_uuids(model)])
+        except FleetError as error:
+            verdicts.append(refusal("gpus", error, str(error.facts.get("model", ""))))
+        starting, fetched = self._idle(state), set()
+        if state.gpus and placed and not any(missing_prerequisite(model, state, self.injection)[0] for model in models):
+            configurations = self.configurations(state)
+            starting = {name for name, _kind, _why in self._restarts(state, configurations)}
+            fetched = {model.name for model in models if _fetched(model, configurations, state)}
+        for check in self._start_checks(starting, placed, fetched, seen):
+            judge(check)
+        for model in models:
+            if model.state == "started" and model.name not in starting:
+                verdicts.append(
+                    Verdict("service", OK, "Model %s runs, or is being started." % model.name, subject=model.name)
+                )
+        return verdicts
+
+    @staticmethod
+    def _check_directories(model: NimModel, state: HostState) -> None:
+        message = unreadable_directory(model, state)
+        if message:
+            raise FleetError("directory_missing", "Service %s cannot be set up: %s" % (model.name, message))
 
     def configurations(self, state: HostState) -> dict[str, Json]:
         """What ``/etc/nim/<name>.json`` must hold for every model that is not absent."""
@@ -201,13 +276,13 @@ class NimService(Resource[HostState]):
             if model.state != "absent"
         }
 
-    def placement(self, state: HostState) -> dict[str, tuple[str, ...]]:
-        """UUIDs of the GPUs of every model that is not absent.
+    def placement(self, state: HostState, models: t.Sequence[NimModel] | None = None) -> dict[str, tuple[str, ...]]:
+        """UUIDs of the GPUs of every model that is not absent, or of these models.
 
         Raises:
             FleetError: ``gpus_unavailable``.
         """
-        wanted = [model for model in self.models if model.state != "absent"]
+        wanted = [model for model in self.models if model.state != "absent"] if models is None else models
         return place(state.wishes(wanted), state.gpus, state.unlisted(self.models), state.topology)
 
     def _secrets(self, model: NimModel, state: HostState) -> Secrets:
@@ -771,6 +846,18 @@ class NimService(Resource[HostState]):
                 }
             )
         return {"services": services, "orphans": orphans, "warnings": warnings}
+
+
+def _names_uuids(model: NimModel) -> bool:
+    return isinstance(model.gpus, tuple) and not all(name.isdigit() for name in model.gpus)
+
+
+def _gpus_on_the_bus(addresses: t.Iterable[str]) -> tuple[Gpu, ...]:
+    """GPUs of which no driver tells more than that they are there, by their PCI addresses."""
+    return tuple(
+        Gpu(number, bdf, "", "", "", None, None, None, "", "", None, bdf)
+        for number, bdf in enumerate(sorted(addresses))
+    )
 
 
 def _fetched(model: NimModel, configurations: t.Mapping[str, Json], state: HostState) -> bool:

@@ -33,11 +33,17 @@ def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> t
             "image_missing",
             "Image %s is not on this host; pull it with gpu_fleet.nim.nim_image first." % model.image,
         )
+    message = unreadable_directory(model, state)
+    return ("directory_missing", message) if message else ("", "")
+
+
+def unreadable_directory(model: NimModel, state: HostState) -> str:
+    """Why files that must be there already could not be read by the container; empty when they can."""
     for option in ("weights_directory", "lora_directory"):
         message = _unreadable(option, getattr(model, option), model, state)
         if message:
-            return "directory_missing", message
-    return "", ""
+            return message
+    return ""
 
 
 def check_mask(model: NimModel, state: HostState) -> None:
@@ -164,7 +170,7 @@ def check_gpu_memory(model: NimModel, uuids: t.Sequence[str], leaving: t.Collect
             total, free, users = gpu.memory_total_mib, _free_mib(gpu, leaving, state), _staying(gpu, leaving, state)
         if free is None or free >= needed:
             continue
-        who = "; it is held by %s" % ", ".join(user.describe() for user in users) if users else ""
+        who = ", held by %s" % ", ".join(user.describe() for user in users) if users else ""
         raise FleetError(
             "gpu_memory",
             "Model %s needs %d MiB of free memory (gpu_memory) on each of its GPUs, and %s%s has %d MiB of %s MiB free%s; "

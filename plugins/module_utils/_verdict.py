@@ -54,7 +54,7 @@ class Verdict:
 
 def refusal(check: str, error: FleetError, subject: str = "") -> Verdict:
     """The error with which a resource refuses to go on, as a verdict; its sentence names the remedy after a semicolon."""
-    message, _separator, remedy = error.message.partition("; ")
+    message, _separator, remedy = error.message.replace(" Nothing was changed.", "").partition("; ")
     return Verdict(check, REFUSED, message.rstrip(".") + ".", remedy.rstrip("."), error.reason, subject=subject)
 
 

@@ -304,7 +304,7 @@ def test_memory_that_is_not_free(machine: Machine) -> None:
     error = failure(machine, llama(gpus=[0], gpu_memory="80GB"))
     assert error.reason == "gpu_memory"
     assert "needs 81920 MiB of free memory" in error.message
-    assert "43000 MiB of 143771 MiB free; it is held by python3 (pid 812): 100000 MiB; stop that" in error.message
+    assert "43000 MiB of 143771 MiB free, held by python3 (pid 812): 100000 MiB; stop that" in error.message
     assert "key" not in error.message
     assert (error.facts["needed_mib"], error.facts["free_mib"]) == (81920, 43000)
     machine.converge(llama(gpus=[1], gpu_memory="80GB"))

@@ -1,0 +1,258 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What cannot work on a host, found out in seconds: before a byte is pulled and before a service is touched.
+
+No rule stands here: the resources say what they would refuse, the registry says which images it hands out, and the GPUs say
+what condition they are in. The host is only looked at, and need not have a driver or Docker yet.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from ._disk_space import check_space, file_systems
+from ._docker_api import DockerApi
+from ._errors import FleetError
+from ._gpu import GpuInventory, observe_gpus
+from ._gpu_health import gpu_health, read_kernel_log
+from ._host import Host
+from ._host_plan import HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
+from ._image_pull import amount
+from ._ngc_login import NgcLogin
+from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, requirements_off
+from ._nim_models import parse_models
+from ._nim_service import ENFORCE, NimService
+from ._nvidia_driver import NvidiaDriver
+from ._options import CHAIN
+from ._registry import RegistryClient
+from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst
+
+Options = t.Mapping[str, t.Any]
+
+#: Resources that can be judged before they are there.
+JUDGED = tuple(name for name in CHAIN if name != "nim_health")
+#: Judged one by one below, and not by their plan as a whole.
+_OWN_CHECKS = ("nim_image", "nim_service")
+
+
+def preflight(
+    host: Host,
+    wanted: t.Mapping[str, Options | None],
+    api: DockerApi | None = None,
+    client: t.Callable[..., RegistryClient] = RegistryClient,
+) -> list[Verdict]:
+    """Verdicts on a host, on its GPUs and on what is wanted there, the worst first.
+
+    Args:
+        wanted: Resource -> options of the module of the same name; what is missing or None is not judged.
+        api: Docker of the host.
+    """
+    found = _Preflight(ReadOnlyHost(host), wanted, api or DockerApi(), client).run()
+    order = (REFUSED, WARNING, UNKNOWN, OK)
+    return sorted(found, key=lambda verdict: order.index(verdict.verdict))
+
+
+def stands_in_the_way(verdicts: t.Iterable[Verdict]) -> list[Verdict]:
+    """The refusals that a run would meet.
+
+    Those of GPUs are none: a service that is to be started on one is refused for it, and one that runs is left alone.
+    """
+    gpus = ("nvml", "gpu_count")
+    return [
+        verdict for verdict in verdicts if verdict.verdict == REFUSED and not verdict.gpu and verdict.check not in gpus
+    ]
+
+
+def result(verdicts: t.Sequence[Verdict]) -> dict[str, t.Any]:
+    """Return values of the module."""
+    return {
+        "verdict": worst(verdicts),
+        "checks": [verdict.as_dict() for verdict in verdicts],
+    }
+
+
+class _Preflight:
+    def __init__(
+        self,
+        host: Host,
+        wanted: t.Mapping[str, Options | None],
+        api: DockerApi,
+        client: t.Callable[..., RegistryClient],
+    ) -> None:
+        self.host = host
+        self.wanted = {
+            name: dict(options) for name, options in wanted.items() if options is not None and name in JUDGED
+        }
+        self.api = api
+        self.client = client
+        self.found: list[Verdict] = []
+
+    def run(self) -> list[Verdict]:
+        inventory = observe_gpus(self.host)
+        if not inventory.pci:
+            self._no_gpu()
+            return self.found
+        if sleeps(self.host):
+            # Asking it would start it, and a preflight changes nothing.
+            self.api = SleepingDocker()
+        self._resources()
+        self.found += gpu_health(inventory, read_kernel_log(self.host) if inventory.driver else None)
+        for name, check, step in (
+            ("ngc_login", "key", self._login),
+            ("nim_image", "image", lambda options: self._images(options, inventory)),
+            ("nim_service", "service", self._services),
+        ):
+            if name not in self.wanted:
+                continue
+            try:
+                step(self.wanted[name])
+            except FleetError as error:
+                self.found.append(refusal(check, error))
+        return self.found
+
+    def _no_gpu(self) -> None:
+        models = [entry.get("name") for entry in (self.wanted.get("nim_service") or {}).get("models") or []]
+        self.found.append(
+            Verdict(
+                "gpu",
+                WARNING if models else OK,
+                "This host has no NVIDIA GPU on its PCI bus, so it is left as it is%s."
+                % (" and does not serve %s" % ", ".join(map(str, models)) if models else ""),
+                "take it out of the inventory's group, or look whether its GPUs are seated and passed through"
+                if models
+                else "",
+                "no_gpu",
+            )
+        )
+
+    def _resources(self) -> None:
+        """What each resource would refuse or leave out, as its plan says."""
+        names = [name for name in JUDGED if name in self.wanted and name not in _OWN_CHECKS]
+        plan: HostPlan = plan_host(self.host, {name: self.wanted[name] for name in names}, self.api)
+        for error in plan.errors:
+            # Told once, where it comes from.
+            if not error.after:
+                self.found.append(refusal(error.resource, FleetError(error.reason, error.message)))
+        left_out: dict[tuple[str, str], list[str]] = {}
+        for one in plan.planned:
+            if one.change.blocked:
+                left_out.setdefault((one.change.resource, one.change.blocked), []).append(one.change.what)
+        for (resource, why), what in left_out.items():
+            self.found.append(
+                Verdict(
+                    resource, WARNING, "%s would be left out: %s." % (", ".join(what), why.rstrip(".")), "", "blocked"
+                )
+            )
+        troubled = {verdict.check for verdict in self.found}
+        for name in names:
+            if name not in troubled:
+                todo = any(one.change.resource == name for one in plan.planned)
+                text = "%s can be set up." if todo else "%s is as wanted."
+                self.found.append(Verdict(name, OK, text % name))
+
+    def _login(self, options: Options) -> None:
+        """Whether the registry takes the key that would be stored; one that is stored already is proved by the images."""
+        login = NgcLogin(**options, client=self.client)
+        if not login.key:
+            return
+        login.precheck(self.host)
+        if login.checked:
+            self.found.append(Verdict("key", OK, "%s accepts the key." % login.registry))
+
+    # -- images ---------------------------------------------------------------------------------------
+
+    def _images(self, options: Options, inventory: GpuInventory) -> None:
+        resource = NimImages(**options, api=self.api, client=self.client)
+        expected = self._expected_driver(inventory)
+        unknown = inventory.driver is None and expected is None
+        tasks: list[PullTask] = []
+        for wanted in list(resource.wanted):
+            if wanted.state != "present":
+                continue
+            name = str(wanted.reference)
+            # One at a time: what is wrong with one hides no other.
+            resource.wanted = [wanted]
+            try:
+                environment, task = self._look_up(resource)
+            except FleetError as error:
+                self.found.append(refusal("image", error, name))
+                continue
+            if task is None:
+                self.found.append(Verdict("image", OK, "%s is on the host." % name, subject=name))
+            else:
+                tasks.append(task)
+                text = "The registry hands out %s: %s to download." % (name, amount(task.found.compressed_size))
+                self.found.append(Verdict("image", OK, text, subject=name))
+            if not wanted.check_requirement or requirements_off(self.host):
+                continue
+            try:
+                resource.check_requirement(environment, inventory, name, expected)
+            except FleetError as error:
+                self.found.append(refusal("requirement", error, name))
+                continue
+            if unknown:
+                text = "No driver is loaded and none is wanted, so what %s requires of it is not judged." % name
+                self.found.append(Verdict("requirement", UNKNOWN, text, "", "driver_not_loaded", subject=name))
+            else:
+                text = "The driver satisfies what %s requires." % name
+                self.found.append(Verdict("requirement", OK, text, subject=name))
+        self._disk(resource, tasks)
+
+    def _look_up(self, resource: NimImages) -> tuple[t.Mapping[str, str], PullTask | None]:
+        """Environment of the one image, and what is to be pulled; None when it is on the host."""
+        state = resource.observe(self.host)
+        for change in resource.plan(state):
+            if change.action == "pull":
+                task = resource.find(self.host, change)
+                return task.found.environment, task
+        return environment_of(state.images[0].local), None
+
+    def _disk(self, resource: NimImages, tasks: t.Sequence[PullTask]) -> None:
+        for system in file_systems(self.host, resource.space_needs(self.host, tasks)):
+            try:
+                check_space([system])
+            except FleetError as error:
+                self.found.append(refusal("disk", error))
+                continue
+            needed = sum(need.size for need in system.needs)
+            text = "%s has %s free; about %s will be taken." % (system.mount, amount(system.free), amount(needed))
+            self.found.append(Verdict("disk", OK, text))
+
+    def _expected_driver(self, inventory: GpuInventory) -> ExpectedDriver | None:
+        """The driver that will be there when the images are started, where it is not the loaded one."""
+        loaded = inventory.driver.version if inventory.driver else ""
+        options = self.wanted.get("nvidia_driver")
+        if options is None:
+            return None
+        try:
+            driver = NvidiaDriver(**options)
+            state = driver.observe(self.host)
+            renewed = any(change.action == "packages" for change in driver.plan(state))
+        except FleetError:
+            # Told as the verdict on that resource.
+            return None
+        if renewed:
+            # Which release of the branch it will be is not known: the newest that there can be is assumed.
+            version = driver.version or driver.branch + ".999"
+            words = "this host is to get driver %s" % (driver.version or "branch " + driver.branch)
+            return ExpectedDriver(version, words)
+        installed = state.on_disk or state.user_space
+        if installed and installed != loaded:
+            return ExpectedDriver(installed, "this host has driver %s installed, which is to be loaded" % installed)
+        return None
+
+    # -- services ---------------------------------------------------------------------------------------
+
+    def _services(self, options: Options) -> None:
+        service = NimService(
+            parse_models(options.get("models") or [], variable="models"),
+            key=options.get("ngc_api_key"),
+            key_state=options.get("ngc_key_state") or "present",
+            injection=options.get("gpu_injection") or "runtime",
+            health=options.get("gpu_health") or ENFORCE,
+            remove_all=options.get("state") == "absent",
+            api=self.api,
+        )
+        self.found += service.preflight(service.observe(self.host))
