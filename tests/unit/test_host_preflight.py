@@ -1,0 +1,335 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What cannot work on a host: bare, without a GPU, serving, broken in places."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing as t
+
+import pytest
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight import (
+    JUDGED,
+    preflight,
+    stands_in_the_way,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
+    OK,
+    REFUSED,
+    UNKNOWN,
+    WARNING,
+    Verdict,
+    worst,
+)
+from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_preflight
+from driver_world import DriverWorld
+from fake_host import FakeHost
+from image_world import FakeClient
+from nim_machine import KEY, LLAMA, NEMO, SMI, ZERO, Machine, llama, nemo
+from test_host_plan import Down, everything
+
+
+@pytest.fixture(autouse=True)
+def registry() -> t.Iterator[dict[str, t.Any]]:
+    """Answers of the registry by image; an error is raised, a dictionary is the image."""
+    FakeClient.tags = {}
+    FakeClient.asked = []
+    yield FakeClient.tags
+    FakeClient.tags = {}
+
+
+class Client(FakeClient):
+    """A registry that takes every key but one."""
+
+    def check_credentials(self, reference: t.Any) -> None:
+        if self.login[1].endswith("bad"):
+            raise FleetError("bad_key", "nvcr.io does not take the key; make a new one.")
+
+
+def judge(host: FakeHost, wanted: dict[str, t.Any], api: t.Any = None) -> list[Verdict]:
+    before = (dict(host.files), dict(host.modes), set(host.dirs), dict(host.links))
+    found = preflight(host, wanted, api or Down(), t.cast(t.Any, Client))
+    assert (host.files, host.modes, host.dirs, host.links) == before
+    for verdict in found:
+        # Nobody is left alone with a refusal, and nothing that is fine has a reason.
+        assert bool(verdict.reason) == (verdict.verdict != OK), verdict
+        assert verdict.remedy or verdict.verdict != REFUSED, verdict
+    assert KEY not in repr(found)
+    return found
+
+
+def bad(found: list[Verdict]) -> list[tuple[str, str, str]]:
+    return [(verdict.check, verdict.subject, verdict.reason) for verdict in found if verdict.verdict == REFUSED]
+
+
+def one(found: list[Verdict], check: str, subject: str = "") -> Verdict:
+    (verdict,) = [verdict for verdict in found if (verdict.check, verdict.subject) == (check, subject)]
+    return verdict
+
+
+@pytest.fixture
+def bare() -> DriverWorld:
+    """A GPU host as it comes: no driver, no Docker."""
+    world = DriverWorld(gpus=2)
+    no_unit = "LoadState=not-found\nActiveState=inactive\n"
+    docker = {"systemctl show *docker.service": no_unit, "systemctl show *docker.socket": no_unit}
+    world.commands = {
+        **docker,
+        "systemctl is-active *": "active\n",
+        "systemctl show --property Id*": "",
+        **world.commands,
+    }
+    world.files["/etc/passwd"] = b"root:x:0:0::/root:/bin/sh\nops:x:1000:1000::/home/ops:/bin/sh\n"
+    return world
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine(monkeypatch)
+    monkeypatch.setattr(_host_preflight, "observe_gpus", lambda host: machine.inventory)
+    _cuda, version, gpus = parse_smi(SMI.read_text())
+    machine.inventory = GpuInventory(
+        pci=tuple(PciGpu(gpu.bdf, "2335", "Hopper", "nvidia") for gpu in gpus),
+        driver=LoadedDriver(version, "open", True),
+        gpus=gpus,
+        smi_driver_version=version,
+        cuda_version="13.0",
+    )
+    machine.host.commands["systemctl show -p*"] = "LoadState=loaded\nActiveState=active\n"
+    machine.host.commands["dmesg"] = ""
+    return machine
+
+
+def models(*wanted: dict[str, t.Any], **options: t.Any) -> dict[str, t.Any]:
+    return {
+        "nim_image": {"images": [{"image": model["image"]} for model in wanted], "api_key": KEY},
+        "nim_service": {"models": list(wanted), "ngc_api_key": KEY, **options},
+    }
+
+
+# -- bare hosts -----------------------------------------------------------------------------------
+
+
+def test_a_bare_host_that_can_be_set_up(bare: DriverWorld) -> None:
+    found = judge(bare, everything(llama()))
+    assert bad(found) == []
+    assert one(found, "nvml").verdict == UNKNOWN
+    assert one(found, "image", LLAMA).message == "The registry hands out %s: 2.8 GB to download." % LLAMA
+    assert one(found, "requirement", LLAMA).verdict == OK
+    assert one(found, "port", "llama").message == "Model llama: port 8000 on 0.0.0.0 is free."
+    assert "about 9.2 GB will be taken" in one(found, "disk").message
+    assert one(found, "key").message == "nvcr.io accepts the key."
+    assert {verdict.check for verdict in found} >= set(JUDGED) - {"nim_image", "nim_service"}
+    assert FakeClient.asked == [(LLAMA, "$oauthtoken", KEY)] or FakeClient.asked[0][0] == LLAMA
+
+
+def test_an_image_is_judged_by_the_driver_that_is_wanted(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
+    registry[LLAMA] = {"environment": {"NVIDIA_REQUIRE_CUDA": "cuda>=12.8"}}
+    found = judge(bare, everything(llama(), nvidia_driver={"branch": "535"}))
+    refused = one(found, "requirement", LLAMA)
+    assert (refused.verdict, refused.reason) == (REFUSED, "requirement")
+    assert "this host is to get driver branch 535" in refused.sentence
+    assert "needs a driver of branch 570 or newer" in refused.sentence
+    assert "set nvidia_driver_branch to '570'" in refused.remedy
+    assert one(judge(bare, everything(llama(), nvidia_driver={"branch": "570"})), "requirement", LLAMA).verdict == OK
+    # Nobody says which driver it is to be.
+    found = judge(bare, {name: value for name, value in everything(llama()).items() if "driver" not in name})
+    assert one(found, "requirement", LLAMA).verdict == UNKNOWN
+
+
+def test_a_driver_that_is_installed_and_not_loaded_counts(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
+    registry[LLAMA] = {"environment": {"NVIDIA_REQUIRE_CUDA": "cuda>=13.1"}}
+    bare.install_driver("580.95.05", loaded=False)
+    assert "driver 580.95.05 installed" in one(judge(bare, everything(llama())), "requirement", LLAMA).sentence
+
+
+def test_a_driver_older_than_the_image_allows(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
+    registry[LLAMA] = {"environment": {"NVIDIA_REQUIRE_CUDA": "cuda>=13.1"}}
+    bare.install_driver("580.95.05")
+    found = judge(bare, everything(llama()))
+    assert "this host runs 580.95.05 (CUDA 13.0)" in one(found, "requirement", LLAMA).sentence
+    # It may be switched off for an image.
+    wanted = everything(llama())
+    wanted["nim_image"]["images"][0]["check_requirement"] = False
+    assert all(verdict.check != "requirement" for verdict in judge(bare, wanted))
+
+
+@pytest.mark.parametrize("reason", ["bad_key", "no_entitlement", "no_such_tag", "registry_unreachable", "architecture"])
+def test_what_the_registry_refuses(bare: DriverWorld, registry: dict[str, t.Any], reason: str) -> None:
+    registry[LLAMA] = FleetError(reason, "The registry says no; do something about it.")
+    found = judge(bare, everything(llama(), nemo()))
+    assert bad(found) == [("image", LLAMA, reason)]
+    assert (found[0].message, found[0].remedy) == ("The registry says no.", "do something about it")
+    # One image hides no other.
+    assert one(found, "image", NEMO).verdict == OK
+
+
+def test_a_key_that_is_not_taken(bare: DriverWorld) -> None:
+    found = judge(bare, {"ngc_login": {"api_key": "nvapi-0123456789-bad"}})
+    assert bad(found) == [("key", "", "bad_key")]
+    assert judge(bare, {"ngc_login": {"api_key": ""}})[0].check != "key"
+
+
+def test_a_disk_that_is_too_small(bare: DriverWorld) -> None:
+    bare.free = 5 * 10**9
+    wanted = everything(llama(disk_space="20GB"))
+    wanted["nim_image"]["images"][0].update(disk_space="20GB", cache_directory="/var/lib/nim/cache/llama")
+    found = judge(bare, wanted)
+    assert {entry[0] for entry in bad(found)} == {"disk"}
+    assert any("needs about 30.7 GB" in verdict.message for verdict in found)
+
+
+def test_what_a_resource_refuses(bare: DriverWorld) -> None:
+    bare.files["/usr/bin/nvidia-uninstall"] = b""
+    bare.files["/etc/docker/daemon.json"] = b"{"
+    found = judge(bare, everything(llama()))
+    assert bad(found) == [
+        ("nvidia_driver", "", "runfile_driver"),
+        ("docker_daemon", "", "daemon_json_invalid"),
+    ]
+    assert one(found, "docker_engine").message == "docker_engine can be set up."
+
+
+def test_more_gpus_than_are_on_the_bus(bare: DriverWorld) -> None:
+    found = judge(bare, models(llama(gpus=2), nemo(gpus=1)))
+    assert bad(found) == [("gpus", "nemo", "gpus_unavailable")]
+    assert "memory not told" in one(found, "gpus", "nemo").sentence
+    # UUIDs are known to the driver alone.
+    assert bad(judge(bare, models(llama(gpus=[ZERO]), nemo(gpus=[1])))) == []
+    assert bad(judge(bare, models(llama(gpus=[2])))) == [("gpus", "llama", "gpus_unavailable")]
+
+
+def test_a_port_that_is_held(bare: DriverWorld) -> None:
+    Machine.listen(t.cast(t.Any, type("M", (), {"host": bare})), 8000, 977, "nginx")
+    refused = one(judge(bare, models(llama())), "port", "llama")
+    assert (refused.verdict, refused.reason) == (REFUSED, "port_in_use")
+    assert "nginx (pid 977) of unit nginx.service" in refused.message
+    assert refused.remedy == "stop that first, or give the model another port"
+
+
+def test_a_host_without_a_gpu(host: FakeHost) -> None:
+    (found,) = judge(host, everything(llama(), nemo()))
+    assert (found.check, found.verdict, found.reason) == ("gpu", WARNING, "no_gpu")
+    assert "does not serve llama, nemo" in found.message
+    assert host.calls == [] and FakeClient.asked == []
+    assert [verdict.verdict for verdict in preflight(host, everything(), t.cast(t.Any, Down()))] == [OK]
+
+
+# -- serving hosts ----------------------------------------------------------------------------------
+
+
+def unfit(machine: Machine, element: str, value: str) -> None:
+    head, end, rest = SMI.read_text().partition("</gpu>")
+    xml = re.sub(r"<%s>[^<]*<" % element, "<%s>%s<" % (element, value), head) + end + rest
+    machine.inventory = GpuInventory(
+        pci=machine.inventory.pci,
+        driver=machine.inventory.driver,
+        gpus=parse_smi(xml)[2],
+        smi_driver_version="580.159.04",
+        cuda_version="13.0",
+    )
+
+
+def test_a_host_that_can_serve(serving: Machine) -> None:
+    found = judge(serving.host, models(llama(), nemo()), serving.api)
+    assert worst(found) == OK
+    assert one(found, "image", LLAMA).message == "%s is on the host." % LLAMA
+    assert FakeClient.asked == []
+    assert one(found, "gpu_health", "llama").message == "Model llama: its GPUs are fit for service."
+    serving.converge(llama(), nemo(), key=KEY)
+    found = judge(serving.host, models(llama(), nemo()), serving.api)
+    assert worst(found) == OK
+    assert one(found, "service", "llama").message == "Model llama runs, or is being started."
+
+
+def test_a_gpu_that_is_not_fit(serving: Machine) -> None:
+    unfit(serving, "remapped_row_pending", "Yes")
+    found = judge(serving.host, models(llama(gpus=[0]), nemo(gpus=[1])), serving.api)
+    assert bad(found) == [("memory_repair", "", "row_remap_pending"), ("gpu_health", "llama", "row_remap_pending")]
+    assert found[0].gpu == ZERO
+    assert [verdict.check for verdict in stands_in_the_way(found)] == ["gpu_health"]
+    # Nobody is to be started on it: the GPU is bad all the same, and no run is stopped by it.
+    found = judge(serving.host, models(nemo(gpus=[1])), serving.api)
+    assert bad(found) == [("memory_repair", "", "row_remap_pending")]
+    assert stands_in_the_way(found) == []
+    found = judge(serving.host, models(llama(gpus=[0]), gpu_health="warn"), serving.api)
+    assert stands_in_the_way(found) == []
+
+
+def test_a_service_that_runs_on_an_unfit_gpu_does_not_stop_a_run(serving: Machine) -> None:
+    serving.converge(llama(gpus=[0]), key=KEY)
+    unfit(serving, "gpu_recovery_action", "Node Reboot")
+    found = judge(serving.host, models(llama(gpus=[0])), serving.api)
+    assert bad(found) == [("recovery_action", "", "recovery_action")]
+    assert stands_in_the_way(found) == []
+
+
+def test_everything_about_models_is_said_at_once(serving: Machine) -> None:
+    serving.listen(8000, 977, "nginx")
+    wanted = models(
+        llama(gpus=[0], gpu_memory="143500MiB", weights_directory="/srv/none"),
+        nemo(gpus=[1], disk_space="9TB", bind_address="10.9.9.9"),
+    )
+    serving.host.files["/proc/net/fib_trie"] = b"  |-- 127.0.0.1\n     /32 host LOCAL\n"
+    found = judge(serving.host, wanted, serving.api)
+    assert sorted(bad(found)) == [
+        ("address", "nemo", "no_such_address"),
+        ("directories", "llama", "directory_missing"),
+        ("disk", "", "disk_full"),
+        ("gpu_memory", "llama", "gpu_memory"),
+        ("port", "llama", "port_in_use"),
+    ]
+
+
+def test_xids_are_looked_for(serving: Machine) -> None:
+    serving.host.commands = {
+        "journalctl --dmesg *": "NVRM: Xid (PCI:0000:00:06): 74, pid=1\n",
+        **serving.host.commands,
+    }
+    found = judge(serving.host, models(llama()), serving.api)
+    (warned,) = [verdict for verdict in found if verdict.verdict == WARNING]
+    assert (warned.check, warned.gpu) == ("xid", ZERO)
+
+
+def test_wrong_options_are_verdicts(serving: Machine) -> None:
+    found = judge(serving.host, models(llama(), llama(port=8001)), serving.api)
+    assert ("service", "", "invalid_option") in bad(found)
+
+
+# -- the module -------------------------------------------------------------------------------------
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: FakeHost, **options: t.Any
+) -> dict[str, t.Any]:
+    monkeypatch.setattr(gpu_host_preflight, "Host", lambda: host)
+    monkeypatch.setattr(
+        gpu_host_preflight,
+        "preflight",
+        lambda host, wanted: preflight(host, wanted, t.cast(t.Any, Down()), t.cast(t.Any, Client)),
+    )
+    with patch_module_args({"_ansible_check_mode": True, **options}), pytest.raises(SystemExit):
+        gpu_host_preflight.main()
+    printed = capsys.readouterr().out
+    assert KEY not in printed
+    return t.cast("dict[str, t.Any]", json.loads(printed))
+
+
+def test_module(bare: DriverWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = run(monkeypatch, capsys, bare, **everything(llama()))
+    assert (answer["changed"], answer["verdict"]) == (False, UNKNOWN)
+    assert set(answer["checks"][0]) == {"check", "verdict", "message", "remedy", "reason", "gpu", "subject"}
+    Machine.listen(t.cast(t.Any, type("M", (), {"host": bare})), 8000, 977, "nginx")
+    answer = run(monkeypatch, capsys, bare, **everything(llama()))
+    assert ("failed" in answer, answer["verdict"], answer["checks"][0]["reason"]) == (False, REFUSED, "port_in_use")
+    answer = run(monkeypatch, capsys, bare, fail_on_refusal=True, **everything(llama()))
+    assert (answer["failed"], answer["changed"], answer["reason"]) == (True, False, "port_in_use")
+    assert answer["msg"].startswith("Model llama cannot have port 8000 on 0.0.0.0: it is held by nginx (pid 977)")
+    assert answer["checks"]
+    answer = run(monkeypatch, capsys, bare, nim_service={"models": [llama()], "no_such": 1})
+    assert (answer["failed"], answer["reason"]) == (True, "invalid_option")
