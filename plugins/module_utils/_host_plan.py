@@ -26,7 +26,7 @@ from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
 from ._nim_paths import MAINTENANCE_FILE
 from ._nim_process_state import read_word
-from ._nim_service import NimService
+from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
 from ._nvidia_driver import NvidiaDriver
@@ -47,6 +47,10 @@ _SERVICE_NEEDS = {
     "runtime_missing": ("nvidia_container_toolkit", "docker_daemon", "docker_engine"),
     "image_missing": ("nim_image",),
 }
+
+
+#: Resources that load the driver anew.
+DRIVER = ("nvidia_driver", "nvidia_driver_reload")
 
 
 class ReadOnlyHost(LookedAtOnce):
@@ -436,7 +440,8 @@ class _Planner:
             key=options.get("ngc_api_key"),
             key_state=options.get("ngc_key_state") or "present",
             injection=options.get("gpu_injection") or "runtime",
-            health=options.get("gpu_health") or "enforce",
+            # A driver that is loaded anew has other GPUs, as far as their condition goes; the run judges them after it.
+            health=WARN if self._unsettled(*DRIVER) else options.get("gpu_health") or ENFORCE,
             remove_all=options.get("state") == "absent",
             api=self.api,
         )

@@ -18,12 +18,12 @@ from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import gpu_health, read_kernel_log
 from ._host import Host
-from ._host_plan import HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
+from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
 from ._image_pull import amount
 from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, requirements_off
 from ._nim_models import parse_models
-from ._nim_service import ENFORCE, NimService
+from ._nim_service import ENFORCE, WARN, NimService
 from ._nvidia_driver import NvidiaDriver
 from ._options import CHAIN
 from ._registry import RegistryClient
@@ -88,6 +88,8 @@ class _Preflight:
         self.api = api
         self.client = client
         self.found: list[Verdict] = []
+        #: Whether the driver is to be loaded anew, and the GPUs' condition with it.
+        self.driver_changes = False
 
     def run(self) -> list[Verdict]:
         inventory = observe_gpus(self.host)
@@ -131,6 +133,7 @@ class _Preflight:
         """What each resource would refuse or leave out, as its plan says."""
         names = [name for name in JUDGED if name in self.wanted and name not in _OWN_CHECKS]
         plan: HostPlan = plan_host(self.host, {name: self.wanted[name] for name in names}, self.api)
+        self.driver_changes = any(one.change.resource in DRIVER for one in plan.planned)
         for error in plan.errors:
             # Told once, where it comes from.
             if not error.after:
@@ -251,7 +254,7 @@ class _Preflight:
             key=options.get("ngc_api_key"),
             key_state=options.get("ngc_key_state") or "present",
             injection=options.get("gpu_injection") or "runtime",
-            health=options.get("gpu_health") or ENFORCE,
+            health=WARN if self.driver_changes else options.get("gpu_health") or ENFORCE,
             remove_all=options.get("state") == "absent",
             api=self.api,
         )

@@ -63,7 +63,7 @@ from ._verdict import OK, Verdict, refusal
 
 Json = t.Dict[str, t.Any]
 
-ENFORCE = GPU_HEALTH[0]
+ENFORCE, WARN = GPU_HEALTH
 #: Seconds until the wrapper must have said that it runs.
 WRAPPER_TIMEOUT = 15.0
 

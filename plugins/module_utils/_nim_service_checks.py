@@ -75,6 +75,9 @@ def check_port(model: NimModel, models: t.Sequence[NimModel], state: HostState) 
         option = _collision(model, listener, state.images)
         if not option or listener.container == model.container:
             continue
+        if not state.docker and (listener.command == "docker-proxy" or listener.unit.startswith("docker-")):
+            # Without the daemon nobody knows whose container it is; it may be the model's own.
+            continue
         other = wanted.get(listener.container)
         if other is not None and (other.state != "started" or not _collision(other, listener, state.images)):
             continue
