@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible.errors import AnsibleActionFail
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_preflight
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
 
@@ -24,8 +25,7 @@ class ActionModule(FleetTableBase):
 
     def conclude(self, rows: list[Row], args: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         hosts = _fleet_preflight.refused(rows)
-        result: dict[str, t.Any] = {"verdict": _fleet_preflight.worst_of(rows), "hosts": hosts}
         if hosts and args["fail_on_refusal"]:
-            result["failed"] = True
-            result["msg"] = "Cannot work, or not known to: %s." % ", ".join(hosts)
-        return result
+            # The rows were shown; printed once more as the result of a failed task they would bury the sentence.
+            raise AnsibleActionFail("Something cannot work, or could not be judged, on %s." % ", ".join(hosts))
+        return {"verdict": _fleet_preflight.worst_of(rows), "hosts": hosts}
