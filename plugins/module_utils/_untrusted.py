@@ -68,7 +68,7 @@ def misfit(value: t.Any, shape: t.Any, where: str = "") -> str:
 
     Args:
         shape: A type, ``[shape]`` for a list, ``{key: shape}`` for a mapping that may have more keys, or :class:`MapOf`.
-            Null and what is missing fit every shape, but not as an entry of a list or of a :class:`MapOf`.
+            Null and what is missing fit every shape, but not as an entry of a list.
     """
     return "" if value is None else _misfit(value, shape, where)
 
@@ -77,7 +77,7 @@ def _misfit(value: t.Any, shape: t.Any, where: str) -> str:
     if isinstance(shape, MapOf):
         if not isinstance(value, dict):
             return _instead(value, "an object", where)
-        return next(filter(None, (_misfit(one, shape.shape, _below(where, key)) for key, one in value.items())), "")
+        return next(filter(None, (misfit(one, shape.shape, _below(where, key)) for key, one in value.items())), "")
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return _instead(value, "an object", where)
