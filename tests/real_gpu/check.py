@@ -78,9 +78,12 @@ class Verification:
                 section()
             except Exception:
                 self.report.check(section.__name__, False, traceback.format_exc())
-        for unit in self.host.systemd.units.values():
-            unit.end()
-        self.engine.end()
+        try:
+            for unit in self.host.systemd.units.values():
+                unit.end()
+            self.engine.end()
+        except Exception:
+            self.report.check("everything is taken down again", False, traceback.format_exc())
         return self.report.end()
 
     # -- the host ---------------------------------------------------------------------------------

@@ -117,9 +117,11 @@ class Engine:
         pid = (self.host.read_text("/run/docker/containerd/containerd.pid") or "").strip()
         if pid.isdigit() and "containerd" in (self.host.read_text("/proc/%s/cmdline" % pid) or ""):
             os.kill(int(pid), signal.SIGTERM)
-        group = "/sys/fs/cgroup/" + CGROUP
-        if os.path.isdir(group):
-            os.rmdir(group)
+        for directory, _inner, _files in os.walk("/sys/fs/cgroup/" + CGROUP, topdown=False):
+            try:
+                os.rmdir(directory)
+            except OSError as error:
+                self.report.note("note", "left in place: %s" % directory, error.strerror)
 
     def _write_cdi(self, path: str, gpus: t.Sequence[Gpu]) -> None:
         """The CDI specification of this machine: from nvidia-ctk, or by hand where there is none."""
