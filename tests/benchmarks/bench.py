@@ -29,6 +29,8 @@ VENV = BUILD / "bench-venv" / "bin"
 SCENARIO = "bench"
 GPUS = "NVIDIA H200:143771:2"
 FLEETS = (1, 10, 200)
+#: From this number of hosts on, they are played: this machine is too small for their side of the work.
+PLAYED = 50
 
 sys.path.insert(0, str(CHECKOUT / "tests/sandbox/world"))
 import control  # noqa: E402  (the sandbox's keys)
@@ -99,10 +101,12 @@ def fresh(*names: str) -> None:
 
 
 def inventory(play: Play, count: int) -> pathlib.Path:
-    """An inventory of ``count`` names that lead to the host of a play."""
+    """An inventory of ``count`` names that lead to the host of a play, or are played."""
     (group,) = json.loads(sandbox("inventory", play.host, "--scenario", SCENARIO, "--json")).values()
     (host,) = group["hosts"].values()
     variables = dict(group["vars"], **VARIABLES)
+    if count >= PLAYED:
+        variables["ansible_connection"] = "replay"
     if play is ROLES:
         models = [dict(model, device=DEVICES[model["name"]]) for model in variables["nim_models"]]
         variables["nim_models"] = models
@@ -113,7 +117,18 @@ def inventory(play: Play, count: int) -> pathlib.Path:
     return path
 
 
-def environment() -> dict[str, str]:
+def answer_of(play: Play) -> pathlib.Path:
+    """What a real host has answered to the one module of a play."""
+    return OUTPUT / ("answer-%s.json" % play.name)
+
+
+def record(play: Play) -> None:
+    text = run(play, options=["-v"])[1]
+    answer = re.findall(r"^ok: \[%s000\] => (\{.*\})$" % play.host, text, re.MULTILINE)[-1]
+    answer_of(play).write_text(json.dumps(json.loads(answer)) + "\n")
+
+
+def environment(play: Play) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
     return dict(
         kept,
@@ -125,7 +140,8 @@ def environment() -> dict[str, str]:
         ANSIBLE_SSH_ARGS="-C -o ControlMaster=auto -o ControlPersist=600s",
         ANSIBLE_SSH_CONTROL_PATH_DIR=str(OUTPUT / "cp"),
         ANSIBLE_NOCOLOR="1",
-        ANSIBLE_LOCALHOST_WARNING="0",
+        ANSIBLE_CONNECTION_PLUGINS=str(HERE / "connection"),
+        BENCH_ANSWER=str(answer_of(play)),
     )
 
 
@@ -139,7 +155,7 @@ def run(play: Play, count: int = 1, *, noop: bool = True, options: Sequence[str]
     log = OUTPUT / ("%s-%d.log" % (play.name, count))
     with log.open("wb") as stream:
         began = time.monotonic()
-        process = subprocess.Popen(command, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment(play), stdout=stream, stderr=subprocess.STDOUT)
         _pid, status, usage = os.wait4(process.pid, 0)
         wall = time.monotonic() - began
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -259,10 +275,12 @@ def noop(rounds: int) -> list[Figure]:
 
 def processor(rounds: int, fleets: Sequence[int]) -> list[Figure]:
     figures = []
+    for play in (SITE, PING):
+        record(play)
     for count in fleets:
         found = turns((SITE, PING), max(3, rounds if count < 100 else 3), count)
         sites, pings = (tuple(1000 * one.cpu / count for one in found[play.name]) for play in (SITE, PING))
-        name = "controller, a host of %d" % count
+        name = "controller, a host of %d%s" % (count, " (played)" if count >= PLAYED else "")
         figures.append(Figure(name, "ms of CPU", "site", "ping", sites, pings, 1.5, False))
     return figures
 
