@@ -106,7 +106,7 @@ unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
 .PHONY: fuzz
 fuzz: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Every parser with fifty times as much damaged input as `make unit`
 	@PYTHONPATH=.build HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -n 2 tests/unit/test_fuzz_*.py tests/unit/test_requirements.py \
-	  tests/unit/test_untrusted.py
+	  tests/unit/test_untrusted.py tests/unit/test_generated_inventories.py
 
 .PHONY: sanity
 sanity: .venv/.stamp ## ansible-test sanity, without ignores
@@ -117,7 +117,7 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install ## The long tables: interruptions at every step, a real dnf on RPM look-alikes, slow starts
+test-full: install fuzz ## The long tables: fuzzing, interruptions at every step, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
