@@ -129,7 +129,12 @@ def test_unknown_manifests_refuse_nothing(machine: Machine) -> None:
     machine.api.images[LLAMA]["GraphDriver"] = {}
     machine.converge(llama(profile="f" * 64))
     assert indices(machine, "llama") == [0]
-    machine.converge(llama(profile=H100, environment={"NIM_MODEL_NAME": "hf://meta/llama"}))
+
+
+def test_a_model_from_elsewhere_may_bring_its_profiles(machine: Machine) -> None:
+    assert failure(machine, llama(profile="f" * 64)).reason == "no_such_profile"
+    machine.converge(llama(profile="f" * 64, environment={"NIM_MODEL_NAME": "hf://meta/llama"}))
+    assert indices(machine, "llama") == [0]
 
 
 def test_unified_memory_and_mig(machine: Machine) -> None:
