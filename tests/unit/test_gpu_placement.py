@@ -225,6 +225,8 @@ def test_topology_is_read() -> None:
     assert topology.between(3, 0) == 104
     assert topology.between(0, 1) == 2 and topology.between(0, 7) == 1
     fixture = Path(__file__).parent / "fixtures" / "h200-single" / "basic.txt"
+    four = parse_topology((fixture.parents[1] / "nvidia-smi" / "topo-h200-x4.txt").read_text())
+    assert four is not None and set(four.nearness.values()) == {118} and len(four.nearness) == 6
     alone = parse_topology(fixture.read_text())
     assert alone is not None and alone.nearness == {}
     assert parse_topology("NVIDIA-SMI has failed") is None
