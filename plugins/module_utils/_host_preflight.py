@@ -188,6 +188,7 @@ class _Preflight:
                 tasks.append(task)
                 text = "The registry hands out %s: %s to download." % (name, amount(task.found.compressed_size))
                 self.found.append(Verdict("image", OK, text, subject=name))
+                self._profiles(resource, task, inventory)
             if not wanted.check_requirement or requirements_off(self.host):
                 continue
             try:
@@ -202,6 +203,18 @@ class _Preflight:
                 text = "The driver satisfies what %s requires." % name
                 self.found.append(Verdict("requirement", OK, text, subject=name))
         self._disk(resource, tasks)
+
+    def _profiles(self, resource: NimImages, task: PullTask, inventory: GpuInventory) -> None:
+        """What the manifest at the registry says of the profiles that models name; of images on the host the service says it."""
+        name = str(task.wanted.reference)
+        try:
+            resource.check_profiles(self.host, task, inventory)
+        except FleetError as error:
+            self.found.append(refusal("profile", error, name))
+            return
+        for wish in task.wanted.profiles:
+            text = "Nothing speaks against profile %s of model %s." % (wish.profile, wish.model)
+            self.found.append(Verdict("profile", OK, text, subject=name))
 
     def _look_up(self, resource: NimImages) -> tuple[t.Mapping[str, str], PullTask | None]:
         """Environment of the one image, and what is to be pulled; None when it is on the host."""

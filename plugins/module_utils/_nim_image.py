@@ -321,7 +321,6 @@ class NimImages(Resource[ImagesState]):
                 ``engine_cannot_pull``, ``docker_unavailable``, ``no_such_profile``, ``profile_unsuitable``.
         """
         tasks = []
-        named: t.List[t.Tuple[PullTask, ImageReference]] = []
         pulls = [change for change in changes if change.action == "pull"]
         if pulls:
             # Without a daemon nothing is pulled.
@@ -334,19 +333,18 @@ class NimImages(Resource[ImagesState]):
         for change in pulls:
             task = self.find(host, change)
             tasks.append(task)
-            if task.wanted.profiles:
-                named.append((task, change.data["reference"]))
             required[str(task.wanted.reference)] = task.found.environment
         for wanted in self.wanted:
             if not wanted.check_requirement:
                 required.pop(str(wanted.reference), None)
         if requirements_off(host):
             required.clear()
+        named = [task for task in tasks if task.wanted.profiles]
         inventory = observe_gpus(host) if required or named else GpuInventory()
         for name, environment in required.items():
             self.check_requirement(environment, inventory, name)
-        for task, reference in named:
-            self.check_profiles(host, task, reference, inventory)
+        for task in named:
+            self.check_profiles(host, task, inventory)
         check_space(file_systems(host, self.space_needs(host, tasks)))
         return tasks
 
@@ -371,7 +369,7 @@ class NimImages(Resource[ImagesState]):
             ) from None
         return PullTask(image.wanted, image.source, found)
 
-    def check_profiles(self, host: Host, task: PullTask, reference: ImageReference, inventory: GpuInventory) -> None:
+    def check_profiles(self, host: Host, task: PullTask, inventory: GpuInventory) -> None:
         """Compare the profiles that models name with the manifest at the registry and with the GPUs.
 
         Raises:
@@ -381,7 +379,7 @@ class NimImages(Resource[ImagesState]):
             # Set up in this very run; the service looks again.
             return
         try:
-            manifest = manifest_at_registry(self.client(host, reference.registry), reference, task.found)
+            manifest = manifest_at_registry(self.client(host, task.source.registry), task.source, task.found)
         except FleetError:
             # What ails the registry is told by the pull.
             manifest = None

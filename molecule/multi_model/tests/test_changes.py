@@ -149,7 +149,10 @@ def test_profiles_of_both_families(tmp_path: pathlib.Path) -> None:
     tasks.append({"name": "registry", module: {"image": "nvcr.io/nim/openai/gpt-oss-20b:2.0.5"}})
     playbook = tmp_path / "profiles.yml"
     playbook.write_text(json.dumps([{"hosts": "gpu_hosts", "gather_facts": False, "become": True, "tasks": tasks}]))
-    before = {host.name: host.run("docker ps -aq --no-trunc; docker images -q --no-trunc") for host in (ONE, TWO)}
+    before = {
+        host.name: host.run("docker ps -aq --no-trunc | sort; docker images -q --no-trunc | sort")
+        for host in (ONE, TWO)
+    }
     run = FLEET.play(playbook)
     for host, family in ((ONE, "1.x"), (TWO, "2.x")):
         listing, manifest, registry = (run.of(host.name, task["name"])[0]["result"] for task in tasks)
@@ -162,7 +165,7 @@ def test_profiles_of_both_families(tmp_path: pathlib.Path) -> None:
         assert told == written and len(told) > 3
         assert {len(answer["gpus"]) for answer in (listing, manifest)} == {2 if host is ONE else 1}
         # No trace of the container.
-        assert host.run("docker ps -aq --no-trunc; docker images -q --no-trunc") == before[host.name]
+        assert host.run("docker ps -aq --no-trunc | sort; docker images -q --no-trunc | sort") == before[host.name]
     fits = {
         host.name: {one["description"]: one["fits"] for one in run.of(host.name, "container")[0]["result"]["profiles"]}
         for host in (ONE, TWO)
@@ -178,26 +181,21 @@ def test_profiles_of_both_families(tmp_path: pathlib.Path) -> None:
 
 def test_a_profile_that_cannot_run_is_refused_before_the_download() -> None:
     before = ONE.identity()
-    images = ONE.run("docker images --no-trunc")
+    images = ONE.run("docker images --quiet --no-trunc | sort")
     larger = "nvcr.io/nim/meta/llama-3.1-70b-instruct:1.3.3"
-    for values, words in (
-        ({"profile": "vllm-bf16-tp2-pp1"}, ["profile vllm-bf16-tp2-pp1 with 2 GPUs", "140.4 GiB: llama"]),
-        (
-            {"profile": profile_id("vllm-bf16-tp1-pp1"), "gpu_memory": "200GB"},
-            ["with the 200.0 GiB of memory", "140.4 GiB: free"],
-        ),
-    ):
-        run = FLEET.nim(FLEET.changed("gpu01", "llama", image=larger, gpus=None, **values), "gpu01", succeeds=False)
-        message = run.failure(ONE.name)
-        # Who holds what.
-        rows = ["NVIDIA H200 140.4 GiB: mistral", "GPU 0 GPU-", "GPU 1 GPU-"]
-        assert all(word in message for word in ["llama", *words, *rows]), message
+    values = {"image": larger, "gpus": None, "profile": "vllm-bf16-tp2-pp1", "gpu_memory": "200GB"}
+    run = FLEET.nim(FLEET.changed("gpu01", "llama", **values), "gpu01", succeeds=False)
+    message = run.failure(ONE.name)
+    asked = "llama asks for profile vllm-bf16-tp2-pp1 with 2 GPUs, but 2 more would be needed and 0 are free with the 200.0 GiB"
+    # Who holds what.
+    rows = ["GPU 0 GPU-", "GPU 1 GPU-", "NVIDIA H200 140.4 GiB: mistral", "NVIDIA H200 140.4 GiB: free"]
+    assert all(word in message for word in [asked, *rows]), message
     # The manifest at the registry knows what the image has, and for which GPUs.
     engine = profile_id("tensorrt_llm-h100-fp8-tp1-pp1-throughput")
     run = FLEET.nim(FLEET.changed("gpu01", "llama", image=larger, profile=engine), "gpu01", succeeds=False)
     message = run.failure(ONE.name)
     assert "llama" in message and "built for H100" in message and "NVIDIA H200" in message, message
-    assert ONE.run("docker images --no-trunc") == images
+    assert ONE.run("docker images --quiet --no-trunc | sort") == images
     assert ONE.identity() == before
 
 
