@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight, _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu, parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight import (
@@ -18,6 +18,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight impo
     preflight,
     stands_in_the_way,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
     REFUSED,
@@ -26,6 +28,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     Verdict,
     worst,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images import wanted_images
 from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_preflight
 from driver_world import DriverWorld
 from fake_host import FakeHost
@@ -291,6 +294,27 @@ def test_everything_about_models_is_said_at_once(serving: Machine) -> None:
         ("gpu_memory", "llama", "gpu_memory"),
         ("port", "llama", "port_in_use"),
     ]
+
+
+def test_profiles_of_an_image_that_is_not_there_yet(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "schema_version: 2.0.0\nprofiles:\n- id: %064x\n  tags: {llm_engine: vllm, tp: '1', feat_lora: 'false'}\n" % 7
+    )
+    manifest = Manifest(parse_manifest(text) or ())
+    monkeypatch.setattr(_nim_image, "manifest_at_registry", lambda client, reference, image: manifest)
+    del serving.api.images[NEMO]
+    serving.host.dirs.add("/srv/lora")
+    serving.host.files["/etc/passwd"] = b"root:x:0:0:root:/root:/bin/bash\n"
+
+    def profile(**options: t.Any) -> Verdict:
+        model = nemo(**options)
+        wanted = dict(models(model), nim_image={"images": wanted_images([model])})
+        return one(judge(serving.host, wanted, serving.api), "profile", NEMO)
+
+    assert profile(profile="%064x" % 7).verdict == OK
+    assert profile(profile="%064x" % 8).reason == "no_such_profile"
+    refused = profile(profile="%064x" % 7, lora_directory="/srv/lora")
+    assert refused.reason == "profile_unsuitable" and "LoRA" in refused.message
 
 
 def test_xids_are_looked_for(serving: Machine) -> None:
