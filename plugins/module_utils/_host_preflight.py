@@ -167,7 +167,8 @@ class _Preflight:
     # -- images ---------------------------------------------------------------------------------------
 
     def _images(self, options: Options, inventory: GpuInventory) -> None:
-        resource = NimImages(**options, api=self.api, client=self.client)
+        name = (self.host.read_text("/proc/sys/kernel/hostname") or "").strip()
+        resource = NimImages(**options, api=self.api, client=self.client, host_name=name or "this host")
         expected = self._expected_driver(inventory)
         unknown = inventory.driver is None and expected is None
         tasks: list[PullTask] = []

@@ -163,6 +163,9 @@ def test_a_driver_older_than_the_image_allows(bare: DriverWorld, registry: dict[
     bare.install_driver("580.95.05")
     found = judge(bare, everything(llama()))
     assert "this host runs 580.95.05 (CUDA 13.0)" in one(found, "requirement", LLAMA).sentence
+    bare.files["/proc/sys/kernel/hostname"] = b"gpu03\n"
+    found = judge(bare, everything(llama()))
+    assert "gpu03 runs 580.95.05 (CUDA 13.0)" in one(found, "requirement", LLAMA).sentence
     # It may be switched off for an image.
     wanted = everything(llama())
     wanted["nim_image"]["images"][0]["check_requirement"] = False
