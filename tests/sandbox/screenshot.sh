@@ -20,6 +20,8 @@ cd .sandbox/demo
 ansible-playbook gpu_fleet.nim.plan -i inventory.yml -e plan_report="$profile/fleet.html"
 
 mkdir -p "$checkout/docs/images"
-chromium --headless --no-sandbox --disable-gpu --disable-background-networking --user-data-dir="$profile" \
-  --hide-scrollbars --force-device-scale-factor=1.5 --window-size=1200,"${HEIGHT:-860}" \
-  --screenshot="$checkout/docs/images/fleet-report.png" "file://$profile/fleet.html"
+if ! chromium --headless --no-sandbox --disable-gpu --disable-background-networking --user-data-dir="$profile" \
+  --hide-scrollbars --force-device-scale-factor=1.5 --window-size=1200,"${HEIGHT:-1020}" \
+  --screenshot="$checkout/docs/images/fleet-report.png" "file://$profile/fleet.html" >"$profile/said" 2>&1; then
+  cat "$profile/said" && exit 1
+fi
