@@ -21,7 +21,7 @@ ansible-playbook gpu_fleet.nim.plan -i inventory.yml -e plan_report="$profile/fl
 
 mkdir -p "$checkout/docs/images"
 if ! chromium --headless --no-sandbox --disable-gpu --disable-background-networking --user-data-dir="$profile" \
-  --hide-scrollbars --force-device-scale-factor=1.5 --window-size=1200,"${HEIGHT:-1020}" \
+  --hide-scrollbars --force-device-scale-factor=1.5 --window-size=1200,"${HEIGHT:-1080}" \
   --screenshot="$checkout/docs/images/fleet-report.png" "file://$profile/fleet.html" >"$profile/said" 2>&1; then
   cat "$profile/said" && exit 1
 fi
