@@ -252,8 +252,12 @@ class HealthCheck:
         if failure is not None and failure.signature in PORT_SIGNATURES:
             holder = port_holder(self.host, watch.target.port)
             if holder:
-                told = "%s; port %d is held by %s." % (failure.sentence.rstrip("."), watch.target.port, holder)
-                watch.failure = dataclasses.replace(failure, sentence=told)
+                held = "port %d is held by %s" % (watch.target.port, holder)
+                watch.failure = dataclasses.replace(
+                    failure,
+                    sentence="%s; %s." % (failure.sentence.rstrip("."), held),
+                    what="%s (%s)" % (failure.what, held),
+                )
 
     def _follow_log(self, watch: Watch, name: str, container: ContainerState | None, now: float) -> None:
         if container is None or (container.running and now - watch.log_read < LOG_SECONDS):

@@ -46,6 +46,7 @@ class Failure:
         sentence: What happened, with cause and remedy where they are known.
         lines: The last lines of the log.
         signature: Identifier of the known failure that was recognised.
+        match: That failure, and the line in which it was found.
     """
 
     reason: str
@@ -54,6 +55,7 @@ class Failure:
     remedy: str = ""
     lines: tuple[str, ...] = ()
     signature: str | None = None
+    match: Match | None = None
 
 
 @dataclass
@@ -209,7 +211,7 @@ class Watch:
         elif remedy:
             sentence += "; %s" % remedy
         signature = None if match is None else match.signature.id
-        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.window[-TAIL_LINES:]), signature)
+        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.window[-TAIL_LINES:]), signature, match)
 
     def explain(self, lines: t.Sequence[str]) -> None:
         """Look for the cause of a failure once more, in lines from elsewhere."""

@@ -1,0 +1,38 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Prints the diagnosis of all hosts of the play; connects to none of them."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_diagnosis
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._findings import FAILED, WARNED
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
+
+
+class ActionModule(FleetTableBase):
+    options: t.ClassVar[dict[str, dict[str, t.Any]]] = {
+        "fail_on": {"type": "str", "choices": ["never", "failed", "warning"], "default": "never"}
+    }
+
+    def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:
+        return _fleet_diagnosis.rows_of(host, look)
+
+    def ordered(self, rows: list[Row]) -> list[Row]:
+        return _fleet_diagnosis.ordered(rows)
+
+    def render(self, rows: list[Row], notes: list[str]) -> str:
+        bundles = [self.look(variables, self._task.args["variable"]) for variables in self.variables.values()]
+        told = ["Support bundle: %s" % look["bundle"] for look in bundles if look and look.get("bundle")]
+        return _fleet_diagnosis.render_table(rows, [*told, *notes])
+
+    def conclude(self, rows: list[Row], args: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        bad = {"never": (), "failed": (FAILED,), "warning": (FAILED, WARNED)}[args["fail_on"]]
+        hosts = list(dict.fromkeys(row["host"] for row in rows if row["severity"] in (FAILED, WARNED)))
+        result: dict[str, t.Any] = {"hosts": hosts}
+        found = list(dict.fromkeys(row["host"] for row in rows if row["severity"] in bad))
+        if found:
+            result["failed"] = True
+            result["msg"] = "Something is wrong with: %s." % ", ".join(found)
+        return result

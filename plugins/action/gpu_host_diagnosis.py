@@ -1,0 +1,79 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Gives the module the variables of the roles, and puts its support bundle on the controller."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import typing as t
+
+import yaml
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.release import __version__ as core_version
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import unwrap
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._role_options import RoleOptions
+
+#: Read once, before Ansible forks a process for each host.
+_ROLE_OPTIONS = RoleOptions()
+_COLLECTION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+
+
+def collection_version(collection: str = _COLLECTION) -> str:
+    """Version of this collection; empty where it cannot be told."""
+    for name in ("MANIFEST.json", "galaxy.yml"):
+        path = os.path.join(collection, name)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as stream:
+                found = yaml.safe_load(stream)
+            return str((found.get("collection_info") or found).get("version") or "")
+    return ""
+
+
+def write_private(directory: str, name: str, content: bytes) -> str:
+    """A file that nobody else can read; never seen half written.
+
+    Raises:
+        AnsibleActionFail: When it cannot be written.
+    """
+    path = os.path.join(directory, name)
+    temporary = "%s.%d" % (path, os.getpid())
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AnsibleActionFail("Writing %s failed: %s." % (path, error.strerror)) from error
+    return path
+
+
+class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        args = dict(self._task.args)
+        if not any(name in args for name in CHAIN):
+            args.update(_ROLE_OPTIONS.of(task_vars, self._templar))
+        args["versions"] = {
+            "gpu_fleet.nim": collection_version(),
+            "ansible-core": core_version,
+            "controller python": platform.python_version(),
+            "host": str(task_vars.get("inventory_hostname") or ""),
+        }
+        result: dict[str, t.Any] = self._execute_module(
+            module_name="gpu_fleet.nim.gpu_host_diagnosis", module_args=args, task_vars=task_vars
+        )
+        archive = result.pop("archive", None)
+        if archive:
+            host = re.sub(r"[^A-Za-z0-9._-]", "_", str(task_vars.get("inventory_hostname") or "host"))
+            stamp = re.sub(r"[^0-9TZ]", "", str(archive.get("stamp") or ""))
+            path = os.path.expanduser(str(args["bundle"]))
+            result["bundle"] = write_private(path, "%s-%s.tar.gz" % (host, stamp), unwrap(archive))
+        return result

@@ -1,0 +1,276 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What somebody who helps from afar needs of a host, as one archive without secrets.
+
+It is put together in memory: nothing is written on the host, so nothing can be left there.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import re
+import tarfile
+import typing as t
+
+from ._docker_api import DockerApi
+from ._errors import FleetError
+from ._host import Host
+from ._kernel_log import read_kernel_log
+from ._nim_models import container_name, unit_name
+from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY
+from ._redaction import Redactor
+
+Json = t.Dict[str, t.Any]
+
+#: Lines and characters of one log, and characters of everything; of what is longer the end is kept.
+LOG_LINES = 3000
+LOG_CHARACTERS = 500_000
+ALL_CHARACTERS = 12_000_000
+#: Characters of one line: what is longer is hardly text.
+LINE_CHARACTERS = 8000
+
+#: Units that a GPU host's services hang on.
+UNITS = (
+    "docker.service",
+    "docker.socket",
+    "containerd.service",
+    "nvidia-persistenced.service",
+    "nvidia-fabricmanager.service",
+    "nvidia-imex.service",
+    "nvidia-cdi-refresh.service",
+    "nvidia-cdi-refresh.path",
+    "nim.target",
+    "nim.slice",
+)
+FILES = (
+    "/etc/docker/daemon.json",
+    "/etc/nvidia-container-runtime/config.toml",
+    "/etc/os-release",
+    "/proc/driver/nvidia/version",
+    "/proc/driver/nvidia/params",
+    "/proc/cmdline",
+    "/proc/meminfo",
+    "/proc/loadavg",
+    "/proc/mounts",
+)
+#: Name in the archive -> command.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "gpu/nvidia-smi.xml": ("nvidia-smi", "-q", "-x"),
+    "gpu/nvidia-smi.txt": ("nvidia-smi",),
+    "gpu/topology.txt": ("nvidia-smi", "topo", "-m"),
+    "gpu/devices.txt": ("ls", "-l", "/dev", "/dev/char"),
+    "docker/containers.txt": ("docker", "ps", "--all", "--no-trunc"),
+    "docker/images.txt": ("docker", "images", "--digests"),
+    "docker/disk.txt": ("docker", "system", "df"),
+    "system/disk.txt": ("df", "--block-size=1M", "--print-type"),
+    "system/inodes.txt": ("df", "--inodes"),
+    "system/listeners.txt": ("ss", "-Htlnp"),
+    "system/failed-units.txt": ("systemctl", "list-units", "--failed", "--all", "--no-pager", "--plain"),
+    "system/uptime.txt": ("uptime",),
+}
+_PACKAGES = re.compile(
+    r"nvidia|cuda|docker|containerd|runc|libnvidia|linux-image|linux-headers|dkms|kernel|^xserver-xorg-video-nv"
+)
+_KERNEL_LINES = re.compile(
+    r"NVRM|nvidia|Xid|nvlink|oom|Out of memory|Killed process|segfault|I/O error|EXT4-fs error|No space|pcieport.*error|AER",
+    re.I,
+)
+
+
+class SupportBundle:
+    """Collects and redacts; a part that cannot be had is a line that says why."""
+
+    def __init__(self, host: Host, redactor: Redactor, api: DockerApi | None = None) -> None:
+        self.host = host
+        self.redactor = redactor
+        self.api = api or DockerApi()
+        self.entries: dict[str, str] = {}
+        self.left_out: list[str] = []
+        self._room = ALL_CHARACTERS
+
+    # -- adding -----------------------------------------------------------------------------------
+
+    def add_text(self, name: str, text: str, *, log: bool = False) -> None:
+        """A text, redacted and cut to size: of a log the end is kept, of anything else the beginning."""
+        lines = [line[:LINE_CHARACTERS] for line in text.splitlines()]
+        if log:
+            lines = lines[-LOG_LINES:]
+        text = self.redactor.text("\n".join(lines) + "\n")
+        room = min(LOG_CHARACTERS if log else 4 * LOG_CHARACTERS, self._room)
+        if len(text) > room:
+            self.left_out.append("%s: %d of %d characters" % (name, len(text) - room, len(text)))
+            text = text[len(text) - room :] if log else text[:room]
+        self._room -= len(text)
+        self.entries[name] = text
+
+    def add_data(self, name: str, data: t.Any) -> None:
+        self.add_text(name, json.dumps(self.redactor.structure(data), indent=2, sort_keys=True, default=str))
+
+    def _run(self, name: str, argv: t.Sequence[str], *, log: bool = False) -> None:
+        done = self.host.run(argv, timeout=60)
+        text = done.stdout
+        if not done.ok:
+            text += "[%s: exit status %d] %s\n" % (argv[0], done.rc, done.stderr.strip())
+        elif log and done.stderr:
+            text += done.stderr
+        self.add_text(name, text, log=log)
+
+    # -- the parts --------------------------------------------------------------------------------
+
+    def collect(self, models: t.Iterable[str]) -> None:
+        """Everything that is read on the host.
+
+        Args:
+            models: Names of models that are wanted; those that are there are found.
+        """
+        names = sorted({*models, *self._found()})
+        for name, argv in COMMANDS.items():
+            self._run(name, argv)
+        for path in FILES:
+            self._file("files" + path, path)
+        self._packages()
+        self._docker()
+        units = [*UNITS, *(unit_name(name) for name in names)]
+        for unit in units:
+            self._unit(unit)
+        for name in names:
+            self._file("nim/%s.json" % name, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+            self._file("nim/%s.runtime.json" % name, "%s/%s.json" % (RUNTIME_DIRECTORY, name))
+            for container in (container_name(name), container_name(name) + "-download"):
+                self._container(container)
+        for record in self.host.list_dir("/var/lib/gpu_fleet"):
+            if record.endswith(".json"):
+                self._file("records/" + record, "/var/lib/gpu_fleet/" + record)
+        kernel = [line for line in read_kernel_log(self.host) if _KERNEL_LINES.search(line.text)]
+        self.add_text("system/kernel.log", "\n".join("%.3f %s" % (line.at, line.text) for line in kernel), log=True)
+
+    def _found(self) -> list[str]:
+        """Models of which something is on the host."""
+        files = self.host.list_dir(CONFIGURATION_DIRECTORY)
+        return [entry[: -len(".json")] for entry in files if entry.endswith(".json")]
+
+    def _file(self, name: str, path: str) -> None:
+        try:
+            text = self.host.read_text(path)
+        except FleetError as error:
+            self.add_text(name, error.message)
+            return
+        if text is None:
+            return
+        try:
+            # As data, so that what is secret is known by the name of its key.
+            data = json.loads(text) if path.endswith(".json") else None
+        except ValueError:
+            data = None
+        if data is None:
+            self.add_text(name, text)
+        else:
+            self.add_data(name, data)
+
+    def _packages(self) -> None:
+        for argv in (
+            ("dpkg-query", "-W", "-f", "${db:Status-Abbrev} ${Package} ${Version}\\n"),
+            ("rpm", "-qa", "--qf", "%{NAME} %{EPOCHNUM}:%{VERSION}-%{RELEASE}\\n"),
+        ):
+            done = self.host.run(argv, timeout=60)
+            if done.ok:
+                lines = [line for line in done.stdout.splitlines() if _PACKAGES.search(line)]
+                self.add_text("system/packages.txt", "\n".join(sorted(lines)))
+                return
+
+    def _docker(self) -> None:
+        for name, ask in (("info", self.api.info), ("version", self.api.version)):
+            try:
+                self.add_data("docker/%s.json" % name, ask())
+            except FleetError as error:
+                self.add_text("docker/%s.json" % name, error.message)
+
+    def _unit(self, unit: str) -> None:
+        shown = self.host.run(["systemctl", "show", unit], timeout=30).stdout
+        if "LoadState=not-found" in shown.splitlines():
+            return
+        lines = []
+        for line in shown.splitlines():
+            key, separator, value = line.partition("=")
+            if key == "Environment":
+                value = " ".join(self.redactor.environment(value.split(" ")))
+            lines.append(key + separator + value)
+        self.add_text("units/%s.properties" % unit, "\n".join(lines))
+        self._run("units/%s.txt" % unit, ["systemctl", "cat", "--no-pager", unit])
+        argv = ["journalctl", "--no-pager", "--quiet", "--output=short-iso-precise", "--lines=%d" % LOG_LINES]
+        self._run("journal/%s.log" % unit, [*argv, "--unit", unit], log=True)
+
+    def _container(self, name: str) -> None:
+        try:
+            inspected = self.api.container(name)
+        except FleetError as error:
+            self.add_text("containers/%s.txt" % name, error.message)
+            inspected = None
+        if inspected is not None:
+            self.add_data("containers/%s.json" % name, inspected)
+        # Also of containers that are gone.
+        argv = ["journalctl", "--no-pager", "--quiet", "--output=short-iso-precise", "--lines=%d" % LOG_LINES]
+        self._run("containers/%s.log" % name, [*argv, "CONTAINER_NAME=" + name], log=True)
+
+    # -- the archive ------------------------------------------------------------------------------
+
+    def manifest(self) -> Json:
+        return {
+            "files": {name: len(text.encode("utf-8", "replace")) for name, text in sorted(self.entries.items())},
+            "cut": self.left_out,
+            "masked": self.redactor.count,
+        }
+
+    def archive(self, top: str) -> bytes:
+        """A ``.tar.gz`` in which everything lies below ``top``, readable for its owner alone."""
+        entries = dict(self.entries)
+        entries["manifest.json"] = json.dumps(self.manifest(), indent=2, sort_keys=True) + "\n"
+        now = int(self.host.time())
+        packed = io.BytesIO()
+        with gzip.GzipFile(fileobj=packed, mode="wb", mtime=now) as stream, tarfile.open(
+            fileobj=stream, mode="w"
+        ) as archive:
+            for name, text in sorted(entries.items()):
+                content = text.encode("utf-8", "replace")
+                member = tarfile.TarInfo("%s/%s" % (top, name.lstrip("/")))
+                member.size, member.mode, member.mtime = len(content), 0o600, now
+                archive.addfile(member, io.BytesIO(content))
+        return packed.getvalue()
+
+
+# -- the way to the controller --------------------------------------------------------------------
+
+#: Ansible blanks out secrets wherever they occur in a result; one of fewer characters occurs in any larger content.
+SHORTEST_BLANKED = 4
+
+
+def wrap(content: bytes, blanked: t.Iterable[str]) -> Json:
+    """Content as text in which none of the values occurs that Ansible would blank out in it.
+
+    Raises:
+        FleetError: ``bundle_failed``.
+    """
+    values = [value for value in blanked if len(value) >= SHORTEST_BLANKED]
+    for salt in range(256):
+        text = base64.b64encode(content.translate(_table(salt))).decode("ascii")
+        if not any(value in text for value in values):
+            return {"salt": salt, "content": text}
+    raise FleetError(
+        "bundle_failed",
+        "The support bundle cannot be handed over: values of secrets are so short that they occur in everything; give "
+        "secret_environment values of at least 8 characters.",
+    )
+
+
+def unwrap(wrapped: t.Mapping[str, t.Any]) -> bytes:
+    """What :func:`wrap` was given."""
+    return base64.b64decode(str(wrapped["content"])).translate(_table(int(wrapped["salt"])))
+
+
+def _table(salt: int) -> bytes:
+    return bytes(byte ^ salt for byte in range(256))
