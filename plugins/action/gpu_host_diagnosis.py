@@ -11,14 +11,12 @@ import typing as t
 
 import yaml
 from ansible.errors import AnsibleActionFail
-from ansible.plugins.action import ActionBase
 from ansible.release import __version__ as core_version
+from ansible_collections.gpu_fleet.nim.plugins.action.gpu_host_plan import ActionModule as PlanAction
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import unwrap
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._role_options import RoleOptions
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved
 
-#: Read once, before Ansible forks a process for each host.
-_ROLE_OPTIONS = RoleOptions()
 _COLLECTION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
 
@@ -51,16 +49,15 @@ def write_private(directory: str, name: str, content: bytes) -> str:
     return path
 
 
-class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
-    TRANSFERS_FILES = False
-    _supports_check_mode = True
-
+class ActionModule(PlanAction):
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        super().run(tmp, task_vars)
+        super(PlanAction, self).run(tmp, task_vars)
         task_vars = task_vars or {}
         args = dict(self._task.args)
         if not any(name in args for name in CHAIN):
-            args.update(_ROLE_OPTIONS.of(task_vars, self._templar))
+            args.update(self.options(task_vars))
+            signatures = self._templar.template(task_vars.get("nim_failure_signatures") or [])
+            args.setdefault("failure_signatures", resolved(signatures))
         args["versions"] = {
             "gpu_fleet.nim": collection_version(),
             "ansible-core": core_version,

@@ -58,9 +58,11 @@ options:
   nim_service:
     description: Options of M(gpu_fleet.nim.nim_service); its C(models) are those that are diagnosed.
     type: dict
-  nim_health:
-    description: Options C(models) and C(failure_signatures) of M(gpu_fleet.nim.nim_health).
-    type: dict
+  failure_signatures:
+    description: Texts of the user's own that explain a failure, as for M(gpu_fleet.nim.nim_health).
+    type: list
+    elements: dict
+    default: []
   bundle:
     description:
       - Directory on the controller in which the support bundle is put, as C(HOST-DATE.tar.gz), readable for its owner alone.
@@ -155,10 +157,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle impo
 
 def main() -> None:
     module = ChainModule(
-        # The line in the host's log of what a module was called with knows nothing of the secrets within.
-        no_log=True,
         argument_spec={
             **{name: {"type": "dict"} for name in CHAIN},
+            "failure_signatures": {"type": "list", "elements": "dict", "default": []},
             "bundle": {"type": "path"},
             "versions": {"type": "dict"},
         },
@@ -168,8 +169,7 @@ def main() -> None:
     host = Host()
     try:
         wanted = module.resources()
-        own = (wanted.get("nim_health") or {}).get("failure_signatures") or []
-        signatures = parse_signatures(own, option="failure_signatures")
+        signatures = parse_signatures(module.params["failure_signatures"], option="failure_signatures")
         secrets = set(known_secrets(host))
         for name, options in wanted.items():
             secrets |= secrets_in(RESOURCE_OPTIONS[name], options)
