@@ -20,9 +20,9 @@ from fleet_testing import Fleet, wait_until
 
 FLEET = Fleet("diagnose")
 HOST = FLEET.host("gpu01")
-PASSWORD = "Pq7-database/word%9"
+WORD = "Pq7-database/word%9"
 OTHER_LOGIN = "robot:other+registry-password"
-OPTIONS = ["-e", "database_password=" + PASSWORD]
+OPTIONS = ["-e", "database_password=" + WORD]
 #: Seconds within which the line that decides ends the wait, and what the end itself takes: the last slice of the module,
 #: Ansible's own work, and a sandbox that runs beside others.
 AT_ONCE = 5.0
@@ -109,7 +109,7 @@ def test_several_faults_at_once_and_a_bundle_without_secrets(served: None, tmp_p
         base64.b64encode(KEY_VALID.encode()).decode(),
         KEY_VALID[::-1],
     ]
-    said += [urllib.parse.quote(PASSWORD, safe=""), json.dumps({"message": "login with %s" % PASSWORD})]
+    said += [urllib.parse.quote(WORD, safe=""), json.dumps({"message": "login with %s" % WORD})]
     said += ["printed by the NIM"]
     for text in said:
         HOST.run("logger --journald", stdin="MESSAGE=%s\nCONTAINER_NAME=nim-llama\n" % text)
@@ -170,7 +170,7 @@ def test_several_faults_at_once_and_a_bundle_without_secrets(served: None, tmp_p
     assert "cuda-drivers-580" in files["system/packages.txt"] or "nvidia" in files["system/packages.txt"]
     assert [entry["reason"] for entry in json.loads(files["findings.json"])][:2] == ["gpus_lost", "start_failed"]
     everything = "\n".join(files.values())
-    for secret in (KEY_VALID, PASSWORD, OTHER_LOGIN.split(":")[1]):
+    for secret in (KEY_VALID, WORD, OTHER_LOGIN.split(":")[1]):
         for form, text in forms(secret).items():
             assert text not in everything, "%s: %s" % (form, [name for name in files if text in files[name]])
 
