@@ -379,7 +379,8 @@ class Unit:
         if failures:
             seconds = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (failures - 1))
             say("%d starts failed in a row: next one in %d seconds" % (failures, seconds))
-            self.note("back_off", failures)
+            # Why the last one failed stays to be read.
+            self.note("back_off", failures, str(read_json(self.runtime_file).get("detail") or ""))
             time.sleep(seconds)
 
     def remove(self, name: str, container: Json | None) -> None:
