@@ -16,16 +16,20 @@ class ActionModule(FleetTableBase):
         "fail_on": {"type": "str", "choices": ["never", "failed", "warning"], "default": "never"}
     }
 
+    def __init__(self, *arguments: t.Any, **more: t.Any) -> None:
+        super().__init__(*arguments, **more)
+        self.bundles: list[str] = []
+
     def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:
+        if look and look.get("bundle"):
+            self.bundles.append("Support bundle: %s" % look["bundle"])
         return _fleet_diagnosis.rows_of(host, look)
 
     def ordered(self, rows: list[Row]) -> list[Row]:
         return _fleet_diagnosis.ordered(rows)
 
     def render(self, rows: list[Row], notes: list[str]) -> str:
-        bundles = [self.look(variables, self._task.args["variable"]) for variables in self.variables.values()]
-        told = ["Support bundle: %s" % look["bundle"] for look in bundles if look and look.get("bundle")]
-        return _fleet_diagnosis.render_table(rows, [*told, *notes])
+        return _fleet_diagnosis.render_table(rows, [*self.bundles, *notes])
 
     def conclude(self, rows: list[Row], args: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         bad = {"never": (), "failed": (FAILED,), "warning": (FAILED, WARNED)}[args["fail_on"]]
