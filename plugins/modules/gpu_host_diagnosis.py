@@ -58,6 +58,10 @@ options:
   nim_service:
     description: Options of M(gpu_fleet.nim.nim_service); its C(models) are those that are diagnosed.
     type: dict
+  nim_health:
+    description: Options of M(gpu_fleet.nim.nim_health), as M(gpu_fleet.nim.gpu_host_plan) takes them; every service of
+      C(nim_service) is judged in any case.
+    type: dict
   failure_signatures:
     description: Texts of the user's own that explain a failure, as for M(gpu_fleet.nim.nim_health).
     type: list
@@ -143,28 +147,25 @@ bundle:
 import datetime
 import os
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._chain_module import ChainModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._diagnosis import diagnose
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS, secrets_in
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import secrets_of
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._own_signatures import parse_signatures
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor, known_secrets
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import SHORTEST_BLANKED, SupportBundle, wrap
 
 
 def main() -> None:
-    module = ChainModule(
-        argument_spec={
-            **{name: {"type": "dict"} for name in CHAIN},
+    module = ResourcesModule(
+        options={
             "failure_signatures": {"type": "list", "elements": "dict", "default": []},
             "bundle": {"type": "path"},
             "versions": {"type": "dict"},
-        },
-        required_one_of=[CHAIN],
-        supports_check_mode=True,
+        }
     )
     host = Host()
     try:
@@ -172,7 +173,7 @@ def main() -> None:
         signatures = parse_signatures(module.params["failure_signatures"], option="failure_signatures")
         secrets = set(known_secrets(host))
         for name, options in wanted.items():
-            secrets |= secrets_in(RESOURCE_OPTIONS[name], options)
+            secrets |= secrets_of(name, options)
         redactor = Redactor(secrets)
         found = diagnose(host, wanted, signatures=signatures, redactor=redactor)
         findings = [finding.as_dict() for finding in found.ordered()]

@@ -156,31 +156,15 @@ notes:
   elements: str
 """
 
-<<<<<<< HEAD
-=======
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._chain_module import ChainModule
->>>>>>> 4efe798 (Modules that take the options of all resources share one shell)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
-<<<<<<< HEAD
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 
 
 def main() -> None:
     module = ResourcesModule()
-=======
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
-
-
-def main() -> None:
-    module = ChainModule(
-        argument_spec={name: {"type": "dict"} for name in CHAIN},
-        required_one_of=[CHAIN],
-        supports_check_mode=True,
-    )
->>>>>>> 4efe798 (Modules that take the options of all resources share one shell)
     try:
         found = plan_host(Host(), module.resources())
     except FleetError as error:

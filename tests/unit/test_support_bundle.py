@@ -7,10 +7,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import pathlib
+import re
+import stat
 import tarfile
 import typing as t
 
 import pytest
+from ansible.errors import AnsibleActionFail
+from ansible_collections.gpu_fleet.nim.plugins.action.gpu_host_diagnosis import collection_version, write_private
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _support_bundle
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor, known_secrets
@@ -202,3 +207,24 @@ def test_values_that_occur_in_everything_are_refused() -> None:
     with pytest.raises(FleetError) as caught:
         wrap(bytes([0]) * 60, blanked)
     assert caught.value.reason == "bundle_failed"
+
+
+# -- on the controller ------------------------------------------------------------------------------
+
+
+def test_the_file_is_private_and_whole(tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path(write_private(str(tmp_path / "new"), "gpu01.tar.gz", b"content"))
+    assert path.read_bytes() == b"content"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert [entry.name for entry in path.parent.iterdir()] == ["gpu01.tar.gz"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AnsibleActionFail, match=r"Writing .* failed"):
+        write_private(str(tmp_path / "file"), "gpu01.tar.gz", b"content")
+
+
+def test_the_collection_knows_its_version(tmp_path: pathlib.Path) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", collection_version())
+    (tmp_path / "MANIFEST.json").write_text('{"collection_info": {"version": "9.8.7"}}')
+    assert collection_version(str(tmp_path)) == "9.8.7"
+    assert collection_version(str(tmp_path / "none")) == ""
