@@ -108,7 +108,8 @@ def test_what_the_roles_would_skip_is_not_planned(rendered: Rendered) -> None:
     removal = rendered(nim_state="absent", nim_models=[llama()])
     assert removal["nim_service"]["state"] == "absent"
     assert "nim_health" not in removal
-    assert "nim_health" not in rendered(nim_wait=False, nim_models=[llama()])
+    for no in (False, "false"):
+        assert "nim_health" not in rendered(nim_wait=no, nim_models=[llama()])
 
 
 def test_a_variable_that_cannot_be_resolved_is_named_without_its_template(rendered: Rendered) -> None:
