@@ -24,7 +24,8 @@ from ._nim_image import NimImages
 from ._nim_manifest import Manifest, manifest_at_registry, manifest_by_container, manifest_on_disk
 from ._nim_models import parse_models
 from ._nim_profile_checks import Check, check_profile, verdict
-from ._nim_profiles import LOW_MEMORY, Listing, Profile, match_profile, parse_listing
+from ._nim_profile_listing import Listing, parse_listing
+from ._nim_profiles import LOW_MEMORY, Profile, match_profile
 from ._registry import RegistryClient, image_architecture
 
 Json = t.Dict[str, t.Any]

@@ -30,9 +30,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_log import (
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import read_word, wanted_spec
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_listing import parse_listing
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import (
     match_profile,
-    parse_listing,
     parse_manifest,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_watch import Watch

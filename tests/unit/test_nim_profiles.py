@@ -9,6 +9,7 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_listing import parse_listing
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import (
     COMPATIBLE,
     INCOMPATIBLE,
@@ -16,7 +17,6 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import
     Profile,
     match_profile,
     parse_description,
-    parse_listing,
     parse_manifest,
 )
 from hypothesis import given
