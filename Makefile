@@ -117,7 +117,7 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install fuzz ## The long tables: fuzzing, interruptions at every step, a real dnf on RPM look-alikes, slow starts
+test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions at every step, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model

@@ -63,4 +63,11 @@ def build_module(host: Host) -> None:
     result = host.run(["dkms", "autoinstall", "-k", kernel], timeout=BUILD_TIMEOUT)
     if on_disk_version(host, kernel):
         return
+    # What somebody has taken out of dkms' own list it does not build by itself; the package's sources are still there.
+    for entry in host.list_dir("/usr/src"):
+        found = re.match(r"(nvidia(?:-current|-open|-current-open)?)-(\d[\d.]*)\Z", entry)
+        if found is not None:
+            result = host.run(["dkms", "install", "/".join(found.groups()), "-k", kernel], timeout=BUILD_TIMEOUT)
+    if on_disk_version(host, kernel):
+        return
     raise build_error(host, result.stdout + result.stderr)

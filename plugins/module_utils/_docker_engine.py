@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from ._docker_api import DockerApi
 from ._docker_daemon import DockerDaemon
-from ._docker_restart import restart_blocked
+from ._docker_restart import restart_blocked, start_docker
 from ._dockerd import DaemonState, flag_values, version_tuple
 from ._errors import FleetError
 from ._host import Host
@@ -543,9 +543,7 @@ class DockerEngine(Resource[EngineState]):
     def _start(self, host: Host) -> None:
         if unit_properties(host, SERVICE, "ActiveState").get("ActiveState") == "active":
             return
-        # A start limit that crashes have used up would refuse this start too.
-        host.run(["systemctl", "reset-failed", SERVICE, "docker.socket"])
-        result = host.run(["systemctl", "start", SERVICE], timeout=120)
+        result = start_docker(host)
         if not result.ok:
             log = host.run(["journalctl", "-u", SERVICE, "-n", "40", "-o", "cat", "--no-pager"]).stdout
             lines = [

@@ -11,9 +11,9 @@ import typing as t
 
 from ._daemon_json import redact
 from ._docker_api import DockerApi
-from ._dockerd import UNIT, DaemonState, RunningContainer, version_tuple
+from ._dockerd import SOCKET_UNIT, UNIT, DaemonState, RunningContainer, version_tuple
 from ._errors import FleetError
-from ._host import Host
+from ._host import CommandResult, Host
 
 #: Seconds for a restarted daemon to answer.
 RESTART_TIMEOUT = 90.0
@@ -103,6 +103,8 @@ def restart_docker(host: Host, api: DockerApi, state: DaemonState) -> None:
     """
     before = {one.id: _started_at(api, one.id) for one in state.running}
     result = host.run(["systemctl", "restart", UNIT], timeout=RESTART_TIMEOUT + 60)
+    if not result.ok:
+        result = start_docker(host)
     deadline = host.monotonic() + RESTART_TIMEOUT
     while result.ok and not api.available():
         if host.monotonic() >= deadline:
@@ -125,16 +127,38 @@ def restart_docker(host: Host, api: DockerApi, state: DaemonState) -> None:
         )
 
 
+def start_docker(host: Host) -> CommandResult:
+    """Start the daemon, whatever a start limit says, and with a new socket where systemd has lost the old one.
+
+    It loses it when docker.socket is changed or masked while Docker runs; nothing shows before the next start.
+    """
+    result = CommandResult((), 1, "", "")
+    for command in ("start", "restart"):
+        if command == "restart":
+            if "no sockets found via socket activation" not in _journal(host):
+                break
+            host.run(["systemctl", "stop", SOCKET_UNIT, UNIT], timeout=RESTART_TIMEOUT)
+        # A start limit that earlier failures have used up would refuse this start too.
+        host.run(["systemctl", "reset-failed", UNIT, SOCKET_UNIT])
+        result = host.run(["systemctl", "start", UNIT], timeout=RESTART_TIMEOUT + 60)
+        if result.ok:
+            break
+    return result
+
+
 def _started_at(api: DockerApi, container: str) -> t.Optional[t.Tuple[str, int]]:
     """Start time and process of a running container; None when it is gone or stopped."""
     details = (api.container(container) or {}).get("State") or {}
     return (str(details.get("StartedAt")), int(details.get("Pid") or 0)) if details.get("Running") else None
 
 
+def _journal(host: Host) -> str:
+    return host.run(["journalctl", "-u", UNIT, "-n", "40", "-o", "cat", "--no-pager"]).stdout
+
+
 def daemon_log(host: Host) -> str:
     """The last error the daemon logged."""
-    result = host.run(["journalctl", "-u", UNIT, "-n", "40", "-o", "cat", "--no-pager"])
-    lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in _journal(host).splitlines() if line.strip()]
     for line in reversed(lines):
         if "level=error" in line or "level=fatal" in line or line.startswith(("failed to", "unable to")):
             found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)

@@ -15,6 +15,7 @@ from ._daemon_json import ABSENT, DEFAULT_CONFIG, Path, action_for, dotted, get_
 from ._docker_api import Json
 
 UNIT = "docker.service"
+SOCKET_UNIT = "docker.socket"
 
 #: Command-line flags whose key in daemon.json is named differently (moby ``cmd/dockerd/config*.go``).
 _FLAG_KEYS = {

@@ -24,7 +24,6 @@ from ._ngc_login import VALIDATE_ALWAYS, NgcLogin
 from ._nim_health import HealthCheck
 from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
 from ._nim_models import parse_models
-from ._nim_paths import MAINTENANCE_FILE
 from ._nim_process_state import read_word
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
@@ -447,8 +446,6 @@ class _Planner:
         )
         state = service.observe(self.host)
         changes = service.plan(state)
-        if state.maintenance:
-            self.plan.notes.append("nim_service: %s exists, so no service is started." % MAINTENANCE_FILE)
         waiting = {change.what: change for change in changes if change.action == "prerequisite"}
         if not waiting:
             self._add(changes)

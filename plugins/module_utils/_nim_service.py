@@ -607,6 +607,13 @@ class NimService(Resource[HostState]):
 
     def _plan_restarts(self, restarts: t.Sequence[tuple[str, str, str]], state: HostState) -> list[Change]:
         names = [name for name, _kind, _why in restarts]
+        # systemd stops a container only for a unit that is up; another one would be taken over or waited for.
+        strangers = [
+            name
+            for name, kind, _why in restarts
+            if kind == "restart" and state.service(name).running and not state.service(name).alive
+        ]
+        timeouts = {model.name: model.stop_timeout for model in self.models if model.name in strangers}
         blocked = None
         if state.maintenance:
             blocked = "%s exists: the host is under maintenance; remove the file to let services start" % (
@@ -624,7 +631,7 @@ class NimService(Resource[HostState]):
                     why,
                     Disruption.RESTART_NIM if service.running and kind == "restart" else Disruption.NONE,
                     "restart",
-                    {"names": names},
+                    {"names": names, "strangers": timeouts},
                     blocked=blocked,
                 )
             )
@@ -676,7 +683,7 @@ class NimService(Resource[HostState]):
         elif change.action == "start_target":
             self._systemctl(host, "start", ["nim.target"])
         elif change.action == "restart":
-            self._restart(host, data["names"])
+            self._restart(host, data["names"], data["strangers"])
 
     @staticmethod
     def _make_directory(host: Host, data: t.Mapping[str, t.Any]) -> None:
@@ -705,6 +712,9 @@ class NimService(Resource[HostState]):
 
     def _stop(self, host: Host, name: str, stop_timeout: int) -> None:
         self._systemctl(host, "stop", [unit_name(name)])
+        self._stop_containers(host, name, stop_timeout)
+
+    def _stop_containers(self, host: Host, name: str, stop_timeout: int) -> None:
         # A stop between an end of the wrapper and its restart leaves the container running.
         for container in (container_name(name), container_name(name) + "-download"):
             found = self.api.container(container)
@@ -745,7 +755,7 @@ class NimService(Resource[HostState]):
                 "CDI devices so that it does not happen again."
                 % (container, said, " and is started anew" if container in own else ": recreate it")
             )
-        self._restart(host, [own[container] for container in lost if container in own])
+        self._restart(host, [own[container] for container in lost if container in own], {})
 
     def _set_enabled(self, host: Host, verb: str, units: t.Sequence[str]) -> None:
         todo = []
@@ -757,7 +767,7 @@ class NimService(Resource[HostState]):
             # The one daemon-reload of this run comes after it.
             self._systemctl(host, verb, todo, "--no-reload")
 
-    def _restart(self, host: Host, names: t.Sequence[str]) -> None:
+    def _restart(self, host: Host, names: t.Sequence[str], strangers: t.Mapping[str, int]) -> None:
         """Start or restart all services in one go, so that their stops overlap; a later change then finds it done."""
         wanted: dict[str, str] = {}
         for name in names:
@@ -770,6 +780,8 @@ class NimService(Resource[HostState]):
         for name in todo:
             # Failures of the past must not delay this start, and its word is how the new wrapper is recognised.
             host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
+            if name in strangers:
+                self._stop_containers(host, name, strangers[name])
         units = [unit_name(name) for name in todo]
         # Fails for units that systemd has not loaded yet, and those have no start limit to reset.
         host.run(["systemctl", "reset-failed", *units])

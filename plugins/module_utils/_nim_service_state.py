@@ -476,7 +476,8 @@ def _image_state(reference: ImageReference, pinned: PinnedImage | None, image: J
     config = image.get("Config") or {}
     return ImageState(
         identifier=identifier,
-        reference=run if run in known else identifier,
+        # A pinned digest is the name even where it was taken from the image: nim_image gives it back, and nothing restarts.
+        reference=run if run in known or (pinned is not None and pinned.digest) else identifier,
         digest=digest,
         family=family_of_image(image, reference.tag),
         command=tuple(str(word) for word in config.get("Cmd") or ()),

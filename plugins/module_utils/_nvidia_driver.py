@@ -551,7 +551,7 @@ class NvidiaDriver(Resource[DriverState]):
         elif change.action == "build":
             build_module(host)
         elif change.action == "enable":
-            self._enable(host)
+            self._enable(host, start=True)
         elif change.action == "hold":
             self._hold(host, manager)
         elif change.action == "unhold":
@@ -716,11 +716,16 @@ class NvidiaDriver(Resource[DriverState]):
         if self.kernel_module and not on_disk_version(host, host.kernel_release()):
             build_module(host)
 
-    def _enable(self, host: Host) -> None:
-        """Only enabled, not started: they need the module, and the reload that loads it starts them."""
-        wish = self.wish(read_os_release(host), observe_gpus(host, with_smi=False), False)
+    def _enable(self, host: Host, *, start: bool = False) -> None:
+        """Started only where the installed module is loaded: they need it, and the reload that loads it starts them."""
+        inventory = observe_gpus(host, with_smi=False)
+        wish = self.wish(read_os_release(host), inventory, False)
+        loaded = inventory.driver.version if inventory.driver else ""
+        options = ["--now"] if start and loaded and loaded == on_disk_version(host, host.kernel_release()) else []
         for unit in [unit for unit, state in boot_states(host, wish).items() if state == "disabled"]:
-            host.check(["systemctl", "enable", unit], reason="enable_failed", doing="systemctl enable %s" % unit)
+            host.check(
+                ["systemctl", "enable", *options, unit], reason="enable_failed", doing="systemctl enable %s" % unit
+            )
 
     # -- answer
 

@@ -182,6 +182,32 @@ def test_daemon_that_does_not_start_gets_its_file_back(host: FakeHost, dockerd: 
     assert dockerd.active
 
 
+def test_a_socket_that_systemd_has_lost_is_made_anew(host: FakeHost, dockerd: FakeDockerd) -> None:
+    dockerd.live = {"live-restore": True}
+    host.files[CONFIG] = b'{"live-restore": true}'
+    lost = {"socket": True}
+
+    def restart(*_: t.Any) -> t.Any:
+        if lost["socket"]:
+            dockerd.log = "failed to load listeners: no sockets found via socket activation: make sure ..."
+            return (1, "", "Job for docker.service failed")
+        return dockerd._restart()
+
+    def stop(*_: t.Any) -> str:
+        lost["socket"] = False
+        return ""
+
+    host.commands = {
+        "systemctl restart docker.service": restart,
+        "systemctl start docker.service": restart,
+        "systemctl stop docker.socket docker.service": stop,
+        **host.commands,
+    }
+    run(host, dockerd, options={"log-driver": "local"})
+    assert dockerd.live["log-driver"] == "local"
+    assert dockerd.restarts == 1
+
+
 def test_validation_by_dockerd_comes_before_the_file(host: FakeHost, dockerd: FakeDockerd) -> None:
     dockerd.validate = lambda text: (
         1,

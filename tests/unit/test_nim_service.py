@@ -512,6 +512,16 @@ def test_a_container_that_was_made_again_with_its_label(machine: Machine) -> Non
     assert "DEBUG" not in str(change)
 
 
+def test_a_container_of_somebody_in_the_place_of_a_stopped_service_is_stopped_first(machine: Machine) -> None:
+    machine.converge(llama(stop_timeout=7))
+    machine.stop(machine.host, ("systemctl", "stop", "nim-llama.service"))
+    machine.api.put("nim-llama", "")
+    (change,) = machine.converge(llama(stop_timeout=7)).changes
+    assert (change.what, change.disruption) == ("nim-llama.service", Disruption.RESTART_NIM)
+    assert ("docker", "stop", "-t", "7", "nim-llama") in machine.host.calls
+    assert machine.plan(llama(stop_timeout=7)) == []
+
+
 def test_a_service_that_has_fallen_silent_is_restarted(machine: Machine) -> None:
     machine.converge(llama(), nemo())
     spec = json.loads(machine.host.files["/run/nim/llama.json"])["spec"]

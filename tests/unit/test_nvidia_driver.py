@@ -232,6 +232,17 @@ def test_a_missing_part_of_the_loaded_version_is_put_back_under_running_containe
     assert world.ran("rmmod|systemctl stop") == []
 
 
+@pytest.mark.parametrize(("loaded", "command"), [(True, "enable --now"), (False, "enable")])
+def test_a_disabled_service_is_started_too_where_the_driver_is_loaded(
+    world: DriverWorld, loaded: bool, command: str
+) -> None:
+    world.configured()
+    world.install_driver("580.95.05", loaded=loaded)
+    world.unit_state["nvidia-persistenced.service"] = ["inactive", "disabled"]
+    assert actions(run(world)) == ["enable"]
+    assert world.ran("systemctl enable") == ["systemctl %s nvidia-persistenced.service" % command]
+
+
 def test_a_masked_service_of_the_driver(world: DriverWorld) -> None:
     world.configured()
     world.install_driver("580.95.05")
@@ -483,6 +494,22 @@ def test_the_module_is_rebuilt_after_a_kernel_upgrade(world: DriverWorld) -> Non
     world.install_driver("580.95.05", loaded=False)
     world.configured()
     world.module = ""
+    outcome = run(world)
+    assert actions(outcome) == ["build"]
+    assert outcome.state.on_disk == "580.95.05"
+
+
+def test_a_module_that_dkms_was_told_to_forget_is_built_from_the_packages_sources(world: DriverWorld) -> None:
+    world.install_driver("580.95.05", loaded=False)
+    world.configured()
+    world.module = ""
+    world.dirs.add("/usr/src/nvidia-580.95.05")
+
+    def install(*_arguments: object) -> str:
+        world.module = "580.95.05"
+        return ""
+
+    world.commands = {"dkms autoinstall *": "", "dkms install nvidia/580.95.05 *": install, **world.commands}
     outcome = run(world)
     assert actions(outcome) == ["build"]
     assert outcome.state.on_disk == "580.95.05"
