@@ -272,4 +272,10 @@ class _Preflight:
             remove_all=options.get("state") == "absent",
             api=self.api,
         )
-        self.found += service.preflight(service.observe(self.host))
+        short = any((verdict.check, verdict.verdict) == ("disk", REFUSED) for verdict in self.found)
+        # What models need is counted with their images, as long as those are to be pulled: told once.
+        self.found += [
+            verdict
+            for verdict in service.preflight(service.observe(self.host))
+            if not (short and verdict.check == "disk" and verdict.verdict == REFUSED)
+        ]

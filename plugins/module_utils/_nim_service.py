@@ -867,7 +867,7 @@ def _names_uuids(model: NimModel) -> bool:
 def _gpus_on_the_bus(addresses: t.Iterable[str]) -> tuple[Gpu, ...]:
     """GPUs of which no driver tells more than that they are there, by their PCI addresses."""
     return tuple(
-        Gpu(number, bdf, "", "", "", None, None, None, "", "", None, bdf)
+        Gpu(number, bdf, "NVIDIA GPU", "", "", None, None, None, "", "", None, bdf)
         for number, bdf in enumerate(sorted(addresses))
     )
 
