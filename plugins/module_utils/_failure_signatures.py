@@ -196,7 +196,8 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         "nim-16b",
-        r"No space left on device",
+        # Programs in Go begin it with a small letter.
+        r"[Nn]o space left on device",
         "docker",
         "the disk is full",
         "free space on the file systems of cache_directory and of Docker, or move them",
@@ -394,6 +395,15 @@ SIGNATURES: tuple[Signature, ...] = (
         marginal=True,
     ),
     Signature(
+        "eng-35",
+        r"(?i)\bNVLS\b.*\b(?:fail|error)|\b(?:fail|error)\w*\b.*\bNVLS\b",
+        "container",
+        "NVLink SHARP (NVLS) cannot be used",
+        "set NCCL_NVLS_ENABLE=0 in environment, and check the Fabric Manager",
+        passing=True,
+        marginal=True,
+    ),
+    Signature(
         "eng-36",
         r"gpu_p2p_access_cache",
         "container",
@@ -432,14 +442,16 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         "host-43",
-        r"nvidia-container-cli: initialization error: load library failed: libnvidia-ml\.so\.1",
+        r"nvidia-container-cli: initialization error: load library failed: libnvidia-ml\.so\.1"
+        r"|failed to initialize NVML: (?:ERROR_LIBRARY_NOT_FOUND|could not load NVML library)",
         "docker",
         "the driver's user-space libraries are missing",
         "install the driver (role nvidia_driver)",
     ),
     Signature(
         "host-44",
-        r"nvidia-container-cli: initialization error: nvml error: driver not loaded",
+        r"nvidia-container-cli: initialization error: nvml error: driver not loaded"
+        r"|failed to initialize NVML: Driver Not Loaded",
         "docker",
         "the driver is not loaded",
         "load it or reboot; with Secure Boot, enrol its signing key first",
@@ -455,7 +467,7 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         "host-45b",
-        r"Failed to initialize NVML: Driver/library version mismatch",
+        r"[Ff]ailed to initialize NVML: Driver/library version mismatch",
         "host",
         "driver and user space are of different versions",
         "reload the driver (role nvidia_driver) or reboot",
@@ -682,6 +694,13 @@ PORT_SIGNATURES = ("host-53a", "host-53b")
 EXIT_CODES: dict[int, Signature] = {
     70: Signature(
         "eng-37", "", "docker", "NIM reported a hardware error", "look for Xid messages of the GPU in the kernel log"
+    ),
+    137: Signature(
+        "eng-28c",
+        "",
+        "docker",
+        "the container was killed: by the kernel for want of main memory, or by a stop that took too long",
+        "look for oom-kill in the kernel log, and give the host more memory or the model a longer stop_timeout",
     ),
     135: Signature("eng-34c", "", "docker", "shared memory is too small (bus error)", "raise shm_size", marginal=True),
 }

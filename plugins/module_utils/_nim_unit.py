@@ -109,18 +109,20 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+#: The command line's own pointers to its help, and what it adds to an error of the daemon.
+_BESIDE = re.compile(r"(?:(?:See|Run|Usage:) +'?docker |Error: failed to start containers)", re.IGNORECASE)
 
 
 def complaint(text: str) -> str:
-    """The line of a docker command that says why it failed; the last one may only say that it did."""
-    for line in text.splitlines():
+    """Why a docker command failed, in one line.
+
+    An error of the daemon may have several: what a runtime or a hook printed stands behind its first one.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not _BESIDE.match(line.strip())]
+    for number, line in enumerate(lines):
         if line.startswith("Error response from daemon"):
-            return line.strip()
-    # The command line's own errors end in a pointer to the help.
-    return last_line(re.sub(r"(?mi)^(See|Run|Usage:) +'?docker .*$", "", text))
+            return " ".join(lines[number:])[:2000]
+    return lines[-1] if lines else "no message"
 
 
 def docker(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:

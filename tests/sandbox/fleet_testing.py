@@ -375,6 +375,10 @@ class Fleet:
         assert (run.code == 0) is succeeds, "the run %s" % ("failed" if succeeds else "should have failed")
         return run
 
+    def attempt(self, playbook: str | pathlib.Path, *options: str, **how: Any) -> Run:
+        """Run a playbook to its end, whatever that is."""
+        return self._run(playbook, options, **how)
+
     def play_until(self, moment: str, playbook: str | pathlib.Path, *options: str, after: float = 0, **how: Any) -> Run:
         """Run a playbook and kill the controller ``after`` seconds after ``moment`` (a pattern) was in its output.
 

@@ -25,11 +25,19 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible-core ships 
     CALLBACK_NAME = "recorder"
     CALLBACK_NEEDS_ENABLED = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._began: dict[tuple[str, str], float] = {}
+
+    def v2_runner_on_start(self, host: t.Any, task: t.Any) -> None:
+        self._began[host.get_name(), task._uuid] = time.time()
+
     def _record(self, outcome: str, result: t.Any) -> None:
         entry = {
             "host": result.host.get_name(),
             "task": result.task.get_name(),
             "outcome": outcome,
+            "began": self._began.get((result.host.get_name(), result.task._uuid)),
             "at": time.time(),
             "result": result.result,
         }
