@@ -315,8 +315,10 @@ class _Look:
             if failure.match is not None:
                 cause += ": " + failure.match.signature.cause
                 remedy = failure.match.signature.remedy
-                if failure.match.line and failure.match.line not in evidence:
-                    evidence = [failure.match.line, *evidence[1 - EVIDENCE_LINES :]]
+                if failure.match.line:
+                    # The line that tells most comes first.
+                    others = [line for line in evidence if line != failure.match.line]
+                    evidence = [failure.match.line, *others[1 - EVIDENCE_LINES :]]
             severity = NOTED if failure.reason == "maintenance" else FAILED
             self._add(
                 severity,

@@ -62,7 +62,7 @@ _PIECE = 8
 #: A secret is masked wherever it occurs, so a shorter value would take ordinary words with it.
 SHORTEST_SECRET = 6
 
-_TELLING = r"[\w.-]*(?:key(?!s\b|board|ring|word)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential|authorization)[\w.-]*"
+_TELLING = r"[\w.-]{0,64}(?:key(?!s\b|board|ring|word)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential|authorization)[\w.-]*"
 #: What looks like a secret wherever it stands; the group "keep" stays.
 _LOOKS = tuple(
     re.compile(pattern)
@@ -73,7 +73,7 @@ _LOOKS = tuple(
         r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
         # user and password in a URL
-        r"(?P<keep>[a-z][a-z0-9+.-]*://)[^\s/@\"']+(?=@)",
+        r"(?P<keep>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://)[^\s/@\"']+(?=@)",
         # Authorization headers, also as curl prints and JSON writes them
         r"(?i)(?P<keep>authorization[\"']?\s*[:=]\s*[\"']?)(?:[a-z]+\s+)?[\w.+/=~-]{4,}",
         r"(?i)(?P<keep>\b(?:bearer|basic|apikey)\s+)[\w.+/=~-]{8,}",
@@ -82,7 +82,7 @@ _LOOKS = tuple(
         r"(?i)(?P<keep>--%s[ =])[^\s,;&'\"]+" % _TELLING,
         r"(?i)(?P<keep>[\"']%s[\"']\s*:\s*[\"'])[^'\"]+" % _TELLING,
         r"(?i)(?P<keep>[\"'](?:auth|identitytoken|registrytoken)[\"']\s*:\s*[\"'])[^'\"]+",
-        r"(?im)(?P<keep>^\s*[\w.-]*(?:key|token|secret|passw(?:or)?d|passphrase)\s*:\s+)\S+",
+        r"(?im)(?P<keep>^[ \t]*[\w.-]{0,64}(?:key|token|secret|passw(?:or)?d|passphrase)\s*:\s+)\S+",
     )
 )
 #: Variables of a container whose value is no secret whatever it looks like, unless the name says so.
@@ -257,7 +257,7 @@ def known_secrets(host: Host) -> list[str]:
     for directory in ("/etc/systemd/system/docker.service.d", "/etc/apt/apt.conf.d"):
         configurations += ["%s/%s" % (directory, name) for name in host.list_dir(directory)]
     for path in configurations:
-        for pair in re.findall(r"[a-z][a-z0-9+.-]*://([^\s/@\"']+:[^\s/@\"']+)@", _read(host, path) or ""):
+        for pair in re.findall(r"[a-z][a-z0-9+.-]{1,20}://([^\s/@\"']+:[^\s/@\"']+)@", _read(host, path) or ""):
             secrets += [pair, urllib.parse.unquote(pair)]
     return [secret for secret in dict.fromkeys(secrets) if secret]
 

@@ -38,8 +38,12 @@ def diagnose(path: pathlib.Path, *options: str, succeeds: bool = True) -> list[J
 
 
 def told(rows: list[Json]) -> list[tuple[str, str | None, str]]:
-    """What is wrong; notes depend on what else the machine does."""
-    return [(row["severity"], row["model"], row["reason"]) for row in rows if row["severity"] != "note"]
+    """What is wrong on the host itself: all hosts of the sandbox share the kernel's log, and so the kills of others."""
+    return [
+        (row["severity"], row["model"], row["reason"])
+        for row in rows
+        if row["severity"] in ("failed", "warning") and (row["model"] or row["reason"] != "out_of_memory")
+    ]
 
 
 def lose_gpus(model: str) -> None:
@@ -57,8 +61,8 @@ def served() -> None:
 
 
 def test_a_sound_host(served: None, tmp_path: pathlib.Path) -> None:
-    rows = diagnose(tmp_path / "rows.json", "-e", "diagnose_fail_on=warning")
-    assert told(rows) in ([], [("ok", None, None)]), rows
+    rows = diagnose(tmp_path / "rows.json", "-e", "diagnose_fail_on=failed")
+    assert told(rows) == [], rows
 
 
 def test_lost_gpus_are_seen_explained_and_given_back(served: None, tmp_path: pathlib.Path) -> None:
@@ -131,7 +135,7 @@ def test_several_faults_at_once_and_a_bundle_without_secrets(served: None, tmp_p
     )
     second = next(row for row in rows if row["model"] == "second" and row["severity"] == "failed")
     assert (second["signature"], second["remedy"]) == ("site-quota", "ask the storage team")
-    assert QUOTA in second["evidence"]
+    assert QUOTA in second["evidence"][0]
     assert any("/etc/docker/daemon.json" in (row["cause"] or "") for row in rows)
 
     # -- the bundle
