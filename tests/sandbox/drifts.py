@@ -799,7 +799,11 @@ _MODELS = (
         "nim_service, directory /var/lib/nim/cache/llama, none",
     ),
     _drift("/etc/nim writable for all", "chmod 0777 /etc/nim", "nim_service, directory /etc/nim, none"),
-    _drift("words of the wrapper gone", "rm /run/nim/llama.json"),
+    _drift(
+        "words of the wrapper gone",
+        "mv /run/nim/llama.json /tmp/words.json",
+        undo="mv /tmp/words.json /run/nim/llama.json",
+    ),
     _drift("record of a download gone", "rm /var/lib/nim/state/llama.download.json"),
     _drift(
         "host under maintenance",
