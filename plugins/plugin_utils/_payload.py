@@ -20,8 +20,8 @@ import sys
 import tempfile
 import typing as t
 
-import ansible.constants as constants
-import ansible.module_utils as module_utils
+from ansible.constants import DEFAULT_LOCAL_TMP, DEFAULT_MODULE_UTILS_PATH, config
+from ansible.module_utils.basic import AnsibleModule
 from ansible.release import __version__ as core_version
 
 _PLUGINS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,16 +53,16 @@ class Payload:
 
     def __init__(self, module: str, *, local: str = "", home: str = "") -> None:
         self._prefix = "ansible_collections.gpu_fleet.nim.plugins.modules.%s-" % module
-        self._local = local or os.path.join(str(constants.DEFAULT_LOCAL_TMP), "ansiballz_cache")
-        self._home = home or os.path.join(str(constants.config.get_config_value("ANSIBLE_HOME")), "gpu_fleet.nim")
+        self._local = local or os.path.join(str(DEFAULT_LOCAL_TMP), "ansiballz_cache")
+        self._home = home or os.path.join(str(config.get_config_value("ANSIBLE_HOME")), "gpu_fleet.nim")
         self._kept = ""
         # Somebody's own module_utils may stand in for ansible-core's; what is in them is not followed here.
-        own = [path for path in constants.DEFAULT_MODULE_UTILS_PATH or [] if os.path.isdir(path) and os.listdir(path)]
+        own = [path for path in DEFAULT_MODULE_UTILS_PATH or [] if os.path.isdir(path) and os.listdir(path)]
         with contextlib.suppress(OSError):
             if not own:
                 files = _python_files(os.path.join(_PLUGINS, "module_utils"))
                 files += [os.path.join(_PLUGINS, "modules", module + ".py")]
-                files += _python_files(os.path.dirname(str(module_utils.__file__)))
+                files += _python_files(os.path.dirname(str(sys.modules[AnsibleModule.__module__].__file__)))
                 self._kept = os.path.join(self._home, "%s-%s" % (module, _signature(files)))
 
     def _files(self, directory: str) -> list[str]:

@@ -21,7 +21,7 @@ def plugins(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text("pass\n")
     monkeypatch.setattr(_payload, "_PLUGINS", str(directory))
-    monkeypatch.setattr(_payload.constants, "DEFAULT_MODULE_UTILS_PATH", [])
+    monkeypatch.setattr(_payload, "DEFAULT_MODULE_UTILS_PATH", [])
     return directory
 
 
@@ -75,7 +75,7 @@ def test_not_where_somebody_has_module_utils_of_their_own(
 ) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own/basic.py").write_text("")
-    monkeypatch.setattr(_payload.constants, "DEFAULT_MODULE_UTILS_PATH", [str(tmp_path / "own")])
+    monkeypatch.setattr(_payload, "DEFAULT_MODULE_UTILS_PATH", [str(tmp_path / "own")])
     Run(tmp_path, 1).packs("package")
     assert Run(tmp_path, 2).given == {}
 
