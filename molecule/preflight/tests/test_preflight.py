@@ -94,8 +94,15 @@ def test_a_bare_host_that_can_serve() -> None:
     assert len({uri for uri in asked if "/blobs/" in uri}) <= 1, asked
 
 
-def test_everything_that_cannot_work_is_said_at_once() -> None:
+@pytest.fixture
+def squatter() -> Iterator[str]:
+    """Somebody who holds port 8000 of the bare host; the process id."""
     BARE.run("systemd-run --quiet --unit squatter python3 -m http.server 8000")
+    yield BARE.run("systemctl show --property MainPID --value squatter.service")
+    BARE.run("systemctl stop squatter")
+
+
+def test_everything_that_cannot_work_is_said_at_once(squatter: str) -> None:
     models = [
         # Needs CUDA 12.5, which branch 535 does not have; its port is held.
         {**LLAMA, "image": "nvcr.io/nim/meta/llama3-8b-instruct:1.0.3"},
@@ -103,7 +110,6 @@ def test_everything_that_cannot_work_is_said_at_once() -> None:
         {**LLAMA, "name": "big", "port": 8002, "disk_space": "900TB"},
     ]
     variables = {"nim_models": models, "nvidia_driver_branch": "535"}
-    pid = BARE.run("systemctl show --property MainPID --value squatter.service")
     with untouched(BARE):
         judged = Judged(BARE, succeeds=False, **variables)
         run = FLEET.site("--limit", BARE.name, inventory=wanted(BARE, **variables), succeeds=False)
@@ -118,7 +124,7 @@ def test_everything_that_cannot_work_is_said_at_once() -> None:
     assert "cuda>=12.5" in requirement["message"] and "branch 555 or newer" in requirement["message"]
     assert "this host is to get driver branch 535" in requirement["remedy"]
     port = judged.row("port", "llama")
-    assert "it is held by python3 (pid %s) of unit squatter.service" % pid in port["message"]
+    assert "it is held by python3 (pid %s) of unit squatter.service" % squatter in port["message"]
     assert port["remedy"] == "stop that first, or give the model another port"
     assert "nothing in it under :9.9.9" in judged.row("image", models[1]["image"])["message"]
     assert "/var/lib/nim/cache/big on / needs about 9895" in judged.row("disk")["message"]
@@ -132,8 +138,8 @@ def test_everything_that_cannot_work_is_said_at_once() -> None:
     message = run.failure(BARE.name)
     for row in judged.rows:
         if row["verdict"] == "refused":
-            assert row["message"].rstrip(".") in message, row
-    BARE.run("systemctl stop squatter")
+            # How much of the disk is free changes from one moment to the next.
+            assert row["message"].rstrip(".").partition(", and ")[0] in message, row
 
 
 @pytest.mark.parametrize(
