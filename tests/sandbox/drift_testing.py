@@ -175,7 +175,7 @@ class Patient:
         assert not drift.notes or any(drift.notes in note for note in plan.notes), plan.notes
 
     def _does_what_it_planned(self, run: Run, plan: Plan) -> None:
-        promised = {key(change) for change in plan.changes}
+        promised = {key(change) for change in plan.changes if not change["blocked"]}
         done = {key(change): change for change in run.changes(self.host.name)}
         vague = {entry["resource"]: DISRUPTIONS.index(entry["disruption"]) for entry in plan.later}
         for missing in promised - done.keys():

@@ -815,7 +815,6 @@ _MODELS = (
         "a service stopped under maintenance",
         "touch /var/lib/nim/maintenance; systemctl stop nim-llama",
         "nim_service, nim-llama.service, none",
-        refused=True,
         undo="rm /var/lib/nim/maintenance; systemctl start nim-llama",
         restarts="llama",
     ),
