@@ -112,7 +112,7 @@ class Patient:
             [entry for entry in changes if not entry["after"]],
             [entry for entry in changes if entry["after"]],
             result["errors"],
-            [*result["notes"], *result.get("warnings", [])],
+            [*result["notes"], *map(str, result.get("warnings") or [])],
         )
 
     def identity(self) -> dict[str, str]:
