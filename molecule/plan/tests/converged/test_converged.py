@@ -77,7 +77,8 @@ def test_a_service_that_is_not_ready_is_waited_for(tmp_path: pathlib.Path) -> No
     FLEET.play("plan", "-e", "plan_output=%s" % output, inventory=inventory)
     rows = [row for row in json.loads(output.read_text()) if row["host"] == HOST.name]
     assert [(row["resource"], row["what"], row["to"]) for row in rows] == [("nim_health", "nim-llama.service", "ready")]
-    HOST.run("systemd-run --quiet --on-active=3 touch /var/lib/nim/cache/llama/go")
+    # As the model's own user: a file of root in its cache would be drift.
+    HOST.run("systemd-run --quiet --on-active=3 install -o 1000 -g 1000 /dev/null /var/lib/nim/cache/llama/go")
     run = FLEET.site(inventory=inventory)
     assert run.changed() == []
     assert run.of(HOST.name, "Every model answers")
