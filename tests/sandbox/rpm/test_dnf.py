@@ -107,6 +107,16 @@ def test_locks_that_were_lost_are_seen_and_restored(machine: Machine, server: st
 
 
 @both
+def test_our_locks_are_released(machine: Machine, server: str) -> None:
+    driver(machine, server, branch="580")
+    assert locks(machine)
+    released = driver(machine, server, branch="580", hold=False)
+    assert whats(released) == ["package holds"]
+    assert locks(machine) == []
+    assert not driver(machine, server, branch="580", hold=False)["changed"]
+
+
+@both
 def test_other_locks_stay(machine: Machine, server: str) -> None:
     machine.run("dnf", "-q", "-y", "install", "python3-dnf-plugin-versionlock")
     machine.write(LOCKS, "kernel-devel-0:5.14.0-1.el9.*\n!bash-0:5.1.8-9.el9.*\n")
