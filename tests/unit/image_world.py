@@ -135,8 +135,9 @@ class FakeClient:
 
     def resolve(self, reference: ImageReference, architecture: str) -> RegistryImage:
         self.asked.append((str(reference), *self.login))
-        if not self.login[1] and self.anonymous is not None:
-            raise self.anonymous
+        refusal = self.anonymous
+        if not self.login[1] and isinstance(refusal, FleetError):
+            raise refusal
         answer = self.tags.get(str(reference), DIGEST)
         if isinstance(answer, FleetError):
             raise answer

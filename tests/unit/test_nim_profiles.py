@@ -366,7 +366,10 @@ def test_manifest_of_2x_with_lists_at_any_column(text: str) -> None:
 
 
 def test_other_manifests() -> None:
-    legacy = "model_profile: MolMIM\nmanifest:\n  # Comment\n  - id: MolMIM\n    tags:\n      backend: pytorch\n    workspace: \n      components:\n      - dst: 'models/'\n"
+    legacy = (
+        "model_profile: MolMIM\nmanifest:\n  # Comment\n  - id: MolMIM\n    tags:\n      backend: pytorch\n"
+        "    workspace: \n      components:\n      - dst: 'models/'\n"
+    )
     assert [(one.id, one.backend) for one in parse_manifest(legacy) or ()] == [("MolMIM", "pytorch")]
     as_json = {"schema_version": "2.0.0", "profiles": [{"id": A, "tags": {"tp": 4, "feat_lora": True}}, 3]}
     assert [(one.id, one.tp, one.lora) for one in parse_manifest(json.dumps(as_json)) or ()] == [(A, 4, True)]
