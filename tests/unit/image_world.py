@@ -126,7 +126,7 @@ class FakeClient:
     asked: t.ClassVar[list[tuple[str, str, str]]] = []
     options: t.ClassVar[dict[str, t.Any]] = {}
     #: What is said to who has no login.
-    anonymous: t.ClassVar[FleetError | None] = None
+    anonymous: t.ClassVar[list[FleetError]] = []
     sizes: t.ClassVar[dict[str, int]] = {}
 
     def __init__(self, registry: str, username: str, password: str, **options: t.Any) -> None:
@@ -135,9 +135,8 @@ class FakeClient:
 
     def resolve(self, reference: ImageReference, architecture: str) -> RegistryImage:
         self.asked.append((str(reference), *self.login))
-        refusal = self.anonymous
-        if not self.login[1] and isinstance(refusal, FleetError):
-            raise refusal
+        if not self.login[1] and self.anonymous:
+            raise self.anonymous[0]
         answer = self.tags.get(str(reference), DIGEST)
         if isinstance(answer, FleetError):
             raise answer
@@ -182,7 +181,7 @@ def image_world(host: FakeHost, tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     )
     FakeClient.tags.clear()
     FakeClient.asked.clear()
-    FakeClient.anonymous, FakeClient.sizes = None, {}
+    FakeClient.anonymous, FakeClient.sizes = [], {}
     driver = LoadedDriver("580.95.05", "open", True)
     monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: GpuInventory(driver=driver, cuda_version="13.0"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):

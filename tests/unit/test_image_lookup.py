@@ -61,7 +61,7 @@ def test_sizes_of_all_architectures(world: ImageWorld) -> None:
     ],
 )
 def test_whether_it_can_be_had_without_a_key(world: ImageWorld, reason: str, public: bool | None) -> None:
-    FakeClient.anonymous = FleetError(reason, "Because.") if reason else None
+    FakeClient.anonymous = [FleetError(reason, "Because.")] if reason else []
     found = look_up(world.host, LLAMA, api_key=KEY, client=t.cast(t.Any, FakeClient))
     assert found["public"] is public
     assert [login[1:] for login in FakeClient.asked] == [("$oauthtoken", KEY), ("", "")]
