@@ -108,6 +108,7 @@ def test_only_proc_modules_lists_it(host: FakeHost) -> None:
         ("nvidia-smi/h200-x1.xml", 1),
         ("nvidia-smi/h200-x2.xml", 2),
         ("nvidia-smi/h200-x2-process.xml", 2),
+        ("nvidia-smi/h200-x4-process.xml", 4),
         ("nvidia-smi/h200-x8.xml", 8),
         ("h200-single/nvidia-smi-q-x.580.159.04.h200.xml", 1),
     ],
