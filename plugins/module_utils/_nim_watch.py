@@ -271,6 +271,8 @@ class Watch:
         elif (
             container is not None
             and container.status in ("exited", "dead")
+            # Stopped by somebody: what its container said at the end is not why.
+            and unit.active != "inactive"
             and self._ended_now(unit, unit_started, container)
         ):
             lived = (container.finished or now) - (container.started or now)
@@ -344,7 +346,7 @@ class Watch:
         """Whether an exited container belongs to this start, and is not what an earlier one left behind."""
         if self.instance:
             return container.instance == self.instance or (container.finished or 0.0) >= self.since
-        if unit.active in ("failed", "inactive") or unit.sub == "auto-restart":
+        if unit.active == "failed" or unit.sub == "auto-restart":
             return (container.finished or 0.0) >= unit_started - 1.0 or unit.sub == "auto-restart"
         return (container.finished or 0.0) >= unit_started - 1.0
 

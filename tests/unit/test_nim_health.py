@@ -432,6 +432,14 @@ def test_nothing_to_wait_for(world: World, unit: dict[str, str], reason: str) ->
     assert world.clock == world.start
 
 
+def test_a_service_that_was_stopped_has_not_failed(world: World) -> None:
+    world.unit("a", ActiveState="inactive", SubState="dead")
+    world.box("a")
+    world.end("a")
+    outcome, dummy = check(world, [{"name": "a", "port": 9}])
+    assert [failure.reason for target, failure in outcome.failures] == ["not_running"]
+
+
 def test_start_timeout_is_each_models_own(world: World, nim: Nim) -> None:
     other = Nim()
     nim.ready = other.ready = 503
