@@ -18,7 +18,7 @@ from ._errors import FleetError
 from ._failure_signatures import Signature
 from ._findings import FAILED, NOTED, WARNED, Diagnosis, Finding
 from ._gpu import GpuInventory, observe_gpus
-from ._gpu_health import XID_APPLICATION, gpu_health
+from ._gpu_health import gpu_health
 from ._gpu_loss import LOST_TEXT, lost_gpus
 from ._gpu_loss import REMEDY as LOST_REMEDY
 from ._health_target import HealthTarget, parse_targets
@@ -31,6 +31,7 @@ from ._nim_paths import MAINTENANCE_FILE
 from ._redaction import Redactor
 from ._resource import Change, Disruption
 from ._verdict import REFUSED, WARNING, Verdict
+from ._xid_errors import XID_APPLICATION
 
 Json = t.Dict[str, t.Any]
 

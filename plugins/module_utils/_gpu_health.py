@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ._gpu import Gpu, GpuInventory
 from ._host import Host
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict
+from ._xid_errors import XID_APPLICATION, XID_ERRORS, XID_FATAL, XID_LINE, XID_NOTES
 
 #: NVML's recovery actions (nvmlDeviceGpuRecoveryAction_t), as nvidia-smi prints them, and what they ask for.
 RECOVERY_ACTIONS = {
@@ -29,27 +30,6 @@ RECOVERY_ACTIONS = {
 _RESET = "stop what uses it and run 'nvidia-smi --gpu-reset -i {index}', or reboot the host"
 _REPLACE = "take it out of service and have it replaced"
 
-#: Errors of programs rather than of the GPU.
-XID_APPLICATION = frozenset((13, 31, 43, 45))
-#: After these a GPU is not to be trusted before it was reset.
-XID_FATAL = frozenset((48, 64, 79, 95, 119, 120))
-XID_NAMES = {
-    48: "uncorrectable memory error",
-    63: "a row of memory is to be remapped",
-    64: "remapping a row of memory failed",
-    74: "NVLink error",
-    79: "the GPU has fallen off the bus",
-    94: "contained memory error",
-    95: "uncontained memory error",
-    119: "the GPU's system processor does not answer",
-    120: "error of the GPU's system processor",
-    154: "the recovery action changed",
-}
-#: A change of the recovery action is told by nvidia-smi as it is now.
-_XID_NOTES = frozenset((154,))
-
-# open-gpu-kernel-modules, src/nvidia/src/kernel/gpu/rc/kernel_rc.c
-_XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)(?: GPU-I:\d+)?(?: GPU-CI:\d+)?\): ([0-9]{1,9})\b")
 _LOADING = re.compile(r"NVRM: loading NVIDIA ")
 _LOG_PATTERN = "NVRM: (Xid|loading NVIDIA)"
 
@@ -69,9 +49,9 @@ def parse_xids(log: str) -> tuple[Xid, ...]:
         if _LOADING.search(line):
             found.clear()
             continue
-        match = _XID.search(line)
+        match = XID_LINE.search(line)
         if match:
-            found.append(Xid(_slot(match.group(1)), int(match.group(2))))
+            found.append(Xid(_slot(match.group("pci")), int(match.group("xid"))))
     return tuple(dict.fromkeys(found))
 
 
@@ -352,12 +332,12 @@ def _slowdown(gpu: Gpu) -> _Finding:
 
 
 def _xids(gpu: Gpu, xids: t.Sequence[Xid]) -> _Finding:
-    here = [xid.number for xid in xids if xid.bdf == _slot(gpu.bdf) and xid.number not in _XID_NOTES]
+    here = [xid.number for xid in xids if xid.bdf == _slot(gpu.bdf) and xid.number not in XID_NOTES]
     serious = [number for number in here if number not in XID_APPLICATION]
     if not serious:
         return _ok("had no error of its own since the driver was loaded")
     text = "had %s since the driver was loaded" % ", ".join(
-        "Xid %d%s" % (number, " (%s)" % XID_NAMES[number] if number in XID_NAMES else "") for number in serious
+        "Xid %d%s" % (number, " (%s)" % XID_ERRORS[number].cause if number in XID_ERRORS else "") for number in serious
     )
     fatal = [number for number in serious if number in XID_FATAL]
     if fatal and not gpu.recovery_action:

@@ -14,6 +14,7 @@ from ._failure_signatures import Signature
 from ._gpu import normalise_bdf
 from ._host import Host
 from ._untrusted import json_object, whole_number
+from ._xid_errors import UNKNOWN_XID, XID_ERRORS, XID_LINE
 
 #: Lines of the kernel log that are read at most.
 MOST_LINES = 2000
@@ -51,36 +52,6 @@ class KernelEvent:
     process: str = ""
 
 
-@dataclass(frozen=True)
-class XidMeaning:
-    """What an Xid says (docs.nvidia.com/deploy/xid-errors)."""
-
-    cause: str
-    remedy: str
-
-
-_APPLICATION = "look at the program that ran on it; the GPU itself is most likely sound"
-_RESET = "reset the GPU (nvidia-smi --gpu-reset) or reboot the host"
-_REPLACE = "reboot the host; if it comes back, have the GPU checked by its vendor"
-XIDS: dict[int, XidMeaning] = {
-    13: XidMeaning("a program did something the GPU does not allow", _APPLICATION),
-    31: XidMeaning("a program used GPU memory that is not its own", _APPLICATION),
-    43: XidMeaning("a program made the GPU stop", _APPLICATION),
-    45: XidMeaning("a program's work on the GPU was cleaned up after an error", _APPLICATION),
-    48: XidMeaning("GPU memory has an error that cannot be corrected", _RESET),
-    63: XidMeaning("a bad row of GPU memory is to be replaced by a spare one", "reset the GPU when it is idle"),
-    64: XidMeaning("a bad row of GPU memory could not be replaced", _REPLACE),
-    74: XidMeaning("an NVLink connection failed", "check NVLink (nvidia-smi nvlink -s) and the Fabric Manager"),
-    79: XidMeaning("the GPU has fallen off the bus", _REPLACE),
-    94: XidMeaning("GPU memory had an error that hit one program only", "start that program again; " + _RESET),
-    95: XidMeaning("GPU memory had an error that hit every program on the GPU", _RESET),
-    119: XidMeaning("the GPU's system processor does not answer", _REPLACE),
-    120: XidMeaning("the GPU's system processor reported an error", _REPLACE),
-    154: XidMeaning("the driver asks for a recovery action", "see GPU Recovery Action in 'nvidia-smi -q'"),
-}
-UNKNOWN_XID = XidMeaning("the GPU or its driver reported a fault", "look the number up in NVIDIA's list of Xid errors")
-
-_XID = re.compile(r"NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)(?: GPU-I:\d+)?(?: GPU-CI:\d+)?\): (?P<xid>\d+),")
 _KILL = re.compile(r"oom-kill:.*?task_memcg=(?P<cgroup>[^,]*),task=(?P<task>[^,]*),pid=\d+")
 _CONTAINER_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 _RING_LINE = re.compile(r"(?:<\d+>)?\[\s*(\d+\.\d+)\] (.*)")
@@ -114,7 +85,7 @@ def kernel_events(lines: t.Iterable[KernelLine]) -> list[KernelEvent]:
     """Xids and kills for want of memory."""
     events = []
     for line in lines:
-        xid = _XID.search(line.text)
+        xid = XID_LINE.search(line.text)
         if xid is not None:
             pci = xid.group("pci")
             # The driver leaves the function out; sysfs has it.
@@ -137,7 +108,7 @@ def kernel_events(lines: t.Iterable[KernelLine]) -> list[KernelEvent]:
 
 def xid_signature(event: KernelEvent) -> Signature:
     """The cause and remedy of an Xid by its number."""
-    meaning = XIDS.get(event.number, UNKNOWN_XID)
+    meaning = XID_ERRORS.get(event.number, UNKNOWN_XID)
     cause = "Xid %d on GPU %s: %s" % (event.number, event.bdf, meaning.cause)
     return Signature("host-52", "", "host", cause, meaning.remedy)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._failure_causes import KERNEL, Match, SignatureBook
 from ._failure_signatures import OUT_OF_MEMORY, PORT_SIGNATURES, Signature
-from ._gpu_health import XID_FATAL
 from ._health_target import HealthTarget
 from ._host import Host
 from ._kernel_log import OUT_OF_MEMORY as OUT_OF_MEMORY_KILL
@@ -46,6 +45,7 @@ from ._nim_process_state import (
 from ._nim_watch import Failure, Watch
 from ._redaction import host_secrets, scrub
 from ._untrusted import json_object
+from ._xid_errors import XID_FATAL
 
 Json = t.Dict[str, t.Any]
 
