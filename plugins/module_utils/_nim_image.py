@@ -375,8 +375,8 @@ class NimImages(Resource[ImagesState]):
         Raises:
             FleetError: ``no_such_profile``, ``profile_unsuitable``.
         """
-        if not inventory.gpus:
-            # Set up in this very run; the service looks again.
+        if not task.wanted.profiles or not inventory.gpus:
+            # Nothing to compare; or GPUs that are set up in this very run, and the service looks again.
             return
         try:
             manifest = manifest_at_registry(self.client(host, task.source.registry), task.source, task.found)
