@@ -320,6 +320,18 @@ def test_profiles_of_an_image_that_is_not_there_yet(serving: Machine, monkeypatc
     assert refused.reason == "profile_unsuitable" and "LoRA" in refused.message
 
 
+def test_no_layer_is_fetched_where_no_model_names_a_profile(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*dummy: t.Any) -> None:
+        raise AssertionError("layers of the image are read")
+
+    monkeypatch.setattr(_nim_image, "manifest_at_registry", never)
+    del serving.api.images[NEMO]
+    model = nemo()
+    found = judge(serving.host, dict(models(model), nim_image={"images": wanted_images([model])}), serving.api)
+    assert one(found, "image", NEMO).verdict == OK
+    assert not [verdict for verdict in found if verdict.check == "profile"]
+
+
 def test_xids_are_looked_for(serving: Machine) -> None:
     serving.host.commands = {
         "journalctl --dmesg *": "NVRM: Xid (PCI:0000:00:06): 74, pid=1\n",

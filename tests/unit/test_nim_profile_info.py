@@ -307,21 +307,3 @@ def test_pulled_when_it_can_run_or_nobody_knows(images: ImageWorld, monkeypatch:
     monkeypatch.setattr(FakeClient, "blob", broken)
     images.run([dict(entry, profile="f" * 64)])
     assert images.jobs.started
-
-
-def test_no_layer_is_fetched_where_no_model_names_a_profile(
-    images: ImageWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetched: list[str] = []
-
-    def blob(self: t.Any, reference: ImageReference, digest: str) -> bytes:
-        fetched.append(digest)
-        return Client.blob(self, reference, digest)
-
-    monkeypatch.setattr(FakeClient, "blob", blob)
-    images.run([{"image": LLAMA}])
-    assert images.jobs.started and fetched == []
-    images.jobs.started.clear()
-    images.docker.images.clear()
-    images.run([{"image": LLAMA, "model": "llama", "profile": B}])
-    assert fetched
