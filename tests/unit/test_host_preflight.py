@@ -326,6 +326,7 @@ def test_no_layer_is_fetched_where_no_model_names_a_profile(serving: Machine, mo
 
     monkeypatch.setattr(_nim_image, "manifest_at_registry", never)
     del serving.api.images[NEMO]
+    serving.host.files["/etc/passwd"] = b"root:x:0:0:root:/root:/bin/bash\n"
     model = nemo()
     found = judge(serving.host, dict(models(model), nim_image={"images": wanted_images([model])}), serving.api)
     assert one(found, "image", NEMO).verdict == OK
