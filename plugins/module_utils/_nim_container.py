@@ -15,6 +15,14 @@ import typing as t
 
 Json = t.Dict[str, t.Any]
 
+#: What the docker command adds to every container where root's Docker configuration names proxies
+#: (docs.docker.com/engine/cli/proxy).
+_PROXIES = frozenset(
+    variant
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
+    for variant in (name, name.lower())
+)
+
 
 def differences(
     create: t.Sequence[str], container: t.Mapping[str, t.Any], known: t.Collection[str] = ()
@@ -62,7 +70,7 @@ def _environment(
     wanted = dict(_pair(entry) for entry in options.get("--env", ()))
     other = {name for name, value in wanted.items() if there.get(name) != value}
     # Docker gives every container a PATH.
-    strange = there.keys() - wanted.keys() - {*known, "PATH"}
+    strange = there.keys() - wanted.keys() - {*known, "PATH"} - _PROXIES
     return ["variable %s" % name for name in sorted({*other, *strange})]
 
 

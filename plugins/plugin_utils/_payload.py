@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import typing as t
@@ -40,6 +41,15 @@ def _signature(paths: t.Iterable[str]) -> str:
 
 def _python_files(directory: str) -> list[str]:
     return sorted(entry.path for entry in os.scandir(directory) if entry.name.endswith(".py"))
+
+
+def _own(directory: str) -> bool:
+    """Whether nobody else can have put anything into a directory: what is in it runs on all hosts."""
+    try:
+        found = os.lstat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 class Payload:
@@ -86,8 +96,10 @@ class Payload:
 
     def put(self) -> None:
         """Give ansible-core the package of an earlier run."""
+        if not (self._kept and _own(self._home) and _own(self._kept)):
+            return
         with contextlib.suppress(OSError):
-            for name in self._files(self._kept) if self._kept else []:
+            for name in self._files(self._kept):
                 target = os.path.join(self._local, name)
                 if not os.path.exists(target):
                     os.makedirs(self._local, exist_ok=True)
@@ -99,6 +111,8 @@ class Payload:
             return
         with contextlib.suppress(OSError):
             os.makedirs(self._home, mode=0o700, exist_ok=True)
+            if not _own(self._home):
+                return
             os.makedirs(self._kept, mode=0o700, exist_ok=True)
             for name in self._files(self._local):
                 self._copy(os.path.join(self._local, name), os.path.join(self._kept, name))

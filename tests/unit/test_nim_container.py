@@ -66,6 +66,14 @@ def test_as_it_was_made() -> None:
     assert differences(CREATE, older, KNOWN) == []
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "NO_PROXY"])
+def test_proxies_of_the_docker_command(name: str) -> None:
+    container = copy.deepcopy(CONTAINER)
+    container["Config"]["Env"].append(name + "=http://proxy.example:3128")
+    assert differences(CREATE, container, KNOWN) == []
+    assert differences(["--env=%s=http://other.example" % name, *CREATE], container, KNOWN) == ["variable " + name]
+
+
 @pytest.mark.parametrize("container", [{}, {"Config": None, "HostConfig": None}, {"Config": {}, "HostConfig": {}}])
 def test_what_is_not_told_is_no_difference(container: dict[str, t.Any]) -> None:
     assert differences(CREATE, container, KNOWN) == []

@@ -100,3 +100,13 @@ def test_a_home_that_cannot_be_written_disturbs_nobody(plugins: pathlib.Path, tm
     (tmp_path / "home").write_text("no directory")
     Run(tmp_path, 1).packs("package")
     assert Run(tmp_path, 2).given == {}
+
+
+def test_nothing_is_taken_where_others_can_write(plugins: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    Run(tmp_path, 1).packs("package")
+    home = tmp_path / "home"
+    for directory in (home, *home.iterdir()):
+        directory.chmod(0o770)
+        assert Run(tmp_path, 2).given == {}
+        directory.chmod(0o700)
+    assert Run(tmp_path, 3).given == {NAME: "package"}
