@@ -24,6 +24,7 @@ class HealthTarget:
         address: Address on which the host itself reaches the published port.
         start_timeout: Seconds from the beginning of the wait.
         expected: Names that ``/v1/models`` must list; empty when NIM derives the name itself.
+        completion: One of ``COMPLETIONS``; empty for a mere look, which takes what was asked last, whatever it was.
         cache_directory: Where the model is downloaded to; its growth is shown as progress.
     """
 

@@ -120,7 +120,7 @@ def services(host: Host, api: DockerApi) -> list[Json]:
             address=url[1],
             port=url[2],
             scheme=url[0],
-            completion="none",
+            completion="",
             cache_directory=str(found.get("cache_directory") or "/"),
         )
         targets.append(target)

@@ -60,7 +60,7 @@ KERNEL_SECONDS = 2.0
 STRANGER_POLLS = 4
 #: For a model that cannot chat where chat was asked for.
 CHAT_REMEDY = "ask it there and set completion to completion or auto, or use a model with a chat template"
-#: Where the measured start times are kept; they are void after a reboot, as the containers' start times are.
+#: Where measured start times and what came of the completions are kept; they are void after a reboot, as the containers' start times are.
 RECORD_DIRECTORY = "/run/gpu_fleet/health"
 
 
@@ -332,20 +332,25 @@ class HealthCheck:
             return
         model = target.expected[0] if target.expected else (models[0] if models else None)
         completion = known.get("completion")
-        if not isinstance(completion, dict):
+        # One that failed is asked again, and counts for those who may not ask.
+        if not isinstance(completion, dict) or (record and not completion.get("ok")):
             if model is None or target.completion == "none":
                 completion = {"kind": "none", "ok": True, "text": None, "seconds": 0.0, "note": None}
             elif not record:
                 completion = None
             else:
                 completion = complete(target, model, target.completion)
+                # Everybody may read the record.
+                completion["note"] = scrub(completion["note"], self.secrets) if completion["note"] else None
+        if record:
+            self._write_record(target, container, {"seconds_to_ready": seconds, "completion": completion})
         if completion is not None and not completion.get("ok"):
             watch.fail(
                 "completion_failed",
                 "says it is ready, but does not complete on /v1/%s (%s)"
                 % (
                     "chat/completions" if completion.get("kind") == "chat" else "completions",
-                    scrub(str(completion.get("note")), self.secrets),
+                    completion.get("note"),
                 ),
                 CHAT_REMEDY
                 if target.completion == "chat" and "/v1/completions" in str(completion.get("note"))
@@ -369,8 +374,6 @@ class HealthCheck:
             "reason": None,
             "message": None,
         }
-        if record:
-            self._write_record(target, container, {"seconds_to_ready": seconds, "completion": completion})
 
     def _seconds_from_log(self, target: HealthTarget, container: ContainerState) -> float | None:
         """A service that was ready before the first look says in its log when it began to serve."""
@@ -394,7 +397,7 @@ class HealthCheck:
             return {}
         if found.get("instance") != container.instance:
             return {}
-        if found.get("asked") != target.completion:
+        if target.completion and found.get("asked") != target.completion:
             found.pop("completion", None)
         return found
 
@@ -406,7 +409,7 @@ class HealthCheck:
                 self.host.make_dir(RECORD_DIRECTORY, mode=0o755)
                 self.host.write_file(path, content, mode=0o644)
         except FleetError:
-            # Only the measured time is lost.
+            # A note of our own that can be taken again at any time.
             return
 
     def _outcome(self, watches: t.Sequence[Watch], *, finished: bool) -> Outcome:

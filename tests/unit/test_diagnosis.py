@@ -18,7 +18,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import Fi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import HostPlan, Planned
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change, Disruption
-from health_world import Nim, World, word
+from health_world import Nim, World, check, word
 from nim_machine import GPUS
 
 
@@ -177,6 +177,14 @@ def test_a_kill_for_memory_names_the_container(sick: Sick) -> None:
     [finding] = sick.look().findings
     assert (finding.severity, finding.reason, finding.model) == ("warning", "out_of_memory", "llama")
     assert finding.cause.startswith("the kernel killed python3 of container nim-llama for want of memory (2 times")
+
+
+def test_a_completion_that_failed_is_a_finding(sick: Sick, nim: Nim) -> None:
+    nim.chat = (500, {"error": {"message": "EngineDeadError"}})
+    sick.box("llama")
+    check(sick, [{"name": "llama", "port": nim.port}])
+    [finding] = sick.look().findings
+    assert (finding.severity, finding.reason, finding.model) == ("failed", "completion_failed", "llama")
 
 
 def test_driver_and_maintenance(sick: Sick, nim: Nim) -> None:

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import json
+
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_services import services
 from health_world import Nim, World, check
 
 NO_TEMPLATE = (
@@ -49,6 +52,48 @@ def test_completion_that_breaks_is_a_failure(world: World, nim: Nim) -> None:
     failure = outcome.failures[0][1]
     assert failure.reason == "completion_failed"
     assert "/v1/chat/completions (HTTP 500: EngineDeadError with ***)" in failure.sentence
+
+
+def test_a_failed_completion_is_remembered(world: World, nim: Nim) -> None:
+    sound = nim.chat
+    nim.chat = (500, {"error": {"message": "EngineDeadError with nvapi-abcdefghijkl"}})
+    world.unit("a")
+    world.box("a")
+    entry = {"name": "a", "port": nim.port}
+    first, dummy = check(world, [entry])
+    assert b"nvapi-" not in world.files["/run/gpu_fleet/health/a.json"]
+    asked = nim.requests.count("/v1/chat/completions")
+    look, dummy = check(world, [entry], wait=False, record=False)
+    assert look.models[0]["ready"] is False
+    assert (look.models[0]["reason"], look.models[0]["message"]) == (
+        "completion_failed",
+        first.models[0]["message"],
+    )
+    # It is another question that failed.
+    for other in ("none", "completion"):
+        assert check(world, [{**entry, "completion": other}], wait=False, record=False)[0].models[0]["ready"]
+    assert nim.requests.count("/v1/chat/completions") == asked
+    url = "http://127.0.0.1:%d/v1/health/ready" % nim.port
+    world.files["/etc/nim/a.json"] = json.dumps({"name": "a", "ready_url": url}).encode()
+    [status] = services(world, world)
+    assert (status["ready"], status["state"]) == (False, "completion failed")
+    # Who may ask does, and a success takes the failure's place.
+    assert check(world, [entry])[0].failures
+    nim.chat = sound
+    assert check(world, [entry])[0].models[0]["completion"]["ok"]
+    assert check(world, [entry], wait=False, record=False)[0].models[0]["ready"]
+    nim.chat = (500, {})
+    assert check(world, [entry])[0].models[0]["ready"]
+
+
+def test_a_failed_completion_of_another_container_does_not_count(world: World, nim: Nim) -> None:
+    nim.chat = (500, {})
+    world.unit("a")
+    world.box("a")
+    entry = {"name": "a", "port": nim.port}
+    assert check(world, [entry])[0].failures
+    world.box("a", box_id="c2")
+    assert check(world, [entry], wait=False, record=False)[0].models[0]["ready"]
 
 
 def test_completion_none_sends_nothing(world: World, nim: Nim) -> None:
