@@ -282,15 +282,28 @@ class Apt(PackageManager):
                 if not self.interrupted():
                     return
                 # What was cut off while it was unpacked dpkg cannot finish; apt unpacks it again.
-                result = self._apt(
-                    "install", "--fix-broken", "--no-remove", "--no-install-recommends", "--allow-change-held-packages"
-                )
+                options = ["--fix-broken", "--reinstall", "--no-remove", "--no-install-recommends"]
+                options += ["--allow-change-held-packages", "--allow-downgrades"]
+                result = self._apt("install", *options, *self._cut_off())
                 if result.ok:
                     return
             # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
             if "lock" not in result.stderr or self.host.monotonic() >= deadline:
                 raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
             self.host.sleep(2)
+
+    def _cut_off(self) -> t.List[str]:
+        """Packages that are half installed, at the version that was being unpacked: the newest may not be wanted."""
+        names = self.interrupted()
+        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${Version}\\n", *names])
+        versions = dict(line.split("\t", 1) for line in result.stdout.splitlines() if "\t" in line)
+        offers = self.available(*names)
+        return [
+            "%s=%s" % (name, versions[name])
+            if any(offer.version == versions.get(name) for offer in offers.get(name, []))
+            else name
+            for name in names
+        ]
 
 
 def _digest(content: bytes) -> str:

@@ -75,11 +75,17 @@ def test_install_finishes_an_interrupted_run_first(host: FakeHost, apt: Apt) -> 
 
 
 def test_what_was_cut_off_while_unpacking_is_unpacked_again(host: FakeHost, apt: Apt) -> None:
-    host.commands.update({"dpkg-query -W *": "half\tiHR\n", "dpkg *": "", "apt-get *": _whole})
+    madison = "half | 2.0 | http://x stable/main amd64 Packages\nhalf | 1.5 | http://x stable/main amd64 Packages\n"
+    states, versions = "half\tiHR\ngone\tiHR\n", "half\t1.5\ngone\t0.9\n"
+    host.commands["dpkg-query -W *"] = lambda dummy, argv, *_: versions if "Version" in argv[2] else states
+    host.commands.update({"dpkg *": "", "apt-get *": _whole})
+    host.commands["apt-cache madison *"] = madison
     apt.repair()
     assert apt.interrupted() == []
     (fixed,) = (call for call in host.calls if call[0] == "apt-get")
-    assert "--fix-broken" in fixed and "--no-remove" in fixed
+    assert "--fix-broken" in fixed and "--no-remove" in fixed and "--reinstall" in fixed
+    # Not the newest, and by name alone where that version is not offered any more.
+    assert "half=1.5" in fixed and "gone" in fixed
 
 
 def test_repair_waits_for_another_tool(host: FakeHost, apt: Apt) -> None:
