@@ -11,6 +11,25 @@ import os
 import typing as t
 
 
+def with_daemon_options(info: t.Mapping[str, t.Any], options: t.Mapping[str, t.Any]) -> t.Mapping[str, t.Any]:
+    """``docker info`` as it will be once the daemon obeys these keys of daemon.json, as far as images are concerned."""
+    found = dict(info)
+    if "insecure-registries" in options:
+        entries = [str(entry).rpartition("://")[2] for entry in options["insecure-registries"] or []]
+        networks = [entry for entry in entries if "/" in entry]
+        config = {entry: {"Secure": False} for entry in entries if entry not in networks}
+        # What dockerd itself adds (daemon/pkg/registry, newServiceConfig).
+        networks += ["::1/128", "127.0.0.0/8"]
+        found["RegistryConfig"] = {"IndexConfigs": config, "InsecureRegistryCIDRs": networks}
+    proxies = options.get("proxies")
+    for key, name in (("http-proxy", "HttpProxy"), ("https-proxy", "HttpsProxy"), ("no-proxy", "NoProxy")):
+        if isinstance(proxies, dict) and key in proxies:
+            found[name] = proxies[key]
+    if options.get("data-root"):
+        found["DockerRootDir"] = options["data-root"]
+    return found
+
+
 def insecure_registry(info: t.Mapping[str, t.Any], registry: str) -> t.Optional[bool]:
     """Whether the daemon was told not to insist on TLS for a registry; None leaves the decision to the client."""
     config = info.get("RegistryConfig") or {}

@@ -11,6 +11,7 @@ what condition they are in. The host is only looked at, and need not have a driv
 from __future__ import annotations
 
 import typing as t
+from dataclasses import replace
 
 from ._disk_space import check_space, file_systems
 from ._docker_api import DockerApi
@@ -35,6 +36,12 @@ Options = t.Mapping[str, t.Any]
 JUDGED = tuple(name for name in CHAIN if name != "nim_health")
 #: Judged one by one below, and not by their plan as a whole.
 _OWN_CHECKS = ("nim_image", "nim_service")
+#: Resources that change how Docker reaches registries.
+_DOCKER = ("docker_engine", "docker_daemon")
+#: What says nothing about an image while Docker is still to be set up: how it will reach the registry is not known.
+_BEFORE_DOCKER = ("registry_unreachable", "tls_error", "engine_cannot_pull")
+#: The same where no Docker answers: the image may be there.
+_WITHOUT_DOCKER = (*_BEFORE_DOCKER, "image_missing", "docker_unavailable")
 
 
 def preflight(
@@ -90,6 +97,11 @@ class _Preflight:
         self.found: list[Verdict] = []
         #: Whether the driver is to be loaded anew, and the GPUs' condition with it.
         self.driver_changes = False
+        #: Whether Docker answers, and whether it is to be changed.
+        self.docker = True
+        self.docker_changes = False
+        #: The login that is to be stored.
+        self.login: NgcLogin | None = None
 
     def run(self) -> list[Verdict]:
         inventory = observe_gpus(self.host)
@@ -99,6 +111,7 @@ class _Preflight:
         if sleeps(self.host):
             # Asking it would start it, and a preflight changes nothing.
             self.api = SleepingDocker()
+        self.docker = self.api.available()
         self._resources()
         self.found += gpu_health(inventory, read_kernel_log(self.host) if inventory.driver else None)
         for name, check, step in (
@@ -134,6 +147,7 @@ class _Preflight:
         names = [name for name in JUDGED if name in self.wanted and name not in _OWN_CHECKS]
         plan: HostPlan = plan_host(self.host, {name: self.wanted[name] for name in names}, self.api)
         self.driver_changes = any(one.change.resource in DRIVER for one in plan.planned)
+        self.docker_changes = any(one.change.resource in _DOCKER for one in plan.planned)
         for error in plan.errors:
             # Told once, where it comes from.
             if not error.after:
@@ -160,6 +174,7 @@ class _Preflight:
         login = NgcLogin(**options, client=self.client)
         if not login.key:
             return
+        self.login = login
         login.precheck(self.host)
         if login.checked:
             self.found.append(Verdict("key", OK, "%s accepts the key." % login.registry))
@@ -168,7 +183,14 @@ class _Preflight:
 
     def _images(self, options: Options, inventory: GpuInventory) -> None:
         name = (self.host.read_text("/proc/sys/kernel/hostname") or "").strip()
-        resource = NimImages(**options, api=self.api, client=self.client, host_name=name or "this host")
+        resource = NimImages(
+            **options,
+            api=self.api,
+            client=self.client,
+            host_name=name or "this host",
+            logins=self._logins(options),
+            daemon_options=(self.wanted.get("docker_daemon") or {}).get("options"),
+        )
         expected = self._expected_driver(inventory)
         unknown = inventory.driver is None and expected is None
         tasks: list[PullTask] = []
@@ -181,7 +203,7 @@ class _Preflight:
             try:
                 environment, task = self._look_up(resource)
             except FleetError as error:
-                self.found.append(refusal("image", error, name))
+                self.found.append(self._image_refused(error, name))
                 continue
             if task is None:
                 self.found.append(Verdict("image", OK, "%s is on the host." % name, subject=name))
@@ -205,6 +227,22 @@ class _Preflight:
                 self.found.append(Verdict("requirement", OK, text, subject=name))
         self._disk(resource, tasks)
 
+    def _logins(self, options: Options) -> dict[str, tuple[str, str]]:
+        """The login that this very run stores before it pulls."""
+        login = self.login
+        if login is None or login.docker_user != (options.get("docker_user") or "root"):
+            return {}
+        return {login.registry: (login.username, login.key)}
+
+    def _image_refused(self, error: FleetError, name: str) -> Verdict:
+        """A refusal; but no more than a remark where Docker, once it is set up, may have the image or reach the registry."""
+        refused = refusal("image", error, name)
+        later = _WITHOUT_DOCKER if not self.docker else _BEFORE_DOCKER if self.docker_changes else ()
+        if error.reason in later:
+            message = "%s This is asked again after Docker is set up." % refused.message
+            return replace(refused, verdict=UNKNOWN, message=message)
+        return refused
+
     def _profiles(self, resource: NimImages, task: PullTask, inventory: GpuInventory) -> None:
         """What the manifest at the registry says of the profiles that models name; of images on the host the service says it."""
         name = str(task.wanted.reference)
@@ -218,8 +256,19 @@ class _Preflight:
             self.found.append(Verdict("profile", OK, text, subject=name))
 
     def _look_up(self, resource: NimImages) -> tuple[t.Mapping[str, str], PullTask | None]:
-        """Environment of the one image, and what is to be pulled; None when it is on the host."""
+        """Environment of the one image, and what is to be pulled; None when it is on the host.
+
+        Raises:
+            FleetError: What a run would refuse; ``docker_unavailable`` when nobody can say whether it is on the host.
+        """
         state = resource.observe(self.host)
+        (image,) = state.images
+        moved = image.newer and image.pinned and image.newer.digest != image.pinned.digest
+        if not state.docker and image.pinned and not moved:
+            raise FleetError(
+                "docker_unavailable",
+                "Image %s was pulled before and is not judged: Docker does not answer yet." % image.wanted.reference,
+            )
         for change in resource.plan(state):
             if change.action == "pull":
                 task = resource.find(self.host, change)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ._background import Jobs, Report
 from ._disk_space import Need, check_space, file_systems, used_bytes
 from ._docker_api import DockerApi
-from ._docker_registries import daemon_proxies, insecure_registry
+from ._docker_registries import daemon_proxies, insecure_registry, with_daemon_options
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
@@ -120,6 +120,8 @@ class NimImages(Resource[ImagesState]):
         docker_user: User whose Docker configuration holds the login.
         retries: Tries of a pull.
         disk_factor: Disk space of an unpacked image per byte of download.
+        logins: Registry -> user and password that go before those that are stored, because they will be stored.
+        daemon_options: Keys of daemon.json that the daemon will obey, whatever it says of itself now.
 
     Raises:
         FleetError: ``invalid_option``.
@@ -143,6 +145,8 @@ class NimImages(Resource[ImagesState]):
         client: t.Callable[..., RegistryClient] = RegistryClient,
         puller: t.Callable[[], DockerPuller] = DockerPuller,
         record_lock: str = RECORD_LOCK,
+        logins: t.Optional[t.Mapping[str, t.Tuple[str, str]]] = None,
+        daemon_options: t.Optional[t.Mapping[str, t.Any]] = None,
     ) -> None:
         self.wanted = parse_images(images)
         self.pull = pull
@@ -164,6 +168,8 @@ class NimImages(Resource[ImagesState]):
         self._client = client
         self._puller = puller
         self._record_lock = record_lock
+        self._logins = logins or {}
+        self._daemon_options = daemon_options or {}
         self._info: t.Optional[t.Dict[str, t.Any]] = None
 
     # -- observe ----------------------------------------------------------------------------------
@@ -454,11 +460,12 @@ class NimImages(Resource[ImagesState]):
         return needs
 
     def _engine(self) -> t.Mapping[str, t.Any]:
-        """What Docker says of itself; empty where there is no daemon yet."""
+        """What Docker says of itself, and nothing where there is no daemon yet; with the options that it is to get."""
         try:
-            return self._docker_info()
+            info = self._docker_info()
         except FleetError:
-            return {}
+            info = {}
+        return with_daemon_options(info, self._daemon_options)
 
     def _docker_info(self) -> t.Dict[str, t.Any]:
         if self._info is None:
@@ -469,6 +476,8 @@ class NimImages(Resource[ImagesState]):
         """The key that was given is for NGC alone; every other registry gets what is stored for it."""
         if self._key and registry == REGISTRY:
             return USERNAME, self._key
+        if registry in self._logins:
+            return self._logins[registry]
         return stored_credentials(host, registry, self.docker_user)
 
     def resolve(self, host: Host, reference: ImageReference, architecture: t.Optional[str] = None) -> RegistryImage:

@@ -11,15 +11,23 @@ import typing as t
 import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight, _nim_image
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_registries import (
+    insecure_registry,
+    with_daemon_options,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import HostPlan, Planned
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight import (
     JUDGED,
     preflight,
     stands_in_the_way,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import RECORD
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import encode_basic
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
     REFUSED,
@@ -135,7 +143,7 @@ def test_a_bare_host_that_can_be_set_up(bare: DriverWorld) -> None:
     assert "about 9.2 GB will be taken" in one(found, "disk").message
     assert one(found, "key").message == "nvcr.io accepts the key."
     assert {verdict.check for verdict in found} >= set(JUDGED) - {"nim_image", "nim_service"}
-    assert FakeClient.asked == [(LLAMA, "$oauthtoken", KEY)] or FakeClient.asked[0][0] == LLAMA
+    assert FakeClient.asked == [(LLAMA, "$oauthtoken", KEY)]
 
 
 def test_an_image_is_judged_by_the_driver_that_is_wanted(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
@@ -172,7 +180,7 @@ def test_a_driver_older_than_the_image_allows(bare: DriverWorld, registry: dict[
     assert all(verdict.check != "requirement" for verdict in judge(bare, wanted))
 
 
-@pytest.mark.parametrize("reason", ["bad_key", "no_entitlement", "no_such_tag", "registry_unreachable", "architecture"])
+@pytest.mark.parametrize("reason", ["bad_key", "no_entitlement", "no_such_tag", "architecture"])
 def test_what_the_registry_refuses(bare: DriverWorld, registry: dict[str, t.Any], reason: str) -> None:
     registry[LLAMA] = FleetError(reason, "The registry says no; do something about it.")
     found = judge(bare, everything(llama(), nemo()))
@@ -180,6 +188,125 @@ def test_what_the_registry_refuses(bare: DriverWorld, registry: dict[str, t.Any]
     assert (found[0].message, found[0].remedy) == ("The registry says no.", "do something about it")
     # One image hides no other.
     assert one(found, "image", NEMO).verdict == OK
+
+
+# -- before Docker is set up ----------------------------------------------------------------------
+
+
+def pin(host: FakeHost, *images: str) -> None:
+    entry = {"source": "nvcr.io/nim/x", "digest": "sha256:" + "1" * 64, "image_id": "sha256:" + "9" * 64}
+    host.files[RECORD] = json.dumps({"schema": 1, "images": dict.fromkeys(images, entry)}).encode()
+
+
+@pytest.mark.parametrize("pull", ["missing", "never", "newer"])
+def test_images_of_a_stopped_docker_are_not_judged(bare: DriverWorld, registry: dict[str, t.Any], pull: str) -> None:
+    registry[LLAMA] = FleetError("registry_unreachable", "The registry does not answer; look at the network.")
+    bare.free = 10**6
+    pin(bare, LLAMA)
+    wanted = everything(llama())
+    wanted["nim_image"]["pull"] = pull
+    found = judge(bare, wanted)
+    assert bad(found) == []
+    assert one(found, "image", LLAMA).verdict == UNKNOWN
+    if pull != "newer":
+        assert one(found, "image", LLAMA).reason == "docker_unavailable"
+        assert FakeClient.asked == []
+    assert not [verdict for verdict in found if verdict.check == "disk"]
+
+
+def test_a_tag_that_has_moved_is_pulled_into_a_stopped_docker(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
+    registry[LLAMA] = "sha256:" + "2" * 64
+    pin(bare, LLAMA)
+    wanted = everything(llama())
+    wanted["nim_image"]["pull"] = "newer"
+    assert one(judge(bare, wanted), "image", LLAMA).verdict == OK
+    registry[LLAMA] = "sha256:" + "1" * 64
+    assert one(judge(bare, wanted), "image", LLAMA).reason == "docker_unavailable"
+
+
+def test_an_image_without_pin_may_be_in_a_stopped_docker(bare: DriverWorld) -> None:
+    wanted = everything(llama())
+    wanted["nim_image"]["pull"] = "never"
+    found = judge(bare, wanted)
+    assert bad(found) == []
+    assert (one(found, "image", LLAMA).verdict, one(found, "image", LLAMA).reason) == (UNKNOWN, "image_missing")
+
+
+@pytest.mark.parametrize("reason", ["registry_unreachable", "tls_error", "engine_cannot_pull"])
+def test_what_docker_may_mend(
+    bare: DriverWorld, serving: Machine, registry: dict[str, t.Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry[LLAMA] = FleetError(reason, "That did not work; do something about it.")
+    unknown = one(judge(bare, {"nim_image": {"images": [{"image": LLAMA}]}}), "image", LLAMA)
+    assert (unknown.verdict, unknown.reason) == (UNKNOWN, reason)
+    assert unknown.message == "That did not work. This is asked again after Docker is set up."
+    # Docker answers: what ails the registry counts, unless Docker is to be changed.
+    del serving.api.images[LLAMA]
+    wanted = models(llama())
+    assert bad(judge(serving.host, wanted, serving.api)) == [("image", LLAMA, reason)]
+    planned = HostPlan(planned=[Planned(Change("docker_daemon", "daemon.json", None, "", "it differs"))])
+    monkeypatch.setattr(_host_preflight, "plan_host", lambda *arguments: planned)
+    assert one(judge(serving.host, wanted, serving.api), "image", LLAMA).verdict == UNKNOWN
+    registry[LLAMA] = FleetError("no_entitlement", "The key may not; ask for access.")
+    assert bad(judge(serving.host, wanted, serving.api)) == [("image", LLAMA, "no_entitlement")]
+
+
+def test_the_registry_is_asked_with_the_login_that_will_be_stored(bare: DriverWorld) -> None:
+    old = encode_basic("$oauthtoken", "nvapi-an-old-key")
+    auths = {"nvcr.io": {"auth": old}, "mirror.example": {"auth": encode_basic("reader", "old")}}
+    bare.files["/root/.docker/config.json"] = json.dumps({"auths": auths}).encode()
+    wanted: dict[str, t.Any] = {"nim_image": {"images": [{"image": LLAMA}]}, "ngc_login": {"api_key": KEY}}
+    judge(bare, wanted)
+    wanted["nim_image"]["registry_mirrors"] = {"nvcr.io": "mirror.example"}
+    judge(bare, wanted)
+    wanted["ngc_login"] = {"registry": "mirror.example", "username": "writer", "api_key": "new password"}
+    judge(bare, wanted)
+    # The login of another user is none of the one who pulls.
+    wanted["ngc_login"]["docker_user"] = "ops"
+    judge(bare, wanted)
+    wanted["ngc_login"] = {"registry": "mirror.example", "api_key": "nvapi-unused", "state": "absent"}
+    judge(bare, wanted)
+    assert [asked[1:] for asked in FakeClient.asked] == [
+        ("$oauthtoken", KEY),
+        ("reader", "old"),
+        ("writer", "new password"),
+        ("reader", "old"),
+        ("reader", "old"),
+    ]
+
+
+def test_the_registry_is_asked_as_the_wanted_daemon_would(bare: DriverWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    image = LLAMA.replace("nvcr.io", "mirror.example:5000")
+    wanted: dict[str, t.Any] = {"nim_image": {"images": [{"image": image}]}, "docker_daemon": {"options": {}}}
+    judge(bare, wanted)
+    assert (FakeClient.options["insecure"], FakeClient.options["proxies"]) == (None, None)
+    wanted["docker_daemon"]["options"] = {
+        "insecure-registries": ["http://mirror.example:5000", "10.0.0.0/8"],
+        "proxies": {"https-proxy": "http://user:word@proxy:3128"},
+    }
+    judge(bare, wanted)
+    assert FakeClient.options["insecure"] is True
+    assert FakeClient.options["proxies"] == {"https": "http://user:word@proxy:3128"}
+
+
+def test_wanted_options_go_before_what_the_daemon_says() -> None:
+    config = {"IndexConfigs": {"old:5000": {"Secure": False}}, "InsecureRegistryCIDRs": ["192.168.0.0/16"]}
+    info = {
+        "RegistryConfig": config,
+        "HttpsProxy": "http://old:1",
+        "NoProxy": "local",
+        "DockerRootDir": "/var/lib/docker",
+    }
+    assert with_daemon_options(info, {"debug": True}) == info
+    found = with_daemon_options(
+        info,
+        {"insecure-registries": ["10.0.0.0/8"], "proxies": {"https-proxy": "http://new:1"}, "data-root": "/data"},
+    )
+    asked = ("old:5000", "192.168.0.1:5000", "10.0.0.1:5000", "127.0.0.1:5000")
+    assert [insecure_registry(found, name) for name in asked] == [None, None, True, True]
+    assert (found["HttpsProxy"], found["NoProxy"], found["DockerRootDir"]) == ("http://new:1", "local", "/data")
 
 
 def test_a_key_that_is_not_taken(bare: DriverWorld) -> None:
