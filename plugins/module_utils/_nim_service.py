@@ -194,6 +194,9 @@ class NimService(Resource[HostState]):
             gpus: Given to each model; a model without an entry is not judged by them.
             fetched: Names of models whose files are there.
         """
+        if state.maintenance:
+            # Nothing will be started; the run after the maintenance asks.
+            return
         models = [model for model in self.models if model.name in starting]
         leaving = starting | {model.name for model in self.models if model.state != "started"}
         for model in models:
@@ -203,7 +206,7 @@ class NimService(Resource[HostState]):
             given = gpus.get(model.name, ())
             if self.health == ENFORCE:
                 fit = "its GPUs are fit for service" if given else ""
-                yield StartCheck("gpu_health", model.name, partial(check_gpu_health, model, given, state), fit)
+                yield StartCheck("gpu_health", model.name, partial(check_gpu_health, model, given, leaving, state), fit)
             yield StartCheck("gpu_memory", model.name, partial(check_gpu_memory, model, given, leaving, state))
             if given:
                 count = requested_count(model.gpus, len(state.gpus))

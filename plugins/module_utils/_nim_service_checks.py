@@ -101,20 +101,22 @@ def check_port(model: NimModel, models: t.Sequence[NimModel], state: HostState) 
         )
 
 
-def check_gpu_health(model: NimModel, uuids: t.Sequence[str], state: HostState) -> None:
+def check_gpu_health(model: NimModel, uuids: t.Sequence[str], leaving: t.Collection[str], state: HostState) -> None:
     """Refuse a model that is about to start on GPUs that are not fit for service.
 
     Args:
         uuids: GPUs and MIG devices that the model gets.
+        leaving: Names of services that are stopped before.
 
     Raises:
         FleetError: With the reason of the first verdict that refuses.
     """
-    refused = unfit(model, uuids, state)
+    refused = unfit(model, uuids, state, leaving)
     if refused:
         raise FleetError(
             refused[0].reason,
-            "Model %s cannot be started: %s %s Or accept it knowingly with gpu_health = warn. Nothing was changed."
+            "Model %s cannot be started: %s %s Or accept it knowingly with "
+            "gpu_health (nim_gpu_health) = warn. Nothing was changed."
             % (
                 model.name,
                 " ".join(verdict.sentence for verdict in refused),
@@ -125,17 +127,22 @@ def check_gpu_health(model: NimModel, uuids: t.Sequence[str], state: HostState) 
         )
 
 
-def unfit(model: NimModel, uuids: t.Sequence[str], state: HostState) -> list[Verdict]:
-    """Verdicts that speak against the GPUs of a model, and those on all of the host's GPUs together."""
+def unfit(model: NimModel, uuids: t.Sequence[str], state: HostState, leaving: t.Collection[str] = ()) -> list[Verdict]:
+    """Verdicts that speak against the GPUs of a model, and those on all of the host's GPUs together.
+
+    Args:
+        leaving: Names of services that are stopped before.
+    """
     gpus = {gpu.uuid for gpu, _device in _devices(uuids, state)}
-    running = state.service(model.name).running
+    services = [state.service(name) for name in {model.name, *leaving}]
+    # Those who have them now give them up before the model is started.
+    given_up = {gpu.uuid for service in services if service.running for gpu, _device in _devices(service.gpus, state)}
     return [
         verdict
         for verdict in state.health
         if verdict.verdict == REFUSED
         and (verdict.gpu in gpus or (verdict.check == "nvml" and not verdict.gpu))
-        # Held by the model itself, which gives it up before it is started anew.
-        and not (running and verdict.reason == "compute_mode_busy")
+        and not (verdict.gpu in given_up and verdict.reason == "compute_mode_busy")
     ]
 
 

@@ -307,6 +307,17 @@ def test_maintenance_blocks_starts_and_nothing_else(machine: Machine) -> None:
     assert machine.answer["services"][0]["state"] == "maintenance"
 
 
+def test_under_maintenance_nothing_that_a_start_needs_is_asked(machine: Machine) -> None:
+    machine.listen(8000, 977, "nginx")
+    assert failure(machine, llama()).reason == "port_in_use"
+    machine.host.files[MAINTENANCE_FILE] = b""
+    outcome = machine.converge(llama())
+    assert [change.what for change in outcome.blocked] == ["nim-llama.service"]
+    assert "/etc/nim/llama.json" in machine.host.files
+    del machine.host.files[MAINTENANCE_FILE]
+    assert failure(machine, llama()).reason == "port_in_use"
+
+
 def test_a_start_that_systemd_gives_up_is_an_error_with_the_reason(machine: Machine) -> None:
     machine.fails.add("nim-llama.service")
     error = failure(machine, llama())

@@ -230,7 +230,7 @@ def test_no_start_on_a_gpu_that_is_not_fit(machine: Machine, values: dict[str, s
     error = failure(machine, llama(gpus=[0]))
     assert error.reason == reason
     assert error.message.startswith("Model llama cannot be started: GPU 0 (NVIDIA H200, %s) " % ZERO)
-    assert "gpu_health = warn. Nothing was changed." in error.message
+    assert "gpu_health (nim_gpu_health) = warn. Nothing was changed." in error.message
     assert [verdict["gpu"] for verdict in error.facts["verdicts"]] == [ZERO]
     assert machine.host.dirs == {UNIT_DIRECTORY, "/run/nim"}
     # The other one is fit.
@@ -269,6 +269,21 @@ def test_without_a_recovery_action_the_kernels_log_decides(machine: Machine) -> 
     in_xml(machine, {"gpu_recovery_action": "N/A"})
     machine.host.commands["journalctl *"] = "NVRM: Xid (PCI:0000:00:06): 119, pid=1, Timeout\n"
     assert failure(machine, llama(gpus=[0])).reason == "xid"
+
+
+def test_an_exclusive_gpu_held_by_a_service_that_leaves(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0]))
+    in_xml(machine, {"compute_mode": "Exclusive_Process"})
+    computes(machine, 77, "nim-llama", 9, 140000)
+    machine.converge(llama(gpus=[0], state="absent"), nemo(gpus=[0]))
+    assert machine.answer["services"][1]["state"] == "started"
+
+
+def test_an_exclusive_gpu_held_by_somebody_else_is_no_way_out(machine: Machine) -> None:
+    machine.converge(llama(gpus=[1]))
+    in_xml(machine, {"compute_mode": "Exclusive_Process"})
+    computes(machine, 77, "", 9, 140000)
+    assert failure(machine, llama(gpus=[0])).reason == "compute_mode_busy"
 
 
 def test_an_exclusive_gpu_held_by_the_model_itself(machine: Machine) -> None:
