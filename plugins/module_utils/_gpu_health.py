@@ -341,6 +341,7 @@ def _xids(gpu: Gpu, xids: t.Sequence[Xid]) -> _Finding:
     )
     fatal = [number for number in serious if number in XID_FATAL]
     if fatal and not gpu.recovery_action:
-        # Drivers that name the recovery action know better whether the GPU was reset since.
-        return REFUSED, "xid", text, "{reset}"
+        # Drivers that name the recovery action know better whether the GPU was reset since; of others only a load of the
+        # driver is seen in the log.
+        return REFUSED, "xid", text, "reboot the host, or stop what uses its GPUs and load the driver anew"
     return WARNING, "xid", text, "look them up in NVIDIA's catalogue of Xid errors; see 'journalctl -k'"

@@ -318,6 +318,8 @@ def test_xids_count_as_much_as_the_driver_leaves_open(numbers: tuple[int, ...], 
     log = "".join("NVRM: Xid (PCI:0000:00:06): %d, pid=1, name=x\n" % number for number in numbers)
     found = judged({"gpu_recovery_action": action}, "xid", log=log)
     assert (found.verdict, found.reason) == (verdict, "" if verdict == OK else "xid")
+    # The remedy is one after which the error is forgotten.
+    assert verdict != REFUSED or "load the driver anew" in found.remedy
     if verdict != OK:
         assert "Xid %d" % numbers[-1] in found.message and "Xid 13" not in found.message
     # The driver's next load resets the GPU.
