@@ -13,6 +13,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
+from ._background import RUNNING
 from ._disk_space import check_space, file_systems
 from ._docker_api import DockerApi
 from ._errors import FleetError
@@ -22,7 +23,7 @@ from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
 from ._image_pull import amount
 from ._ngc_login import NgcLogin
-from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, requirements_off
+from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nvidia_driver import NvidiaDriver
@@ -100,6 +101,8 @@ class _Preflight:
         #: Whether Docker answers, and whether it is to be changed.
         self.docker = True
         self.docker_changes = False
+        #: Whether it is known which models would be started on which GPUs.
+        self.services_judged = "nim_service" not in self.wanted
         #: The login that is to be stored.
         self.login: NgcLogin | None = None
 
@@ -113,7 +116,8 @@ class _Preflight:
             self.api = SleepingDocker()
         self.docker = self.api.available()
         self._resources()
-        self.found += gpu_health(inventory, read_kernel_log(self.host) if inventory.driver else None)
+        place = len(self.found)
+        health = gpu_health(inventory, read_kernel_log(self.host) if inventory.driver else None)
         for name, check, step in (
             ("ngc_login", "key", self._login),
             ("nim_image", "image", lambda options: self._images(options, inventory)),
@@ -125,6 +129,7 @@ class _Preflight:
                 step(self.wanted[name])
             except FleetError as error:
                 self.found.append(refusal(check, error))
+        self.found[place:place] = [self._weighed(verdict) for verdict in health]
         return self.found
 
     def _no_gpu(self) -> None:
@@ -179,6 +184,23 @@ class _Preflight:
         if login.checked:
             self.found.append(Verdict("key", OK, "%s accepts the key." % login.registry))
 
+    # -- GPUs -----------------------------------------------------------------------------------------
+
+    def _health(self) -> str:
+        """A driver that is loaded anew has other GPUs, as far as their condition goes; the run judges them after it."""
+        return WARN if self.driver_changes else (self.wanted.get("nim_service") or {}).get("gpu_health") or ENFORCE
+
+    def _weighed(self, verdict: Verdict) -> Verdict:
+        """What is wrong with a GPU is a refusal only where it keeps a model from being started."""
+        if verdict.verdict != REFUSED:
+            return verdict
+        # The refusal of a service repeats what its GPUs say.
+        said = [one.sentence for one in self.found if one.check == "gpu_health"]
+        harmless = self.services_judged and not any(verdict.message.rstrip(".") in sentence for sentence in said)
+        if self._health() == WARN or (verdict.gpu and harmless):
+            return replace(verdict, verdict=WARNING)
+        return verdict
+
     # -- images ---------------------------------------------------------------------------------------
 
     def _images(self, options: Options, inventory: GpuInventory) -> None:
@@ -200,6 +222,11 @@ class _Preflight:
             name = str(wanted.reference)
             # One at a time: what is wrong with one hides no other.
             resource.wanted = [wanted]
+            job = resource.jobs.read(pull_job_id(wanted.reference))
+            if job is not None and job.state == RUNNING:
+                # Checked when it was begun; a run waits for it, and the disk gives its space already.
+                self.found.append(Verdict("image", OK, "%s is being pulled already." % name, subject=name))
+                continue
             try:
                 environment, task = self._look_up(resource)
             except FleetError as error:
@@ -317,14 +344,14 @@ class _Preflight:
             key=options.get("ngc_api_key"),
             key_state=options.get("ngc_key_state") or "present",
             injection=options.get("gpu_injection") or "runtime",
-            health=WARN if self.driver_changes else options.get("gpu_health") or ENFORCE,
+            health=self._health(),
             remove_all=options.get("state") == "absent",
             api=self.api,
         )
+        judged = service.preflight(service.observe(self.host))
+        self.services_judged = True
         short = any((verdict.check, verdict.verdict) == ("disk", REFUSED) for verdict in self.found)
         # What models need is counted with their images, as long as those are to be pulled: told once.
         self.found += [
-            verdict
-            for verdict in service.preflight(service.observe(self.host))
-            if not (short and verdict.check == "disk" and verdict.verdict == REFUSED)
+            verdict for verdict in judged if not (short and verdict.check == "disk" and verdict.verdict == REFUSED)
         ]

@@ -20,6 +20,8 @@ description:
   - Uses the functions of the modules themselves, so that it refuses what they would refuse, in the same words.
   - Works on a bare host, without a driver and without Docker; images are then judged by the driver that is wanted. Changes
     nothing, starts no container and loads no kernel module, but contacts the registry.
+  - Images are judged with the login and the Docker options that are wanted. What only a Docker that is still to be set up or
+    changed can tell is V(unknown). A GPU that is not fit for service is a warning where no model is to be started on it.
   - Only images that would be pulled are asked for at the registry.
   - Without any resource among the options the variables of the collection's roles are taken, as the roles take them. With
     some, exactly those are judged.

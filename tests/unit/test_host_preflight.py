@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
 import re
 import typing as t
 
 import pytest
+import yaml
 from ansible.module_utils.testing import patch_module_args
+from ansible.plugins.filter.core import to_bool
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight, _nim_image
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_registries import (
     insecure_registry,
     with_daemon_options,
@@ -24,6 +29,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight impo
     stands_in_the_way,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import RECORD
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import pull_job_id
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import encode_basic
@@ -40,7 +47,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images impor
 from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_preflight
 from driver_world import DriverWorld
 from fake_host import FakeHost
-from image_world import FakeClient
+from image_world import FakeClient, FakeJobs
+from jinja2.nativetypes import NativeEnvironment
 from nim_machine import KEY, LLAMA, NEMO, SMI, ZERO, Machine, llama, nemo
 from test_host_plan import Down
 from test_host_plan import everything as everything_planned
@@ -309,6 +317,20 @@ def test_wanted_options_go_before_what_the_daemon_says() -> None:
     assert (found["HttpsProxy"], found["NoProxy"], found["DockerRootDir"]) == ("http://new:1", "local", "/data")
 
 
+def test_an_image_that_is_being_pulled_needs_no_space_again(bare: DriverWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare.free = 10**6
+    assert {entry[0] for entry in bad(judge(bare, everything(llama())))} == {"disk"}
+    jobs = FakeJobs()
+    job_id = pull_job_id(ImageReference.parse(LLAMA))
+    monkeypatch.setattr(_nim_image, "Jobs", lambda: jobs)
+    jobs.found[job_id] = JobStatus(job_id, "running", {})
+    found = judge(bare, everything(llama()))
+    assert bad(found) == []
+    assert one(found, "image", LLAMA).message == "%s is being pulled already." % LLAMA
+    jobs.found[job_id] = JobStatus(job_id, "failed", {})
+    assert {entry[0] for entry in bad(judge(bare, everything(llama())))} == {"disk"}
+
+
 def test_a_key_that_is_not_taken(bare: DriverWorld) -> None:
     found = judge(bare, {"ngc_login": {"api_key": "nvapi-0123456789-bad"}})
     assert bad(found) == [("key", "", "bad_key")]
@@ -393,20 +415,45 @@ def test_a_gpu_that_is_not_fit(serving: Machine) -> None:
     assert bad(found) == [("memory_repair", "", "row_remap_pending"), ("gpu_health", "llama", "row_remap_pending")]
     assert found[0].gpu == ZERO
     assert [verdict.check for verdict in stands_in_the_way(found)] == ["gpu_health"]
-    # Nobody is to be started on it: the GPU is bad all the same, and no run is stopped by it.
-    found = judge(serving.host, models(nemo(gpus=[1])), serving.api)
-    assert bad(found) == [("memory_repair", "", "row_remap_pending")]
-    assert stands_in_the_way(found) == []
-    found = judge(serving.host, models(llama(gpus=[0]), gpu_health="warn"), serving.api)
-    assert stands_in_the_way(found) == []
+    # Nobody is to be started on it, or somebody knowingly: the GPU is bad all the same, and no run is stopped by it.
+    for wanted in ({}, models(nemo(gpus=[1])), models(llama(gpus=[0]), gpu_health="warn")):
+        found = judge(serving.host, wanted, serving.api)
+        assert bad(found) == [] and warned(found) == [("memory_repair", "row_remap_pending")]
+    # Nobody knows who is to be started on it.
+    found = judge(serving.host, models(llama(gpus=[0]), llama(gpus=[0])), serving.api)
+    assert ("memory_repair", "", "row_remap_pending") in bad(found)
+
+
+def warned(found: list[Verdict]) -> list[tuple[str, str]]:
+    return [(verdict.check, verdict.reason) for verdict in found if verdict.verdict == WARNING]
+
+
+def test_a_gpu_that_is_held_by_its_own_model(serving: Machine) -> None:
+    serving.converge(llama(gpus=[0]), key=KEY)
+    unfit(serving, "compute_mode", "Exclusive_Process")
+    process = {"pid": 977, "type": "C", "name": "nim"}
+    gpus = (dataclasses.replace(serving.inventory.gpus[0], processes=(process,)), *serving.inventory.gpus[1:])
+    serving.inventory = dataclasses.replace(serving.inventory, gpus=gpus)
+    found = judge(serving.host, models(llama(gpus=[0])), serving.api)
+    assert bad(found) == [] and warned(found) == [("compute_mode", "compute_mode_busy")]
+
+
+def test_a_driver_that_is_to_be_loaded_anew(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving.inventory = dataclasses.replace(
+        serving.inventory, gpus=(), smi_driver_version="", smi_error="Driver/library version mismatch"
+    )
+    assert ("nvml", "", "driver_mismatch") in bad(judge(serving.host, models(), serving.api))
+    planned = HostPlan(planned=[Planned(Change("nvidia_driver_reload", "driver", "1", "2", "another is installed"))])
+    monkeypatch.setattr(_host_preflight, "plan_host", lambda *arguments: planned)
+    found = judge(serving.host, models(), serving.api)
+    assert bad(found) == [] and warned(found) == [("nvml", "driver_mismatch")]
 
 
 def test_a_service_that_runs_on_an_unfit_gpu_does_not_stop_a_run(serving: Machine) -> None:
     serving.converge(llama(gpus=[0]), key=KEY)
     unfit(serving, "gpu_recovery_action", "Node Reboot")
     found = judge(serving.host, models(llama(gpus=[0])), serving.api)
-    assert bad(found) == [("recovery_action", "", "recovery_action")]
-    assert stands_in_the_way(found) == []
+    assert bad(found) == [] and warned(found) == [("recovery_action", "recovery_action")]
 
 
 def test_everything_about_models_is_said_at_once(serving: Machine) -> None:
@@ -507,3 +554,21 @@ def test_module(bare: DriverWorld, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert answer["checks"]
     answer = run(monkeypatch, capsys, bare, nim_service={"models": [llama()], "no_such": 1})
     assert (answer["failed"], answer["reason"]) == (True, "invalid_option")
+
+
+def test_the_playbook_can_leave_it_out() -> None:
+    plays = yaml.safe_load((pathlib.Path(__file__).parents[2] / "playbooks" / "site.yml").read_text())
+    tasks = plays[-1]["tasks"]
+    (condition,) = [task["when"] for task in tasks if "gpu_fleet.nim.gpu_host_preflight" in task]
+    (nim,) = [task["vars"]["nim_preflight"] for task in tasks if "vars" in task]
+    environment = NativeEnvironment()
+    environment.filters["bool"] = to_bool
+
+    def asked(**variables: t.Any) -> bool:
+        return t.cast(bool, environment.from_string("{{ %s }}" % condition).render(variables))
+
+    assert asked() and asked(site_preflight="true")
+    assert not asked(site_preflight="false") and not asked(ansible_skip_tags=["ngc"])
+    # The role looks for itself where the playbook has not.
+    assert environment.from_string(nim).render(__site_preflight={"skipped": True}) is True
+    assert environment.from_string(nim).render(__site_preflight={"checks": []}) is False
