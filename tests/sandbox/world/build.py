@@ -32,6 +32,8 @@ from control import DEFAULT_KEYS  # noqa: E402  (both are found beside this file
 from images import IMAGES, catalogue  # noqa: E402
 from standin.failures import FAILURES  # noqa: E402
 
+#: The program of the NIM stand-in.
+STANDIN = sorted((HERE / "standin").glob("*.py"))
 SUITE = "trixie"
 MIRROR = os.environ.get("SANDBOX_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 ADDRESS = "172.30.0.2"
@@ -407,10 +409,8 @@ def standin_tree() -> Tree:
     ):
         tree.directory(name, owner=1000 if name in ("model", "opt/cache") else 0)
     tree.directory("opt/nim/.cache", owner=1000)
-    for name in ("standin_nim.py", "failures.py"):
-        tree.add(
-            "opt/nim/standin/" + name, b"#!/usr/bin/python3\n" + (HERE / "standin" / name).read_bytes(), mode=0o755
-        )
+    for path in STANDIN:
+        tree.add("opt/nim/standin/" + path.name, b"#!/usr/bin/python3\n" + path.read_bytes(), mode=0o755)
     tree.add("opt/nvidia/nvidia_entrypoint.sh", ENTRYPOINT.encode(), mode=0o755)
     tree.add("opt/nvidia/no-driver.txt", (FAILURES["host-49"][2] + "\n\n").encode())
     tree.add("opt/nvidia/no-cuda.txt", (FAILURES["host-50a"][2] + "\n\n").encode())
@@ -497,7 +497,7 @@ def build_standin(state: Path) -> dict[str, list[Layer]]:
         return tree
 
     ca = cached_layer(layers, "ca", hash_of(authority.decode(), own), ca_tree)
-    code = hash_of(own, *[file_digest(HERE / "standin" / name) for name in ("standin_nim.py", "failures.py")])
+    code = hash_of(own, *[path.name + file_digest(path) for path in STANDIN])
     common = cached_layer(layers, "nim", code, standin_tree)
     result: dict[str, list[Layer]] = {}
     for image in IMAGES:
