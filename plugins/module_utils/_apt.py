@@ -278,32 +278,56 @@ class Apt(PackageManager):
                 env=self._ENVIRONMENT,
                 timeout=TRANSACTION_TIMEOUT,
             )
-            if result.ok:
-                if not self.interrupted():
-                    return
-                # What was cut off while it was unpacked dpkg cannot finish; apt unpacks it again.
-                options = ["--fix-broken", "--reinstall", "--no-remove", "--no-install-recommends"]
-                options += ["--allow-change-held-packages", "--allow-downgrades"]
-                result = self._apt("install", *options, *self._cut_off())
+            if result.ok and not self.interrupted():
+                return
+            # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
+            locked = not result.ok and re.search(r"\block(?:ed)?\b", result.stderr)
+            if locked and self.host.monotonic() < deadline:
+                self.host.sleep(2)
+                continue
+            # What was cut off while it was unpacked dpkg cannot finish, nor what depends on it; apt unpacks it again.
+            attempts = [] if locked else self._cut_off()
+            for packages in attempts or ([[]] if result.ok else []):
+                result = self._apt(
+                    "install",
+                    "--fix-broken",
+                    "--reinstall",
+                    "--no-remove",
+                    "--no-install-recommends",
+                    "--allow-change-held-packages",
+                    "--allow-downgrades",
+                    *packages,
+                )
                 if result.ok:
                     return
-            # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
-            if "lock" not in result.stderr or self.host.monotonic() >= deadline:
-                raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
-            self.host.sleep(2)
+            raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
 
-    def _cut_off(self) -> t.List[str]:
-        """Packages that are half installed, at the version that was being unpacked: the newest may not be wanted."""
-        names = self.interrupted()
-        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${Version}\\n", *names])
-        versions = dict(line.split("\t", 1) for line in result.stdout.splitlines() if "\t" in line)
-        offers = self.available(*names)
-        return [
-            "%s=%s" % (name, versions[name])
-            if any(offer.version == versions.get(name) for offer in offers.get(name, []))
-            else name
-            for name in names
-        ]
+    def _cut_off(self) -> t.List[t.List[str]]:
+        """Packages that are half installed, as arguments of apt: what is to be tried first, and what after it.
+
+        The newest version may not be wanted. In an upgrade dpkg knows the version that was there before and not the one that
+        was being unpacked; others of the same transaction were unpacked already, and most often have the same one.
+        Packages that are unpacked are not named: apt cannot put those in place again ("No file name for").
+        """
+        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${db:Status-Abbrev}\\t${Version}\\n"])
+        own: t.Dict[str, str] = {}
+        unpacked: t.List[str] = []
+        for line in result.stdout.splitlines():
+            name, dummy, rest = line.partition("\t")
+            status, dummy, version = rest.partition("\t")
+            if status[1:2] == "H" or status[2:3] == "R":
+                own[name] = version
+            elif status[1:2] == "U":
+                unpacked.append(version)
+        if not own:
+            return []
+        offers = self.available(*own)
+        chosen = []
+        for name, version in own.items():
+            offered = [offer.version for offer in offers.get(name, [])]
+            likely = next((found for found in [*unpacked, version] if found in offered), "")
+            chosen.append("%s=%s" % (name, likely) if likely else name)
+        return [chosen] if chosen == list(own) else [chosen, list(own)]
 
 
 def _digest(content: bytes) -> str:

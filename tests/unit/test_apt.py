@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import typing as t
+
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -74,18 +76,78 @@ def test_install_finishes_an_interrupted_run_first(host: FakeHost, apt: Apt) -> 
     assert "a" in host.calls[-1]
 
 
+def _interrupted(host: FakeHost, *packages: tuple[str, str, str]) -> None:
+    """Packages as dpkg knows them: name, state, version. apt is not asked to put in place again what is unpacked."""
+
+    def query(_host: FakeHost, argv: tuple[str, ...], *_: object) -> str:
+        form = argv[2][3:].replace("\\t", "\t").replace("\\n", "\n").replace("${db:Status-Abbrev}", "${Status}")
+        fields = ("${Package}", "${Status}", "${Version}")
+        lines = [form] * len(packages)
+        for field, number in zip(fields, range(3)):
+            lines = [line.replace(field, package[number]) for line, package in zip(lines, packages)]
+        return "".join(lines)
+
+    host.commands["dpkg-query -W *"] = query
+
+
+def _offer(host: FakeHost, name: str, *versions: str) -> None:
+    lines = "".join("%s | %s | http://x stable/main amd64 Packages\n" % (name, version) for version in versions)
+    host.commands["apt-cache madison *"] = lines
+
+
+def _fixes(host: FakeHost) -> list[tuple[str, ...]]:
+    return [call for call in host.calls if call[0] == "apt-get"]
+
+
 def test_what_was_cut_off_while_unpacking_is_unpacked_again(host: FakeHost, apt: Apt) -> None:
-    madison = "half | 2.0 | http://x stable/main amd64 Packages\nhalf | 1.5 | http://x stable/main amd64 Packages\n"
-    states, versions = "half\tiHR\ngone\tiHR\n", "half\t1.5\ngone\t0.9\n"
-    host.commands["dpkg-query -W *"] = lambda dummy, argv, *_: versions if "Version" in argv[2] else states
+    _interrupted(host, ("half", "iHR", "1.5"), ("gone", "iHR", "0.9"))
+    _offer(host, "half", "2.0", "1.5")
     host.commands.update({"dpkg *": "", "apt-get *": _whole})
-    host.commands["apt-cache madison *"] = madison
     apt.repair()
     assert apt.interrupted() == []
-    (fixed,) = (call for call in host.calls if call[0] == "apt-get")
+    (fixed,) = _fixes(host)
     assert "--fix-broken" in fixed and "--no-remove" in fixed and "--reinstall" in fixed
     # Not the newest, and by name alone where that version is not offered any more.
-    assert "half=1.5" in fixed and "gone" in fixed
+    assert fixed[-2:] == ("half=1.5", "gone")
+
+
+def test_what_depends_on_a_package_that_was_cut_off_is_not_the_fault(host: FakeHost, apt: Apt) -> None:
+    """dpkg 1.22 ends with 1 over what depends on it, and of an upgrade it knows the version from before."""
+    _interrupted(host, ("libnvidia", "iHR", "1.0"), ("nvidia", "iU ", "2.0"))
+    _offer(host, "libnvidia", "3.0", "2.0", "1.0")
+    said = "dpkg: error processing package nvidia (--configure):\n dependency problems - leaving unconfigured\n"
+    host.commands.update({"dpkg *": (1, "", said), "apt-get *": _whole})
+    apt.repair()
+    # apt 2.x has no file name for what is unpacked and named again.
+    (fixed,) = _fixes(host)
+    assert fixed[-2:] == ("--allow-downgrades", "libnvidia=2.0")
+
+
+def test_what_was_cut_off_is_tried_without_its_version_too(host: FakeHost, apt: Apt) -> None:
+    _interrupted(host, ("half", "iHR", "1.0"), ("other", "iU ", "7"))
+    _offer(host, "half", "2.0", "1.0")
+    answers: list[object] = [(100, "", "E: Unmet dependencies."), _whole]
+
+    def fix(*call: t.Any) -> t.Any:
+        answer = answers.pop(0)
+        return answer(*call) if callable(answer) else answer
+
+    host.commands.update({"dpkg *": (1, "", "dpkg: error processing package other (--configure):"), "apt-get *": fix})
+    apt.repair()
+    assert [call[-1] for call in _fixes(host)] == ["half=1.0", "half"]
+    answers = [(100, "", "E: Unmet dependencies.")] * 2
+    _interrupted(host, ("half", "iHR", "1.0"), ("other", "iU ", "7"))
+    with pytest.raises(FleetError, match="Unmet dependencies"):
+        apt.repair()
+
+
+def test_words_that_sound_like_a_lock_are_none(host: FakeHost, apt: Apt) -> None:
+    _interrupted(host, ("half", "iF ", "1.0"))
+    host.commands["dpkg *"] = (1, "", "dpkg: error processing package half (--configure): blocked by its own script")
+    before = host.clock
+    with pytest.raises(FleetError, match="blocked by its own script"):
+        apt.repair()
+    assert host.clock == before and not _fixes(host)
 
 
 def test_repair_waits_for_another_tool(host: FakeHost, apt: Apt) -> None:
