@@ -745,6 +745,7 @@ class NimService(Resource[HostState]):
         host.remove("%s/%s.download.json" % (STATE_DIRECTORY, name))
         host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
         host.remove("%s/%s.stop" % (RUNTIME_DIRECTORY, name))
+        host.remove("%s/keys/%s" % (RUNTIME_DIRECTORY, name))
         # Fails when systemd does not remember the unit, and then there is nothing to forget.
         host.run(["systemctl", "reset-failed", unit])
 

@@ -459,21 +459,24 @@ class Unit:
         arguments += ["--entrypoint=" + KEY_SHELL, str(launch["image"]), "-c", KEY_SCRIPT, "nim"]
         arguments += [str(word) for word in launch["command"]]
         self.make_key_pipe(int(launch["uid"]))
+        # Where this is cut off the pipe stays: it tells that the container, if it came to run, waits for the key in vain.
+        self.create(name, arguments)
         try:
-            self.create(name, arguments)
-            try:
-                self.launch(name)
-            except StartFailedError as error:
-                if '"%s"' % KEY_SHELL not in str(error):
-                    raise
-                say("%s gets no NGC key: its image has no %s" % (name, KEY_SHELL))
-                self.remove(name, inspect(name))
-                return False
-            self.hand_over_key(name)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(self.key_pipe)
+            self.launch(name)
+        except StartFailedError as error:
+            if '"%s"' % KEY_SHELL not in str(error):
+                raise
+            say("%s gets no NGC key: its image has no %s" % (name, KEY_SHELL))
+            self.remove(name, inspect(name))
+            self.remove_key_pipe()
+            return False
+        self.hand_over_key(name)
+        self.remove_key_pipe()
         return True
+
+    def remove_key_pipe(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.key_pipe)
 
     def make_key_pipe(self, uid: int) -> None:
         """A named pipe that only the container's user can read, where only root can reach it."""
@@ -496,16 +499,20 @@ class Unit:
                 pipe = os.open(self.key_pipe, os.O_WRONLY | os.O_NONBLOCK)
             except OSError as error:
                 if error.errno != errno.ENXIO:
+                    # Nothing would tell the next run that this container waits.
+                    self.remove(name, inspect(name))
                     raise StartFailedError("%s cannot be opened: %s" % (self.key_pipe, error.strerror)) from error
             else:
                 # A reader that has gone is found out like any other end.
                 with contextlib.suppress(BrokenPipeError), open(pipe, "w", encoding="utf-8") as stream:
                     stream.write(self.key() + "\n")
                 return
-            container = inspect(name)
-            if container is None or not is_running(container):
-                # Why it ended is found out by whoever waits for it.
-                return
+            # A daemon that is away does not keep a container from reading.
+            with contextlib.suppress(DockerAwayError):
+                container = inspect(name)
+                if container is None or not is_running(container):
+                    # Why it ended is found out by whoever waits for it.
+                    return
             time.sleep(0.1)
         self.remove(name, inspect(name))
         raise StartFailedError("%s did not take the NGC key within %d seconds" % (name, KEY_SECONDS))
@@ -518,6 +525,8 @@ class Unit:
         self.note("starting")
         launch = self.config.get("key_in_service")
         if not isinstance(launch, dict) or not self.key() or not self.launch_with_key(self.container, launch):
+            # One of an earlier start says nothing about this container.
+            self.remove_key_pipe()
             self.create(self.container, [*self.secret_arguments(), *self.create_arguments])
             self.launch(self.container)
         say("%s started" % self.container)

@@ -531,6 +531,63 @@ def test_a_container_that_was_left_without_its_key_is_replaced(machine: Machine)
     assert KEY in (machine.bin / "key-nim-llama-download").read_text()
 
 
+def test_a_container_takes_its_key_while_docker_is_away(machine: Machine) -> None:
+    """Docker is restarted in that moment; with live-restore the container does not notice."""
+    with_key(machine, download=None, key_in_service=LAUNCH)
+    (machine.bin / "reads-late").touch()
+    machine.start()
+    machine.until(lambda: machine.calls("start"))
+    (machine.bin / "away").touch()
+    asked = len(machine.calls("inspect"))
+    machine.until(lambda: len(machine.calls("inspect")) > asked + 1)
+    (machine.bin / "reads-late").unlink()
+    machine.until((machine.bin / "key-nim-llama").exists)
+    (machine.bin / "away").unlink()
+    machine.until(lambda: machine.calls("wait"))
+    assert KEY in (machine.bin / "key-nim-llama").read_text()
+    assert machine.calls("rm") == []
+    machine.until(lambda: list((machine.root / "run/keys").iterdir()) == [])
+
+
+def test_a_container_whose_start_was_cut_off_is_not_left_waiting_for_its_key(machine: Machine) -> None:
+    """Docker went away in the middle of the start, and the container came to run all the same."""
+    with_key(machine, download=None, key_in_service=LAUNCH)
+    (machine.bin / "start-error").write_text("error during connect: Post ...: EOF\n")
+    machine.start()
+    machine.until(lambda: machine.calls("start"))
+    (machine.bin / "away").touch()
+    asked = len(machine.calls("version"))
+    machine.until(lambda: len(machine.calls("version")) > asked + 1)
+    machine.put(running=True)
+    (machine.bin / "start-error").unlink()
+    (machine.bin / "away").unlink()
+    machine.until(lambda: machine.calls("wait"))
+    assert KEY in (machine.bin / "key-nim-llama").read_text()
+    assert machine.calls("rm")
+
+
+def test_a_container_whose_pipe_vanished_is_not_left_waiting(machine: Machine) -> None:
+    with_key(machine, download=None, key_in_service=LAUNCH)
+    (machine.bin / "reads-late").touch()
+    process = machine.start()
+    machine.until(lambda: machine.calls("start"))
+    (machine.root / "run/keys/llama").unlink()
+    rc, output = machine.finish(process)
+    assert rc == 1
+    assert "run/keys/llama cannot be opened: No such file or directory" in output
+    assert machine.container() is None
+
+
+def test_a_pipe_of_an_earlier_start_is_forgotten(machine: Machine) -> None:
+    """The wrapper was killed beside its pipe, then the key was taken off the host."""
+    (machine.root / "run/keys").mkdir()
+    os.mkfifo(machine.root / "run/keys/llama")
+    machine.configure(key_in_service=LAUNCH)
+    machine.start()
+    machine.until(lambda: machine.calls("wait"))
+    assert not list((machine.root / "run/keys").iterdir())
+
+
 def test_a_container_that_ends_before_it_takes_the_key(machine: Machine) -> None:
     with_key(machine)
     (machine.bin / "ends-at-once").touch()
