@@ -37,6 +37,11 @@ Options = t.Mapping[str, t.Any]
 JUDGED = tuple(name for name in CHAIN if name != "nim_health")
 #: Judged one by one below, and not by their plan as a whole.
 _OWN_CHECKS = ("nim_image", "nim_service")
+#: Whoever repairs a host at night must get past a refusal that is wrong or does not matter now.
+ALL_THE_SAME = (
+    "Nothing was touched here; -e site_preflight=false sets up everything up to the services all the same, and "
+    "-e nim_preflight=false also the services, as far as they can be."
+)
 #: Resources that change how Docker reaches registries.
 _DOCKER = ("docker_engine", "docker_daemon")
 #: What says nothing about an image while Docker is still to be set up: how it will reach the registry is not known.

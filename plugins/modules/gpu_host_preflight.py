@@ -59,6 +59,7 @@ options:
     description:
       - Fail when something would keep a run from working, before it touches anything. A GPU that is not fit for service is no
         reason where no model is to be started on it.
+      - The message ends with the variables that let a run of the collection's playbooks and roles go on all the same.
     type: bool
     default: false
 seealso:
@@ -139,6 +140,7 @@ reason:
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight import (
+    ALL_THE_SAME,
     JUDGED,
     preflight,
     result,
@@ -157,7 +159,9 @@ def main() -> None:
     refused = stands_in_the_way(verdicts)
     if refused and module.params["fail_on_refusal"]:
         sentences = dict.fromkeys(verdict.sentence for verdict in refused)
-        module.fail_json(msg=" ".join(sentences), reason=refused[0].reason, changed=False, **result(verdicts))
+        module.fail_json(
+            msg=" ".join([*sentences, ALL_THE_SAME]), reason=refused[0].reason, changed=False, **result(verdicts)
+        )
     module.exit_json(changed=False, **result(verdicts))
 
 

@@ -551,6 +551,8 @@ def test_module(bare: DriverWorld, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     answer = run(monkeypatch, capsys, bare, fail_on_refusal=True, **everything(llama()))
     assert (answer["failed"], answer["changed"], answer["reason"]) == (True, False, "port_in_use")
     assert answer["msg"].startswith("Model llama cannot have port 8000 on 0.0.0.0: it is held by nginx (pid 977)")
+    # Whoever is called at night finds the way past a refusal in its own words.
+    assert "-e site_preflight=false" in answer["msg"] and "-e nim_preflight=false" in answer["msg"]
     assert answer["checks"]
     answer = run(monkeypatch, capsys, bare, nim_service={"models": [llama()], "no_such": 1})
     assert (answer["failed"], answer["reason"]) == (True, "invalid_option")
@@ -572,3 +574,9 @@ def test_the_playbook_can_leave_it_out() -> None:
     # The role looks for itself where the playbook has not.
     assert environment.from_string(nim).render(__site_preflight={"skipped": True}) is True
     assert environment.from_string(nim).render(__site_preflight={"checks": []}) is False
+    tasks = yaml.safe_load((pathlib.Path(__file__).parents[2] / "roles" / "nim" / "tasks" / "main.yml").read_text())
+    (condition,) = [task["when"] for task in tasks if "gpu_fleet.nim.gpu_host_preflight" in task]
+    given = {"nim_state": "present", "__nim_images": [1]}
+    assert asked(nim_preflight="true", **given)
+    # On the command line everything is a text.
+    assert not asked(nim_preflight="false", **given)
