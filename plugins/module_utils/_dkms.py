@@ -10,7 +10,7 @@ import re
 
 from ._errors import FleetError
 from ._host import Host
-from ._nvidia_driver_reload import on_disk_version
+from ._nvidia_driver_state import on_disk_version
 
 #: What dkms says in the output of a package transaction; its name alone is in the names of packages.
 BUILD_SIGNS = re.compile(

@@ -12,7 +12,7 @@ import typing as t
 from ._errors import FleetError
 from ._host import Host
 from ._nvidia_driver_packages import PackagePlan, is_driver_package
-from ._nvidia_driver_state import DriverState
+from ._nvidia_driver_state import DriverState, headers_unavailable
 from ._packages import PackageManager
 
 _APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
@@ -101,16 +101,6 @@ def install_prerequisites(host: Host, manager: PackageManager, state: DriverStat
                 % (state.os.major, state.machine),
             )
     manager.install(dict.fromkeys(plan.prerequisites))
-
-
-def headers_unavailable(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
-    return FleetError(
-        "kernel_headers_unavailable",
-        "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
-        "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
-        "or set nvidia_driver_kernel_headers to false when they come from elsewhere." % (kernel, cause),
-        **(facts or {}),
-    )
 
 
 def install_headers(host: Host, manager: PackageManager, package: str) -> None:

@@ -16,12 +16,13 @@ import typing as t
 
 from . import _host_services
 from ._docker_api import DockerApi
+from ._driver_clients import is_client
 from ._errors import FleetError
 from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
 from ._host import Host
 from ._nouveau import BLACKLIST
 from ._nvidia_driver_packages import QUERY_PATTERNS, to_hold, user_space_version
-from ._nvidia_driver_reload import is_client, on_disk_version
+from ._nvidia_driver_state import on_disk_version
 from ._os_release import OsRelease, read_os_release
 from ._packages import Package, package_manager
 from ._secure_boot import secure_boot_enabled

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ._apt import APT_SOURCES
 from ._dnf import DNF_REPOSITORIES
 from ._docker_api import DockerApi
+from ._driver_clients import is_client
 from ._errors import FleetError
 from ._gpu import driver_holders
 from ._host import Host
@@ -32,7 +33,6 @@ from ._nouveau import BLACKLIST
 from ._nvidia_container_toolkit import CONFIG as TOOLKIT_CONFIG
 from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver_packages import QUERY_PATTERNS, is_driver_package
-from ._nvidia_driver_reload import is_client
 from ._nvidia_driver_state import NON_FREE, PREFERENCES, UNATTENDED
 from ._os_release import read_os_release
 from ._packages import Package, package_manager

@@ -28,12 +28,12 @@ from ._nim_process_state import read_word
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
 from ._nvidia_container_toolkit import NvidiaContainerToolkit
-from ._nvidia_driver import NvidiaDriver
-from ._nvidia_driver_reload import DriverReload
+from ._nvidia_driver_planner import DriverPlanner
+from ._nvidia_driver_reload_planner import ReloadPlanner
 from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
 from ._own_signatures import parse_signatures
-from ._resource import Change, Disruption, Resource
+from ._resource import Change, Disruption, Planner
 from ._systemd import LookedAtOnce, UnitTable, unit_properties
 
 Options = t.Mapping[str, t.Any]
@@ -225,10 +225,10 @@ def plan_host(host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi
     Returns:
         The plan; what is wrong with one resource is a finding of it and hides no other one.
     """
-    return _Planner(ReadOnlyHost(host), wanted, api or DockerLook()).run()
+    return _Walk(ReadOnlyHost(host), wanted, api or DockerLook()).run()
 
 
-class _Planner:
+class _Walk:
     """One walk along the chain."""
 
     def __init__(self, host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi) -> None:
@@ -305,7 +305,7 @@ class _Planner:
         why = "after %s: it cannot be planned in detail before that" % after
         self.plan.planned.append(Planned(Change(name, what, before, to, why, disruption, blocked=blocked), after))
 
-    def _simple(self, resource: Resource[S]) -> S:
+    def _simple(self, resource: Planner[S]) -> S:
         state = resource.observe(self.host)
         self._add(resource.plan(state))
         return state
@@ -313,7 +313,7 @@ class _Planner:
     # -- the chain ------------------------------------------------------------------------------------
 
     def _driver(self, options: Options) -> None:
-        driver = NvidiaDriver(**options)
+        driver = DriverPlanner(**options)
         state = driver.observe(self.host)
         changes = driver.plan(state)
         self._add(changes)
@@ -348,7 +348,7 @@ class _Planner:
         )
 
     def _reload(self, options: Options) -> None:
-        reload = DriverReload(**options)
+        reload = ReloadPlanner(**options)
         state = reload.observe(self.host)
         packages = self.driver_packages
         waits = packages is not None

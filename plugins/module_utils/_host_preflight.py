@@ -26,7 +26,7 @@ from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
 from ._nim_service import ENFORCE, WARN, NimService
-from ._nvidia_driver import NvidiaDriver
+from ._nvidia_driver_planner import DriverPlanner
 from ._options import CHAIN
 from ._registry import RegistryClient
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst
@@ -325,7 +325,7 @@ class _Preflight:
         if options is None:
             return None
         try:
-            driver = NvidiaDriver(**options)
+            driver = DriverPlanner(**options)
             state = driver.observe(self.host)
             renewed = any(change.action == "packages" for change in driver.plan(state))
         except FleetError:

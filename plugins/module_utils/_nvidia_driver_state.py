@@ -9,6 +9,8 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
+from ._driver_branches import branch_of_version
+from ._errors import FleetError
 from ._gpu import GpuInventory, Holder
 from ._host import Host
 from ._nvidia_driver_packages import Wish, user_space_version
@@ -81,6 +83,16 @@ class DriverState:
         return user_space_version(self.installed)
 
 
+def on_disk_version(host: Host, kernel: str) -> str:
+    """Version of the module file for a kernel; Debian's own packages call it nvidia-current."""
+    for name in ("nvidia", "nvidia-current", "nvidia-current-open"):
+        result = host.run(["modinfo", "-k", kernel, "-F", "version", name], timeout=30)
+        version = result.stdout.strip().split("\n")[0].strip()
+        if result.ok and branch_of_version(version):
+            return version
+    return ""
+
+
 def boot_states(host: Host, wish: Wish) -> dict[str, str]:
     """Whether the services that the wish needs start at boot: enabled, disabled, masked, …; empty without such a unit."""
     units = []
@@ -94,3 +106,13 @@ def boot_states(host: Host, wish: Wish) -> dict[str, str]:
 def headers_offered(manager: PackageManager, package: str) -> bool:
     """Whether the lists on the host have a package with headers; yes when they say nothing about headers at all."""
     return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
+
+
+def headers_unavailable(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
+    return FleetError(
+        "kernel_headers_unavailable",
+        "The headers of the running kernel %s cannot be installed (%s) and without them no kernel module can be "
+        "built; boot a kernel whose headers are on offer (usually the newest installed one: upgrade and reboot), "
+        "or set nvidia_driver_kernel_headers to false when they come from elsewhere." % (kernel, cause),
+        **(facts or {}),
+    )

@@ -83,8 +83,9 @@ class Change:
         }
 
 
-class Resource(abc.ABC, t.Generic[S]):
-    """One managed thing. Subclasses keep what is wanted in ``self``, validated in their constructor.
+class Planner(abc.ABC, t.Generic[S]):
+    """What is wanted of one thing, and how a host differs from it. Subclasses keep what is wanted in ``self``, validated in
+    their constructor.
 
     ``plan`` is pure: same wanted and same state give the same changes, and it touches nothing.
     """
@@ -98,6 +99,13 @@ class Resource(abc.ABC, t.Generic[S]):
     @abc.abstractmethod
     def plan(self, state: S) -> list[Change]:
         """All changes that lead from ``state`` to what is wanted, in the order in which they must be applied."""
+
+
+class Resource(Planner[S]):
+    """One managed thing: a planner that can also carry out what it plans.
+
+    Large ones have the planner in a file of its own, for the plan of a host, which carries out nothing.
+    """
 
     @abc.abstractmethod
     def apply(self, host: Host, change: Change) -> None:

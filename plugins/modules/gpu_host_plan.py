@@ -156,6 +156,11 @@ notes:
   elements: str
 """
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._zip_imports import compile_once
+
+# Before the others are imported.
+compile_once()
+
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host

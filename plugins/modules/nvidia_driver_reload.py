@@ -104,7 +104,8 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload, ReloadState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import ReloadState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 

@@ -8,8 +8,8 @@ import re
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST, BLACKLIST_CONTENT
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import UNATTENDED_CONTENT
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import _preferences
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_planner import UNATTENDED_CONTENT
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import PREFERENCES, UNATTENDED
 from fake_host import FakeHost
 

@@ -8,15 +8,12 @@ import json
 import pathlib
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients import CLIENT_UNITS, RECORD
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_swap import load_failure
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import (
-    CLIENT_UNITS,
-    REBOOT_MARKER,
-    RECORD,
-    DriverReload,
-    load_failure,
-    on_disk_version,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import REBOOT_MARKER
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import on_disk_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
 from driver_world import KERNEL, DriverWorld
 from fake_host import FakeHost

@@ -1,0 +1,306 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Whether the loaded NVIDIA kernel module must be swapped for the one on disk, and what stands in the way."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+from dataclasses import dataclass
+
+from ._driver_clients import UNLOAD_ORDER, foreign_holders, idle_daemons, in_use_error, in_use_message, read_record
+from ._errors import FleetError
+from ._gpu import GpuInventory, Holder, LoadedDriver, driver_holders, loaded_modules, observe_gpus
+from ._host import Host
+from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
+from ._nvidia_driver_state import on_disk_version
+from ._os_release import read_os_release
+from ._packages import package_manager
+from ._resource import Change, Disruption, Planner
+from ._untrusted import parse_json
+
+#: Written before a reboot so that a target version causes one reboot at most.
+REBOOT_MARKER = "/var/lib/gpu_fleet/driver-reboot.json"
+
+
+@dataclass(frozen=True)
+class ReloadState:
+    """What decides whether and how the module is swapped.
+
+    Attributes:
+        on_disk: Version of the module for the running kernel, empty when there is none.
+        user_space: Version of the libraries by the package database, empty when not installed by packages.
+        stopped_units: Units that an earlier step stopped and nobody has started again.
+        idle_units: Daemons of the driver that are enabled but do not run although the module is loaded.
+        gpu_processes: Processes that hold the driver, the driver's own clients left out.
+        marker: Content of the reboot marker, None without one.
+        boot_id: Changes with every boot.
+    """
+
+    inventory: GpuInventory
+    loaded: LoadedDriver | None
+    on_disk: str
+    user_space: str
+    kernel: str
+    nouveau_loaded: bool
+    modules: frozenset[str]
+    stopped_units: tuple[str, ...]
+    idle_units: tuple[str, ...]
+    gpu_processes: tuple[Holder, ...]
+    marker: dict[str, t.Any] | None
+    boot_id: str
+
+    @property
+    def loaded_version(self) -> str:
+        return self.loaded.version if self.loaded else ""
+
+
+def read_marker(host: Host) -> dict[str, t.Any] | None:
+    """The record of the last reboot for a driver.
+
+    Raises:
+        FleetError: ``state_unreadable`` when somebody broke the file: it is reported and left as it is.
+    """
+    text = host.read_text(REBOOT_MARKER)
+    if text is None:
+        return None
+    try:
+        marker = parse_json(text)
+    except ValueError as error:
+        raise FleetError(
+            "state_unreadable",
+            "%s is not valid JSON (%s), so it is unknown whether this host was already rebooted for its driver; "
+            "look at it and remove it." % (REBOOT_MARKER, error),
+        ) from error
+    if not isinstance(marker, dict):
+        raise FleetError(
+            "state_unreadable",
+            "%s does not hold a JSON object, so it is unknown whether this host was already rebooted for its driver; "
+            "look at it and remove it." % REBOOT_MARKER,
+        )
+    return marker
+
+
+def observe_reload(host: Host) -> ReloadState:
+    """Everything a reload depends on; changes nothing."""
+    inventory = observe_gpus(host, with_smi=False)
+    loaded = inventory.driver
+    kernel = host.kernel_release()
+    modules = loaded_modules(host)
+    user_space = ""
+    on_disk = ""
+    if inventory.pci:
+        manager = package_manager(host, read_os_release(host))
+        user_space = user_space_version(manager.installed(*QUERY_PATTERNS))
+        on_disk = on_disk_version(host, kernel)
+    return ReloadState(
+        inventory=inventory,
+        loaded=loaded,
+        on_disk=on_disk,
+        user_space=user_space,
+        kernel=kernel,
+        nouveau_loaded="nouveau" in modules,
+        modules=frozenset(modules & set(UNLOAD_ORDER)),
+        stopped_units=read_record(host),
+        idle_units=tuple(idle_daemons(host)) if loaded else (),
+        gpu_processes=foreign_holders(driver_holders(host)) if loaded else (),
+        marker=read_marker(host),
+        boot_id=(host.read_text("/proc/sys/kernel/random/boot_id") or "").strip(),
+    )
+
+
+class ReloadPlanner(Planner[ReloadState]):
+    """Loaded module = module on disk, with the services of the driver running as before.
+
+    Args:
+        prepare_reboot: Write the reboot marker instead of reloading; fails when the host was already rebooted for
+            the same driver version.
+        expected_version: Version or branch that the driver must have in the end; empty for what is on disk.
+    """
+
+    name = "nvidia_driver_reload"
+
+    def __init__(self, *, prepare_reboot: bool = False, expected_version: str = "", reboot_reason: str = "") -> None:
+        if expected_version and not re.fullmatch(r"\d{3}(\.\d+){0,2}", expected_version):
+            raise FleetError(
+                "invalid_option",
+                "expected_version = %r: not a driver branch or version; write it like 580 or 580.95.05."
+                % expected_version,
+            )
+        self.prepare_reboot = prepare_reboot
+        self.expected_version = expected_version
+        self.given_reason = reboot_reason
+        #: Found out only by trying; the second look then knows.
+        self.tried: str = ""
+
+    def observe(self, host: Host) -> ReloadState:
+        return observe_reload(host)
+
+    def _mismatch(self, state: ReloadState) -> FleetError | None:
+        """Package trouble that neither a reload nor a reboot mends."""
+        if not state.on_disk:
+            return FleetError(
+                "no_kernel_module",
+                "There is no NVIDIA kernel module for the running kernel %s; look at `dkms status` and install the "
+                "kernel headers (role nvidia_driver does both)." % state.kernel,
+            )
+        if state.user_space and state.user_space != state.on_disk:
+            return FleetError(
+                "driver_mismatch",
+                "The module on disk is %s but the user-space driver is %s; run the nvidia_driver role so that all "
+                "parts have one version." % (state.on_disk, state.user_space),
+            )
+        expected = self.expected_version
+        if expected and not (state.on_disk == expected or state.on_disk.startswith(expected + ".")):
+            return FleetError(
+                "driver_mismatch",
+                "The driver on disk is %s but %s is wanted; run the nvidia_driver role first."
+                % (state.on_disk, expected),
+            )
+        return None
+
+    def reboot_reason(self, state: ReloadState) -> str:
+        """Why only a reboot can bring the wanted module into the kernel; empty when a reload can (or nothing is due)."""
+        if state.loaded_version == state.on_disk:
+            return ""
+        if self.tried:
+            return self.tried
+        if state.loaded is not None and not state.loaded.can_unload:
+            return "the running kernel %s was built without module unloading" % state.kernel
+        return ""
+
+    def plan(self, state: ReloadState) -> list[Change]:
+        if not state.inventory.pci:
+            return []
+        problem = self._mismatch(state)
+        if problem is not None:
+            raise problem
+        changes: list[Change] = []
+        current = state.loaded_version == state.on_disk
+        if self.prepare_reboot:
+            return [] if current else self._plan_marker(state)
+        if not current:
+            reason = self.reboot_reason(state)
+            blocked = "a reboot is needed: %s" % reason if reason else None
+            if state.loaded is not None and state.gpu_processes:
+                blocked = in_use_message(state.gpu_processes, "Reloading the driver")
+            changes.append(
+                Change(
+                    self.name,
+                    "kernel module nvidia",
+                    state.loaded_version or None,
+                    state.on_disk,
+                    "the module in memory is not the one that is installed" if state.loaded else "no module is loaded",
+                    disruption=Disruption.REBOOT
+                    if reason
+                    else (Disruption.UNLOAD_DRIVER if state.loaded else Disruption.NONE),
+                    action="reload",
+                    blocked=blocked,
+                )
+            )
+        elif state.stopped_units or state.idle_units:
+            units = [
+                *state.idle_units,
+                *reversed([unit for unit in state.stopped_units if unit not in state.idle_units]),
+            ]
+            changes.append(
+                Change(
+                    self.name,
+                    "services of the driver",
+                    "stopped",
+                    ", ".join(units),
+                    "they were stopped for a reload and not started again"
+                    if state.stopped_units
+                    else "they are enabled but do not run",
+                    action="start_clients",
+                )
+            )
+        if current and state.marker is not None:
+            changes.append(
+                Change(
+                    self.name,
+                    REBOOT_MARKER,
+                    str(state.marker.get("target", "")),
+                    None,
+                    "the driver that the host was rebooted for is loaded",
+                    action="clear_marker",
+                )
+            )
+        return changes
+
+    def _plan_marker(self, state: ReloadState) -> list[Change]:
+        if state.gpu_processes:
+            raise in_use_error(state.gpu_processes, "Rebooting")
+        marker = state.marker or {}
+        if marker.get("target") == state.on_disk:
+            if marker.get("boot_id") != state.boot_id:
+                raise FleetError(
+                    "rebooted_once",
+                    "This host was already rebooted once for driver %s (reason: %s), yet %s is loaded; it is not "
+                    "rebooted again. Find out why the module does not load (journalctl -k), then remove %s."
+                    % (
+                        state.on_disk,
+                        marker.get("reason", "unknown"),
+                        state.loaded_version or "no driver",
+                        REBOOT_MARKER,
+                    ),
+                    marker=marker,
+                )
+            # Written, but the reboot never came: it is still allowed.
+            return []
+        return [
+            Change(
+                self.name,
+                REBOOT_MARKER,
+                marker.get("target"),
+                state.on_disk,
+                "a target version causes one reboot at most",
+                disruption=Disruption.REBOOT,
+                action="write_marker",
+                data={"target": state.on_disk, "boot_id": state.boot_id, "from": state.loaded_version},
+            )
+        ]
+
+    # -- answer
+
+    def result(self, state: ReloadState) -> dict[str, t.Any]:
+        """Return values of the module.
+
+        Raises:
+            FleetError: ``gpu_in_use`` when the module must change and somebody uses a GPU (in check mode too).
+        """
+        answer: dict[str, t.Any] = {
+            "loaded": state.loaded_version,
+            "on_disk": state.on_disk,
+            "user_space": state.user_space,
+            "flavour": state.loaded.flavour if state.loaded else "",
+            "reboot_required": False,
+            "reboot_reason": "",
+            "holders": [holder.as_dict() for holder in state.gpu_processes],
+        }
+        if not state.inventory.pci:
+            answer["message"] = "This host has no NVIDIA GPU; nothing was done."
+            return answer
+        if state.loaded_version == state.on_disk:
+            answer["message"] = "Driver %s: loaded = on disk = user space." % state.on_disk
+            return answer
+        reason = self.reboot_reason(state)
+        if state.gpu_processes and state.loaded is not None:
+            # A reboot takes the GPU away just the same.
+            raise in_use_error(state.gpu_processes, "Reloading the driver")
+        if reason:
+            answer["reboot_required"] = True
+            answer["reboot_reason"] = reason
+            answer["message"] = "Driver %s is installed but %s: a reboot is needed because %s." % (
+                state.on_disk,
+                "%s is loaded" % state.loaded_version if state.loaded else "not loaded",
+                reason,
+            )
+        else:
+            answer["message"] = "Driver %s is installed but %s is loaded." % (
+                state.on_disk,
+                state.loaded_version or "no driver",
+            )
+        return answer
