@@ -13,6 +13,7 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_unit
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients import RECORD, read_record
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_causes import DOCKER, KERNEL, SignatureBook
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_signatures import SIGNATURES
@@ -36,11 +37,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import
     parse_manifest,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_watch import Watch
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import (
     REBOOT_MARKER,
-    RECORD,
     read_marker,
-    read_record,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 from fake_host import FakeHost
