@@ -67,7 +67,7 @@ def check_api_key(key: t.Any, option: str = "api_key") -> str:
     return key
 
 
-def _check_password(password: t.Any, option: str) -> str:
+def check_password(password: t.Any, option: str) -> str:
     """For registries that are not NGC: anything that fits into one line."""
     if not isinstance(password, str) or not password or re.search(r"[\x00-\x1f\x7f]", password):
         raise FleetError(
@@ -281,7 +281,7 @@ class NgcLogin(Resource[DockerConfig]):
         self.validate = validate
         self.key = ""
         if state == "present" and api_key:
-            check = check_api_key if username == USERNAME else _check_password
+            check = check_api_key if username == USERNAME else check_password
             self.key = check(api_key, "api_key")
         self.check_reference: t.Optional[ImageReference] = None
         self._check_tag = False
