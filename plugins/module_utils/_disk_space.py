@@ -12,8 +12,15 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._host import Host
-from ._image_pull import amount
 from ._untrusted import whole_number
+
+
+def amount(size: float) -> str:
+    """``2.8 GB``, in the decimal units that registries and disks are sold in."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= step:
+            return "%.1f %s" % (size / step, unit) if size < 100 * step else "%.0f %s" % (size / step, unit)
+    return "%d B" % size
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from ._gpu import observe_gpus
 from ._health_target import parse_targets
 from ._host import CommandResult, FileStat, Host
 from ._host_services import state_of
-from ._ngc_login import VALIDATE_ALWAYS, NgcLogin
+from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner
 from ._nim_health import HealthCheck
-from ._nim_image import PULL_MISSING, PULL_NEWER, NimImages
+from ._nim_image_planner import PULL_NEWER, ImagesPlanner
 from ._nim_models import parse_models
 from ._nim_process_state import read_word
 from ._nim_service import ENFORCE, WARN, NimService
@@ -401,7 +401,7 @@ class _Walk:
 
     def _login(self, options: Options) -> None:
         # Without the check at the registry that the module makes before it stores a key.
-        login = NgcLogin(**options)
+        login = LoginPlanner(**options)
         self._simple(login)
         if login.validate == VALIDATE_ALWAYS and login.key:
             self.plan.notes.append(
@@ -410,9 +410,8 @@ class _Walk:
             )
 
     def _images(self, options: Options) -> None:
-        pull = options.get("pull", PULL_MISSING)
-        resource = NimImages(**dict(options, pull=PULL_MISSING if pull == PULL_NEWER else pull), api=self.api)
-        if pull == PULL_NEWER:
+        resource = ImagesPlanner(**options, api=self.api)
+        if resource.pull == PULL_NEWER:
             self.plan.notes.append(
                 "nim_image: pull is newer, but a plan asks no registry: tags that have moved are found by the run itself."
             )

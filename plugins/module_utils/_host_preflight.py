@@ -14,14 +14,13 @@ import typing as t
 from dataclasses import replace
 
 from ._background import RUNNING
-from ._disk_space import check_space, file_systems
+from ._disk_space import amount, check_space, file_systems
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import gpu_health, read_kernel_log
 from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
-from ._image_pull import amount
 from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
@@ -45,7 +44,7 @@ ALL_THE_SAME = (
 #: Resources that change how Docker reaches registries.
 _DOCKER = ("docker_engine", "docker_daemon")
 #: What says nothing about an image while Docker is still to be set up: how it will reach the registry is not known.
-_BEFORE_DOCKER = ("registry_unreachable", "tls_error", "engine_cannot_pull", "engine_too_old")
+_BEFORE_DOCKER = ("registry_unreachable", "tls_error", "engine_cannot_pull")
 #: The same where no Docker answers: the image may be there.
 _WITHOUT_DOCKER = (*_BEFORE_DOCKER, "image_missing", "docker_unavailable")
 

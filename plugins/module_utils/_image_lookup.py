@@ -13,7 +13,8 @@ from ._host import Host
 from ._image_reference import ImageReference
 from ._nim_family import detect_family
 from ._nim_image import NimImages
-from ._registry import RegistryClient, image_architecture
+from ._registry import RegistryClient
+from ._registry_image import image_architecture
 
 #: Refusals that answer the question "may this host have the image", rather than fail to ask it.
 REGISTRY_REASONS = frozenset(

@@ -12,6 +12,7 @@ import re
 import signal
 import typing as t
 
+from ._disk_space import amount
 from ._docker_api import SOCKET
 from ._errors import FleetError
 from ._image_reference import ImageReference
@@ -130,14 +131,6 @@ class PullProgress:
             "phase": phase,
             "layers": dict(phases),
         }
-
-
-def amount(size: float) -> str:
-    """``2.8 GB``, in the decimal units that registries and disks are sold in."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= step:
-            return "%.1f %s" % (size / step, unit) if size < 100 * step else "%.0f %s" % (size / step, unit)
-    return "%d B" % size
 
 
 def progress_text(name: str, progress: t.Mapping[str, t.Any]) -> str:

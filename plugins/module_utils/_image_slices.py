@@ -13,7 +13,8 @@ from ._background import FAILED, LOST, RUNNING, Jobs, JobStatus
 from ._errors import FleetError
 from ._host import Host
 from ._image_pull import progress_text
-from ._nim_image import ImagesState, NimImages, pull_job_id
+from ._nim_image import NimImages, pull_job_id
+from ._nim_image_planner import ImagesState
 from ._resource import Change
 
 
@@ -106,7 +107,7 @@ def _not_converged(what: str) -> FleetError:
 #: What keeps a check from being made where the host is not ready yet; in check mode an earlier task may be what mends it.
 _NOT_READY = frozenset(("no_key", "registry_unreachable", "tls_error", "docker_unavailable", "no_such_user"))
 #: What an earlier task may mend that check mode has not carried out.
-_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull", "engine_too_old"))
+_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull"))
 
 
 @dataclass

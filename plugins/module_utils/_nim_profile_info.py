@@ -21,12 +21,14 @@ from ._image_record import read_record
 from ._nim_configuration import gpu_arguments
 from ._nim_family import Family, detect_family, family_of_image
 from ._nim_image import NimImages
-from ._nim_manifest import Manifest, manifest_at_registry, manifest_by_container, manifest_on_disk
+from ._nim_manifest import Manifest, manifest_on_disk
+from ._nim_manifest_sources import manifest_at_registry, manifest_by_container
 from ._nim_models import parse_models
 from ._nim_profile_checks import Check, check_profile, verdict
 from ._nim_profile_listing import Listing, parse_listing
 from ._nim_profiles import LOW_MEMORY, Profile, match_profile
-from ._registry import RegistryClient, image_architecture
+from ._registry import RegistryClient
+from ._registry_image import image_architecture
 
 Json = t.Dict[str, t.Any]
 

@@ -20,7 +20,7 @@ from ._gpu_loss import lost_gpus
 from ._gpu_placement import place
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._host import Host
-from ._ngc_login import KEY_VARIABLE, check_api_key, fingerprint, render_environment
+from ._ngc_key import KEY_VARIABLE, check_api_key, fingerprint, render_environment
 from ._nim_configuration import SLICE_TEXT, TARGET_TEXT, Secrets, build_configuration, unit_text, wrapper_text
 from ._nim_container import differences, restart_policy
 from ._nim_models import NimModel, container_name, unit_name

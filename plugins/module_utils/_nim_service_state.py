@@ -24,7 +24,7 @@ from ._host import FileStat, Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
 from ._listeners import Listener, find_listeners, own_addresses
-from ._ngc_login import fingerprint, key_in_environment
+from ._ngc_key import fingerprint, key_in_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
 from ._nim_manifest import Manifest, manifest_on_disk
 from ._nim_models import NimModel, container_name, unit_name

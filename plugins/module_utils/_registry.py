@@ -11,8 +11,6 @@ revoked key all get the same 401.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import errno
 import hashlib
 import http.client
@@ -25,11 +23,15 @@ import typing as t
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, field
 
+from ._docker_config import encode_basic
 from ._errors import FleetError
 from ._image_reference import DOCKER_HUB, ImageReference
-from ._untrusted import MapOf, is_digits, json_object, misfit, parse_json
+from ._registry_image import CONFIGURATION, INDEX, RegistryImage, layers_of, shaped, wrong_architecture
+from ._registry_image import offered as offered_in
+from ._registry_refusals import Answer, Refusals, retry_after
+from ._tls_errors import CERTIFICATES, tls_error
+from ._untrusted import parse_json
 
 USER_AGENT = "gpu_fleet.nim"
 #: Seconds for one request to answer.
@@ -42,9 +44,6 @@ RETRY_AFTER_MAX = 30.0
 _BODY_MAX = 16 * 1024 * 1024
 #: Repositories that exist and that every valid key may read: what they answer tells a bad key from a wrong name.
 CONTROL_REPOSITORIES = {"nvcr.io": "nvidia/cuda"}
-#: Where the Docker Engine looks for the CA of a registry, beside the system's store.
-CERTIFICATES = "/etc/docker/certs.d"
-
 _INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -55,82 +54,8 @@ _MANIFEST_TYPES = (
 )
 _ACCEPT = ", ".join(_INDEX_TYPES + _MANIFEST_TYPES)
 
-#: Kernel's machine name -> the name in image manifests.
-_ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
-
 #: Reasons that may be gone at the next try.
 TRANSIENT = frozenset(("registry_unreachable", "rate_limit"))
-
-
-def image_architecture(machine: str) -> str:
-    """``x86_64`` -> ``amd64``, ``aarch64`` -> ``arm64``; others unchanged."""
-    return _ARCHITECTURES.get(machine, machine)
-
-
-def decode_basic(encoded: str) -> t.Optional[t.Tuple[str, str]]:
-    """User and password of base64 ``user:password``, or None when it is no such thing."""
-    try:
-        text = base64.b64decode(encoded, validate=True).decode("utf-8")
-    except (binascii.Error, ValueError):
-        return None
-    user, colon, password = text.partition(":")
-    # Docker pads the password with NUL when it reads an old file.
-    return (user, password.rstrip("\0")) if colon else None
-
-
-def encode_basic(user: str, password: str) -> str:
-    return base64.b64encode(("%s:%s" % (user, password)).encode("utf-8")).decode("ascii")
-
-
-@dataclass(frozen=True)
-class RegistryImage:
-    """One image as the registry describes it.
-
-    Attributes:
-        reference: The reference that was asked for, at the place it was asked for.
-        digest: Digest that ``docker pull`` by this reference would record: of the index where there is one.
-        platform_digest: Digest of the manifest for the architecture; equal to ``digest`` without an index.
-        architecture: Architecture of that manifest, for example ``amd64``.
-        architectures: All architectures on offer.
-        layers: Digest and compressed size in bytes of each layer, base first.
-        environment, labels: From the image's configuration.
-        created: Time stamp in the configuration, or empty.
-    """
-
-    reference: str
-    digest: str
-    platform_digest: str
-    config_digest: str
-    architecture: str
-    architectures: t.Tuple[str, ...]
-    layers: t.Tuple[t.Tuple[str, int], ...]
-    environment: t.Dict[str, str] = field(default_factory=dict)
-    labels: t.Dict[str, str] = field(default_factory=dict)
-    created: str = ""
-
-    @property
-    def compressed_size(self) -> int:
-        """Bytes to download when no layer is there yet."""
-        return sum(size for _digest, size in dict(self.layers).items())
-
-
-@dataclass(frozen=True)
-class _Answer:
-    status: int
-    headers: t.Mapping[str, str]
-    body: bytes
-
-    def header(self, name: str) -> str:
-        return self.headers.get(name.lower(), "")
-
-    def errors(self) -> t.List[t.Tuple[str, str]]:
-        """Code and message of each error in the body, which every registry words a little differently."""
-        entries = json_object(self.body.decode("utf-8", "replace")).get("errors")
-        return [
-            (str(entry.get("code") or "").upper(), " ".join(str(entry.get("message") or "").split()))
-            for entry in (entries if isinstance(entries, list) else [])
-            if isinstance(entry, dict)
-        ]
 
 
 class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
@@ -185,49 +110,6 @@ def token_url(parameters: t.Mapping[str, str], scope: str, account: str = "") ->
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, encoded, ""))
 
 
-_INDEX = {"manifests": [{"digest": str, "platform": {"os": str, "architecture": str}}]}
-_MANIFEST = {"layers": [{"digest": str, "size": int}], "config": {"digest": str}}
-_CONFIG = {"architecture": str, "created": str, "config": {"Env": [str], "Labels": MapOf(str)}}
-
-
-def _shaped(document: t.Dict[str, t.Any], shape: t.Any, what: str, name: str) -> t.Dict[str, t.Any]:
-    """The document, which is what the OCI image specification promises as far as it is read here."""
-    wrong = misfit(document, shape)
-    if wrong:
-        raise FleetError(
-            "registry_error",
-            "The %s of %s is not what the OCI image specification promises (%s); use a tag that was pushed by another "
-            "program, or look for a proxy that changes what passes through it." % (what, name, wrong),
-            image=name,
-        )
-    return document
-
-
-def _offered(index: t.Mapping[str, t.Any]) -> t.Dict[str, str]:
-    """Digest of the manifest for each architecture of Linux."""
-    found: t.Dict[str, str] = {}
-    for entry in index.get("manifests") or []:
-        platform = entry.get("platform") or {}
-        # Attestations are listed with the platform unknown/unknown.
-        if platform.get("os") == "linux" and platform.get("architecture"):
-            found.setdefault(platform["architecture"], entry.get("digest") or "")
-    return found
-
-
-def _layers(manifest: t.Dict[str, t.Any], name: str) -> t.Tuple[t.Tuple[str, int], ...]:
-    """Digest and compressed size of each layer."""
-    if not isinstance(manifest.get("layers"), list) or not isinstance(manifest.get("config"), dict):
-        kind = manifest.get("mediaType") or "schema %s" % manifest.get("schemaVersion")
-        raise FleetError(
-            "registry_error",
-            "The manifest of %s is of a kind that is not supported (%s); use a tag that was pushed in the Docker v2 or "
-            "OCI format." % (name, str(kind)[:100]),
-            image=name,
-        )
-    layers = _shaped(manifest, _MANIFEST, "manifest", name)["layers"]
-    return tuple((layer.get("digest") or "", max(0, layer.get("size") or 0)) for layer in layers)
-
-
 class RegistryClient:
     """Talks to one registry with one pair of credentials or none.
 
@@ -267,6 +149,7 @@ class RegistryClient:
         self._attempts = max(1, attempts)
         self._sleep = sleep
         self._tokens: t.Dict[str, str] = {}
+        self._refusals = Refusals(registry, username, bool(password), control_repository, self._control)
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler(self._proxies(proxies)),
             urllib.request.HTTPSHandler(context=self._context(certificates)),
@@ -294,18 +177,18 @@ class RegistryClient:
         platform_digest = digest
         architectures: t.Tuple[str, ...] = ()
         if "manifests" in document:
-            offered = _offered(_shaped(document, _INDEX, "index", name))
+            offered = offered_in(shaped(document, INDEX, "index", name))
             architectures = tuple(offered)
             if architecture not in offered:
-                raise _wrong_architecture(name, architecture, architectures)
+                raise wrong_architecture(name, architecture, architectures)
             platform_digest, document = self._manifest(repository, offered[architecture], name)
-        layers = _layers(document, name)
+        layers = layers_of(document, name)
         config_digest = str(document["config"].get("digest") or "")
-        config = _shaped(self._blob_json(repository, config_digest, name), _CONFIG, "configuration", name)
+        config = shaped(self._blob_json(repository, config_digest, name), CONFIGURATION, "configuration", name)
         found = str(config.get("architecture") or "")
         architectures = architectures or ((found,) if found else ())
         if found and found != architecture:
-            raise _wrong_architecture(name, architecture, architectures)
+            raise wrong_architecture(name, architecture, architectures)
         details = config.get("config") or {}
         environment = dict(entry.split("=", 1) for entry in details.get("Env") or [] if "=" in entry)
         return RegistryImage(
@@ -350,9 +233,9 @@ class RegistryClient:
         if "manifests" not in document:
             return {}
         sizes = {}
-        for architecture, digest in _offered(_shaped(document, _INDEX, "index", name)).items():
+        for architecture, digest in offered_in(shaped(document, INDEX, "index", name)).items():
             _digest, manifest = self._manifest(reference.repository, digest, name)
-            sizes[architecture] = sum(dict(_layers(manifest, name)).values())
+            sizes[architecture] = sum(dict(layers_of(manifest, name)).values())
         return sizes
 
     def check_credentials(self, reference: t.Optional[ImageReference] = None) -> None:
@@ -370,7 +253,7 @@ class RegistryClient:
             return
         accepted = self._control()
         if accepted is False:
-            raise self._bad_key(self.registry)
+            raise self._refusals.bad_key(self.registry)
 
     # -- the protocol -----------------------------------------------------------------------------
 
@@ -400,7 +283,7 @@ class RegistryClient:
         return self._json(answer, name)
 
     @staticmethod
-    def _json(answer: _Answer, name: str) -> t.Dict[str, t.Any]:
+    def _json(answer: Answer, name: str) -> t.Dict[str, t.Any]:
         try:
             found = parse_json(answer.body.decode("utf-8"))
         except ValueError:
@@ -414,7 +297,7 @@ class RegistryClient:
             )
         return found
 
-    def _ask(self, repository: str, path: str, name: str, headers: t.Mapping[str, str]) -> _Answer:
+    def _ask(self, repository: str, path: str, name: str, headers: t.Mapping[str, str]) -> Answer:
         """One request below /v2/<repository>/, authenticated as the registry wants it."""
         url = "/v2/%s/%s" % (repository, path)
         sent = dict(headers)
@@ -429,19 +312,19 @@ class RegistryClient:
             if answer.status < 300:
                 self._tokens[repository] = sent["Authorization"]
         if answer.status >= 300:
-            raise self._refusal(answer, repository, name, "manifest")
+            raise self._refusals.of(answer, repository, name, "manifest")
         return answer
 
-    def _authorize(self, repository: str, challenged: _Answer, name: str) -> str:
+    def _authorize(self, repository: str, challenged: Answer, name: str) -> str:
         """Value of the Authorization header that the challenge asks for."""
         scheme, parameters = parse_challenge(challenged.header("Www-Authenticate"))
         if scheme == "basic":
             if not self.has_credentials:
-                raise self._refusal(challenged, repository, name, "token")
+                raise self._refusals.of(challenged, repository, name, "token")
             return "Basic " + encode_basic(self._username, self._password)
         answer = self._token(parameters, "repository:%s:pull" % repository if repository else "", name)
         if answer.status >= 300:
-            raise self._refusal(answer, repository, name, "token")
+            raise self._refusals.of(answer, repository, name, "token")
         found = self._json(answer, name)
         token = found.get("token") or found.get("access_token")
         # What cannot stand in a header would be printed by whoever refuses it.
@@ -455,7 +338,7 @@ class RegistryClient:
             )
         return "Bearer %s" % token
 
-    def _token(self, parameters: t.Mapping[str, str], scope: str, name: str) -> _Answer:
+    def _token(self, parameters: t.Mapping[str, str], scope: str, name: str) -> Answer:
         url = token_url(parameters, scope, self._username if self.has_credentials else "")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -497,117 +380,11 @@ class RegistryClient:
         if answer.status in (402, 403):
             # Known, but not allowed to read this one: the key itself is good.
             return True
-        raise self._refusal(answer, repository, self.registry, "token")
-
-    # -- refusals ---------------------------------------------------------------------------------
-
-    def _bad_key(self, name: str) -> FleetError:
-        return FleetError(
-            "bad_key",
-            "%s refuses the API key (asked for %s): it is wrong, expired or revoked; create a new one that includes the "
-            "NGC Catalog service and set ngc_api_key." % (self.registry, name)
-            if self._username == "$oauthtoken"
-            else "%s refuses the user name or password (asked for %s); correct them." % (self.registry, name),
-            registry=self.registry,
-            image=name,
-        )
-
-    def _refusal(self, answer: _Answer, repository: str, name: str, stage: str) -> FleetError:
-        """What a status means; the sentence says what to do."""
-        facts: t.Dict[str, t.Any] = {"image": name, "registry": self.registry, "status": answer.status}
-        codes = {code for code, _message in answer.errors()}
-        said = "; ".join(message for _code, message in answer.errors() if message)[:200]
-        said = " (it says: %s)" % said if said else ""
-        status = answer.status
-        if status == 401:
-            if not self.has_credentials:
-                return FleetError(
-                    "no_key",
-                    "%s wants a key for %s and none is stored for this host (or the repository does not exist); set "
-                    "ngc_api_key, or check the name." % (self.registry, name),
-                    **facts,
-                )
-            accepted = False if repository == self._control_repository else self._control()
-            if accepted is False:
-                return self._bad_key(name)
-            if accepted is None:
-                return FleetError(
-                    "unauthorized",
-                    "%s refuses %s with the stored login (401) and does not tell whether the login or the name is the "
-                    "matter; check both." % (self.registry, name),
-                    **facts,
-                )
-            return FleetError(
-                "no_such_repository",
-                "%s accepts the API key but has no repository %s that it may see; check the name, and that the key's "
-                "organisation has access to it." % (self.registry, repository),
-                **facts,
-            )
-        if status == 402:
-            return FleetError(
-                "no_entitlement",
-                "%s wants an NVIDIA AI Enterprise licence or trial for %s (402 Payment Required); activate one for the "
-                "organisation of the key." % (self.registry, name),
-                **facts,
-            )
-        if status == 403 or (codes & {"DENIED"} and status < 500 and status not in (429, 451)):
-            if not self.has_credentials:
-                return FleetError(
-                    "no_key", "%s denies %s without a key%s; set ngc_api_key." % (self.registry, name, said), **facts
-                )
-            return FleetError(
-                "no_entitlement",
-                "%s knows the API key but does not let it pull %s%s; accept the terms of the image on its NGC page, check "
-                "that the key includes the NGC Catalog service and belongs to the right organisation."
-                % (self.registry, name, said),
-                **facts,
-            )
-        if status == 404:
-            if "NAME_UNKNOWN" in codes or (stage == "token"):
-                return FleetError(
-                    "no_such_repository",
-                    "%s has no repository %s; check the name." % (self.registry, repository),
-                    **facts,
-                )
-            return FleetError(
-                "no_such_tag",
-                "%s has the repository %s, but nothing in it under %s; name a tag that its NGC page lists (many "
-                "repositories have no tag latest)."
-                % (self.registry, repository, name[name.rfind(repository) + len(repository) :] or "that name"),
-                **facts,
-            )
-        if status == 451:
-            return FleetError(
-                "legal",
-                "%s may not hand out %s here for legal reasons (451); use another model or registry."
-                % (self.registry, name),
-                **facts,
-            )
-        if status == 429:
-            wait = _retry_after(answer.header("Retry-After"))
-            facts["retry_after"] = wait
-            return FleetError(
-                "rate_limit",
-                "%s limits requests and refused %s for now (429)%s; try again later, log in, or use a mirror."
-                % (self.registry, name, ": it asks to wait %d s" % wait if wait is not None else ""),
-                **facts,
-            )
-        if status >= 500:
-            return FleetError(
-                "registry_unreachable",
-                "%s answered the question for %s with status %d%s; try again, and see the registry's status page."
-                % (self.registry, name, status, said),
-                **facts,
-            )
-        return FleetError(
-            "registry_error",
-            "%s answered the question for %s with status %d%s." % (self.registry, name, status, said),
-            **facts,
-        )
+        raise self._refusals.of(answer, repository, self.registry, "token")
 
     # -- transport --------------------------------------------------------------------------------
 
-    def _request(self, url: str, headers: t.Mapping[str, str], name: str) -> _Answer:
+    def _request(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
         """Send a request; an absolute path goes to the registry. Transient answers are tried again with back-off."""
         for attempt in range(1, self._attempts + 1):
             pause = float(2 ** (attempt - 1))
@@ -620,14 +397,14 @@ class RegistryClient:
             else:
                 if answer.status != 429 and answer.status < 500:
                     return answer
-                wait = _retry_after(answer.header("Retry-After"))
+                wait = retry_after(answer.header("Retry-After"))
                 if last or (wait or 0) > RETRY_AFTER_MAX:
                     return answer
                 pause = wait if wait is not None else pause
             self._sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _send(self, url: str, headers: t.Mapping[str, str], name: str) -> _Answer:
+    def _send(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
         if not url.startswith("/"):
             return self._exchange(url, headers, name)
         while True:
@@ -641,7 +418,7 @@ class RegistryClient:
                     raise
                 self._schemes.pop(0)
 
-    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> _Answer:
+    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
         request = urllib.request.Request(url)  # noqa: S310  # the scheme is ours or was checked
         request.add_header("User-Agent", USER_AGENT)
         for key, value in headers.items():
@@ -649,7 +426,7 @@ class RegistryClient:
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 body = response.read(_BODY_MAX)
-                return _Answer(response.status, _lower(response.headers), body)
+                return Answer(response.status, _lower(response.headers), body)
         except urllib.error.HTTPError as error:
             with error:
                 try:
@@ -657,7 +434,7 @@ class RegistryClient:
                 except (OSError, http.client.HTTPException):
                     # The status says enough.
                     body = b""
-                return _Answer(error.code, _lower(error.headers), body)
+                return Answer(error.code, _lower(error.headers), body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._transport_error(error, url, name) from None
 
@@ -666,7 +443,7 @@ class RegistryClient:
         host = urllib.parse.urlsplit(url).netloc
         facts: t.Dict[str, t.Any] = {"image": name, "registry": self.registry, "host": host, "transient": True}
         if isinstance(inner, ssl.SSLError):
-            return _tls_error(inner, host, name, dict(facts, transient=False))
+            return tls_error(inner, host, name, dict(facts, transient=False))
         remedy = "check DNS, routes, the firewall and the proxy settings of this host (https_proxy, no_proxy)"
         if isinstance(inner, socket.gaierror):
             what, cause = "its name cannot be resolved (%s)" % inner.strerror, "dns"
@@ -717,93 +494,3 @@ class RegistryClient:
 
 def _lower(headers: t.Any) -> t.Dict[str, str]:
     return {str(name).lower(): str(value) for name, value in headers.items()}
-
-
-def _retry_after(text: str) -> t.Optional[float]:
-    """Seconds of a Retry-After header; dates, which registries do not send, count as not given."""
-    return float(text) if is_digits(text.strip()) else None
-
-
-def _wrong_architecture(name: str, wanted: str, offered: t.Sequence[str]) -> FleetError:
-    return FleetError(
-        "architecture",
-        "%s is built for %s, and this host is %s; use a tag or repository for %s%s."
-        % (
-            name,
-            ", ".join(offered) or "no Linux architecture",
-            wanted,
-            wanted,
-            " (for DGX Spark the name ends in -dgx-spark)" if wanted == "arm64" else "",
-        ),
-        image=name,
-        architecture=wanted,
-        architectures=list(offered),
-    )
-
-
-_CA_REMEDY = (
-    "put the CA certificate in PEM form into /usr/local/share/ca-certificates/NAME.crt and run update-ca-certificates "
-    "(RHEL: /etc/pki/ca-trust/source/anchors/, update-ca-trust), then restart Docker, or for this registry alone into "
-    "%s/%s/ca.crt"
-)
-
-
-def _tls_error(error: ssl.SSLError, host: str, name: str, facts: t.Dict[str, t.Any]) -> FleetError:
-    problem = getattr(error, "verify_message", "") or error.reason or str(error)
-    facts["tls_problem"] = problem
-    if "expired" in problem or "not yet valid" in problem:
-        remedy = "check the clock of this host (timedatectl); if it is right, the certificate has to be renewed"
-    elif "ostname" in problem or "IP address" in problem:
-        remedy = "use the name that stands in the certificate"
-    elif isinstance(error, ssl.SSLCertVerificationError):
-        issuer = _issuer(host)
-        if issuer:
-            facts["issuer"] = issuer
-            problem += ", issued by %r" % issuer
-        remedy = _CA_REMEDY % (CERTIFICATES, host)
-    else:
-        remedy = "check that the server speaks TLS on this port; a registry without TLS must be in Docker's insecure-registries"
-    return FleetError(
-        "tls_error", "TLS with %s failed (asked for %s): %s; %s." % (host, name, problem, remedy), **facts
-    )
-
-
-def _issuer(host: str) -> str:
-    """Common name (or organisation) of who issued a server's certificate, which is what names a TLS inspector."""
-    parts = urllib.parse.urlsplit("//" + host)
-    try:
-        pem = ssl.get_server_certificate((parts.hostname or "", parts.port or 443))
-        return issuer_name(ssl.PEM_cert_to_DER_cert(pem))
-    except (OSError, ValueError, IndexError):
-        return ""
-
-
-def issuer_name(der: bytes) -> str:
-    """Common name of the issuer in a DER certificate, else its organisation, else empty (X.509: RFC 5280)."""
-
-    def read(position: int) -> t.Tuple[int, int, int]:
-        """Tag, start and end of the value at a position."""
-        tag, length = der[position], der[position + 1]
-        position += 2
-        if length & 0x80:
-            size = length & 0x7F
-            length = int.from_bytes(der[position : position + size], "big")
-            position += size
-        return tag, position, position + length
-
-    _tag, start, _end = read(0)
-    _tag, position, _end = read(start)
-    tag, _start, end = read(position)
-    if tag == 0xA0:
-        # Optional version; the serial number follows.
-        _tag, _start, end = read(end)
-    _tag, _start, end = read(end)
-    _tag, start, end = read(end)
-    issuer = der[start:end]
-    # 2.5.4.3 common name, 2.5.4.10 organisation, each followed by a string.
-    for identifier in (b"\x06\x03\x55\x04\x03", b"\x06\x03\x55\x04\x0a"):
-        at = issuer.find(identifier)
-        if at >= 0:
-            at += len(identifier)
-            return issuer[at + 2 : at + 2 + issuer[at + 1]].decode("utf-8", "replace")
-    return ""

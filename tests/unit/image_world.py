@@ -15,7 +15,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInven
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import Slice, advance
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import RegistryImage
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_image import RegistryImage
 from fake_host import FakeHost
 
 KEY = "nvapi-very-secret-0123456789"

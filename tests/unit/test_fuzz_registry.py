@@ -9,27 +9,26 @@ import json
 import ssl
 import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_config import decode_basic, stored_credentials
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import RECORD, read_record
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference, check_mirrors
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
-    NgcLogin,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import (
     check_api_key,
     key_in_environment,
     render_environment,
-    stored_credentials,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import detect_family, family_of_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import (
     RegistryClient,
-    _Answer,
-    decode_basic,
-    issuer_name,
     parse_challenge,
     token_url,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_refusals import Answer
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import evaluate
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._tls_errors import issuer_name
 from fake_host import FakeHost
 from fuzzing import broken_json, damaged, encodable, json_text, mutated, only_told, texts, values
 from hypothesis import given
@@ -64,7 +63,7 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 class Strange(RegistryClient):
     """Answers what it was given, one after the other, and then the last one again."""
 
-    def __init__(self, answers: t.Sequence[_Answer]) -> None:
+    def __init__(self, answers: t.Sequence[Answer]) -> None:
         super().__init__("registry.example", "$oauthtoken", KEY, proxies={}, attempts=2, sleep=lambda seconds: None)
         self.answers = list(answers)
 
@@ -72,7 +71,7 @@ class Strange(RegistryClient):
         # Reading all the system's certificates takes longer than everything else.
         return CONTEXT
 
-    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> _Answer:
+    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
         for value in headers.values():
             assert "\n" not in value
             assert "\r" not in value
@@ -80,7 +79,7 @@ class Strange(RegistryClient):
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> list[_Answer]:
+def answers(draw: st.DrawFn) -> list[Answer]:
     found = []
     for document in (TOKEN, INDEX, MANIFEST, CONFIG):
         if draw(st.booleans()):
@@ -92,12 +91,12 @@ def answers(draw: st.DrawFn) -> list[_Answer]:
             headers["docker-content-digest"] = draw(
                 st.sampled_from(("sha256:" + hashlib.sha256(body).hexdigest(), "md5:1", ""))
             )
-        found.append(_Answer(draw(statuses), headers, body))
+        found.append(Answer(draw(statuses), headers, body))
     return found
 
 
 @given(answers())
-def test_a_registry_that_answers_anything(given_answers: list[_Answer]) -> None:
+def test_a_registry_that_answers_anything(given_answers: list[Answer]) -> None:
     for ask in (
         lambda client: client.resolve(REFERENCE, "amd64"),
         lambda client: client.compressed_sizes(REFERENCE),
@@ -113,9 +112,9 @@ def test_a_registry_that_answers_anything(given_answers: list[_Answer]) -> None:
                 raise
 
 
-def _answer(document: t.Any) -> _Answer:
+def _answer(document: t.Any) -> Answer:
     body = json_text(document).encode()
-    return _Answer(200, {}, body)
+    return Answer(200, {}, body)
 
 
 @given(mutated(INDEX, 3), mutated(MANIFEST, 3), mutated(CONFIG, 3))

@@ -16,6 +16,7 @@ from ansible.module_utils.testing import patch_module_args
 from ansible.plugins.filter.core import to_bool
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_preflight, _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_config import encode_basic
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_registries import (
     insecure_registry,
     with_daemon_options,
@@ -33,7 +34,6 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference imp
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import pull_job_id
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import encode_basic
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
@@ -240,7 +240,7 @@ def test_an_image_without_pin_may_be_in_a_stopped_docker(bare: DriverWorld) -> N
     assert (one(found, "image", LLAMA).verdict, one(found, "image", LLAMA).reason) == (UNKNOWN, "image_missing")
 
 
-@pytest.mark.parametrize("reason", ["registry_unreachable", "tls_error", "engine_cannot_pull", "engine_too_old"])
+@pytest.mark.parametrize("reason", ["registry_unreachable", "tls_error", "engine_cannot_pull"])
 def test_what_docker_may_mend(
     bare: DriverWorld, serving: Machine, registry: dict[str, t.Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

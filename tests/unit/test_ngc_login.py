@@ -11,16 +11,16 @@ import typing as t
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_config import stored_credentials
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
-    NgcLogin,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import (
     check_api_key,
     fingerprint,
     key_in_environment,
     render_environment,
-    stored_credentials,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from ansible_collections.gpu_fleet.nim.plugins.modules import ngc_login
 from fake_host import FakeHost

@@ -9,16 +9,18 @@ import io
 import tarfile
 import typing as t
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_manifest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_manifest_sources
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import (
     MANIFEST_PATHS,
     Manifest,
-    manifest_at_registry,
-    manifest_by_container,
     manifest_on_disk,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import RegistryImage
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest_sources import (
+    manifest_at_registry,
+    manifest_by_container,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_image import RegistryImage
 from fake_host import FakeHost
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,17 +125,17 @@ def test_removed_by_a_later_layer() -> None:
 
 
 def test_large_layers_are_not_fetched_and_leave_a_doubt() -> None:
-    found, client = at_registry(layer(**{PATH: FIRST}), b"", sizes=[100, _nim_manifest.LAYER_MOST + 1])
+    found, client = at_registry(layer(**{PATH: FIRST}), b"", sizes=[100, _nim_manifest_sources.LAYER_MOST + 1])
     assert tps(found) == [2] and found is not None and not found.certain
     assert client.asked == ["0"]
-    found, client = at_registry(b"x", layer(**{PATH: FIRST}), sizes=[_nim_manifest.LAYER_MOST + 1, 100])
+    found, client = at_registry(b"x", layer(**{PATH: FIRST}), sizes=[_nim_manifest_sources.LAYER_MOST + 1, 100])
     assert found is not None and found.certain
-    many = [_nim_manifest.LAYER_MOST] * 9
+    many = [_nim_manifest_sources.LAYER_MOST] * 9
     assert len(at_registry(*[b""] * 9, sizes=many)[1].asked) == 4
 
 
 def test_layers_that_cannot_be_read_leave_a_doubt() -> None:
-    bomb = gzip.compress(b"\0" * (_nim_manifest.UNPACKED_MOST + 1))
+    bomb = gzip.compress(b"\0" * (_nim_manifest_sources.UNPACKED_MOST + 1))
     for broken in (b"\x28\xb5\x2f\xfd zstd", layer(**{PATH: FIRST})[:-40], gzip.compress(b"no tar" * 200), bomb):
         found, _client = at_registry(layer(**{PATH: FIRST}), broken)
         assert tps(found) == [2] and found is not None and not found.certain

@@ -15,7 +15,7 @@ import yaml
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _nim_service
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import fingerprint
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import fingerprint
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     KEY_FILE,
     MAINTENANCE_FILE,

@@ -20,14 +20,9 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import (
-    RegistryClient,
-    RegistryImage,
-    image_architecture,
-    issuer_name,
-    parse_challenge,
-    token_url,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry import RegistryClient, parse_challenge, token_url
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_image import RegistryImage, image_architecture
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._tls_errors import issuer_name
 
 KEY = "nvapi-very-secret-0123456789"
 BASIC = "Basic " + base64.b64encode(("$oauthtoken:" + KEY).encode()).decode()

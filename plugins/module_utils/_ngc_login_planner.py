@@ -1,0 +1,191 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""Which credentials of a registry are wanted in a user's Docker configuration, and what differs."""
+
+from __future__ import annotations
+
+import re
+import typing as t
+
+from ._docker_config import DockerConfig, find_account, read_docker_config
+from ._errors import FleetError
+from ._host import Host
+from ._image_reference import ImageReference
+from ._ngc_key import REGISTRY, USERNAME, check_api_key, fingerprint
+from ._resource import Change, FileDiff, Planner
+
+VALIDATE_ON_CHANGE = "on_change"
+VALIDATE_ALWAYS = "always"
+VALIDATE_NEVER = "never"
+
+
+def _check_password(password: t.Any, option: str) -> str:
+    """For registries that are not NGC: anything that fits into one line."""
+    if not isinstance(password, str) or not password or re.search(r"[\x00-\x1f\x7f]", password):
+        raise FleetError(
+            "invalid_option",
+            "%s = (not shown): the password is empty or has control characters in it; correct it." % option,
+        )
+    return password
+
+
+class LoginPlanner(Planner[DockerConfig]):
+    """One registry's credentials in one user's Docker configuration.
+
+    Args:
+        api_key: The key or password; None or empty: there is none, and nothing is done for ``present``.
+        registry: Registry host.
+        username: User name; NGC's literal by default.
+        docker_user: User of the host whose Docker configuration is meant.
+        state: ``present`` or ``absent``.
+        check_repository: Repository, optionally with a tag, that the key must be allowed to pull.
+
+    Raises:
+        FleetError: ``invalid_option``.
+    """
+
+    name = "ngc_login"
+
+    def __init__(
+        self,
+        api_key: t.Optional[str],
+        *,
+        registry: str = REGISTRY,
+        username: str = USERNAME,
+        docker_user: str = "root",
+        state: str = "present",
+        check_repository: str = "",
+        validate: str = VALIDATE_ON_CHANGE,
+    ) -> None:
+        if state not in ("present", "absent"):
+            raise FleetError("invalid_option", "state = %s: unknown state; choose present or absent." % state)
+        if "/" in registry or "://" in registry:
+            raise FleetError(
+                "invalid_option", "registry = %s: not a registry host; leave scheme and path out." % registry
+            )
+        ImageReference.parse("%s/check" % registry, "registry")
+        if not docker_user or not re.fullmatch(r"[A-Za-z0-9_.@$-]+", docker_user):
+            raise FleetError("invalid_option", "docker_user = %r: not a user name; name one user." % docker_user)
+        if not username or ":" in username or re.search(r"[\x00-\x20]", username):
+            raise FleetError(
+                "invalid_option", "username = %r: no registry takes such a user name; correct it." % username
+            )
+        self.registry = registry
+        self.username = username
+        self.docker_user = docker_user
+        self.state = state
+        self.validate = validate
+        self.key = ""
+        if state == "present" and api_key:
+            check = check_api_key if username == USERNAME else _check_password
+            self.key = check(api_key, "api_key")
+        self.check_reference: t.Optional[ImageReference] = None
+        self.check_tag = False
+        if check_repository:
+            text = check_repository
+            if not text.startswith(registry + "/"):
+                text = "%s/%s" % (registry, text)
+            self.check_reference = ImageReference.parse(text, "check_repository")
+            self.check_tag = ":" in text.rsplit("/", 1)[-1] or "@" in text
+
+    def observe(self, host: Host) -> DockerConfig:
+        return read_docker_config(host, find_account(host, self.docker_user), self.registry)
+
+    def plan(self, state: DockerConfig) -> t.List[Change]:
+        if self.state == "present" and not self.key:
+            return []
+        if self.state == "absent" and state.credentials(self.registry) is None and not self.entry_names(state):
+            return []
+        if state.helper:
+            if self.state == "present" and state.credentials(self.registry) == (self.username, self.key):
+                return []
+            raise FleetError(
+                "credential_helper",
+                "%s sends Docker to the credential helper %r (%s), so a login written beside it would have no effect; "
+                "%s it with that helper ('docker login %s' as %s), or remove %s from the file, or choose another "
+                "docker_user."
+                % (
+                    state.path,
+                    "docker-credential-" + state.helper,
+                    state.helper_key,
+                    "store" if self.state == "present" else "erase",
+                    self.registry,
+                    self.docker_user,
+                    state.helper_key,
+                ),
+                path=state.path,
+                helper=state.helper,
+            )
+        changes = []
+        before = self._describe(state.credentials(self.registry))
+        after = self._describe((self.username, self.key) if self.state == "present" else None)
+        what = "login of %s at %s" % (self.docker_user, self.registry)
+        if before != after or (self.state == "absent"):
+            why = "no login is stored" if before is None else "another key or user is stored"
+            changes.append(
+                Change(
+                    self.name,
+                    what,
+                    before,
+                    after,
+                    "it is to be removed" if self.state == "absent" else why,
+                    action="store" if self.state == "present" else "erase",
+                    diff=FileDiff(state.path, self._shown(before), self._shown(after)),
+                )
+            )
+        if self.state == "present":
+            owner = (state.account.uid, state.account.gid)
+            for kind, found, mode in (("directory", state.directory, 0o700), ("file", state.file, 0o600)):
+                if found is None or (kind == "file" and changes and changes[0].action == "store"):
+                    continue
+                if (found.uid, found.gid, found.mode) != (*owner, mode):
+                    changes.append(
+                        Change(
+                            self.name,
+                            "permissions of %s" % (state.path if kind == "file" else state.path.rsplit("/", 1)[0]),
+                            "%d:%d %04o" % (found.uid, found.gid, found.mode),
+                            "%d:%d %04o" % (*owner, mode),
+                            "the %s holds a secret" % kind,
+                            action=kind,
+                        )
+                    )
+        return changes
+
+    def result(self, state: DockerConfig) -> t.Dict[str, t.Any]:
+        """Return values of the module."""
+        stored = state.credentials(self.registry)
+        message = ""
+        if self.state == "present" and not self.key:
+            message = (
+                "No API key is given: the stored login is left as it is."
+                if stored
+                else "No API key is given and none is stored: only public images can be pulled."
+            )
+        return {
+            "login": {
+                "registry": self.registry,
+                "docker_user": self.docker_user,
+                "path": state.path,
+                "username": stored[0] if stored else None,
+                "fingerprint": fingerprint(stored[1]) if stored else None,
+            },
+            "key_given": bool(self.key),
+            "message": message,
+        }
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def entry_names(self, state: DockerConfig) -> t.List[str]:
+        """Entries by which Docker would log in to the registry: it also takes them written as URL."""
+        pattern = re.compile(r"(?:https?://)?%s(?:/.*)?" % re.escape(self.registry))
+        return [name for name in state.content.get("auths") or {} if pattern.fullmatch(name)]
+
+    @staticmethod
+    def _describe(credentials: t.Optional[t.Tuple[str, str]]) -> t.Optional[str]:
+        return None if credentials is None else "%s %s" % (credentials[0], fingerprint(credentials[1]))
+
+    def _shown(self, value: t.Optional[str]) -> str:
+        """Only our own entry, and of it no secret: the other entries are not ours to show."""
+        return "" if value is None else "%s: %s\n" % (self.registry, value)
