@@ -581,7 +581,6 @@ class Unit:
         self.ready = True
         self.ready_since = time.monotonic()
         say("%s is ready" % self.container)
-        self.note("ready", 0)
         marker = read_json(self.marker_file)
         if marker.get("status") == "complete":
             self.mark("proven")
@@ -596,6 +595,8 @@ class Unit:
                     timeout=20,
                     check=False,
                 )
+        # Last: whoever reads it finds everything in its place.
+        self.note("ready", 0)
 
     def ended(self, container: Json | None, code: int | None = None) -> int:
         """Translate the end of the container for systemd."""

@@ -45,7 +45,7 @@ def test_a_nim_that_dies_whenever_it_was_ready() -> None:
     HOST.run("touch " + ORDER)
     # More often than a unit may fail in a row, for it never failed to start: systemd goes on, and nobody waits in between.
     allowed = int(HOST.unit("nemotron", "StartLimitBurst")["StartLimitBurst"])
-    wait_until(lambda: word()["unsteady"] > allowed, "the wrapper counts the ends after ready", 60)
+    wait_until(lambda: word()["unsteady"] > allowed, "the wrapper counts the ends after ready", 120)
     journal = HOST.run("journalctl --no-pager -u nim-nemotron --since @" + began)
     assert journal.count("soon after it was ready") > allowed
     assert "starts failed in a row" not in journal and "repeated too quickly" not in journal, journal
