@@ -232,10 +232,15 @@ def test_module(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(nim_profile_info, "Host", lambda: world.host)
     build = functools.partial(ProfileInfo, api=t.cast(t.Any, world.api), client=t.cast(t.Any, Client))
     monkeypatch.setattr(nim_profile_info, "ProfileInfo", build)
-    with patch_module_args({"name": LLAMA}), pytest.raises(SystemExit):
-        nim_profile_info.main()
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["changed"] is False and len(answer["profiles"]) == 3
+    before = dict(world.host.files)
+    answers = []
+    for check in (True, False):
+        with patch_module_args({"name": LLAMA, "_ansible_check_mode": check}), pytest.raises(SystemExit):
+            nim_profile_info.main()
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    assert answers[0]["changed"] is False and len(answers[0]["profiles"]) == 3
+    assert world.host.files == before
     with patch_module_args({"name": LLAMA, "gpus": 9}), pytest.raises(SystemExit):
         nim_profile_info.main()
     assert json.loads(capsys.readouterr().out)["reason"] == "gpus_unavailable"
