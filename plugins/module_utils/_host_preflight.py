@@ -44,7 +44,7 @@ ALL_THE_SAME = (
 #: Resources that change how Docker reaches registries.
 _DOCKER = ("docker_engine", "docker_daemon")
 #: What says nothing about an image while Docker is still to be set up: how it will reach the registry is not known.
-_BEFORE_DOCKER = ("registry_unreachable", "tls_error", "engine_cannot_pull")
+_BEFORE_DOCKER = ("registry_unreachable", "tls_error", "engine_cannot_pull", "engine_too_old")
 #: The same where no Docker answers: the image may be there.
 _WITHOUT_DOCKER = (*_BEFORE_DOCKER, "image_missing", "docker_unavailable")
 

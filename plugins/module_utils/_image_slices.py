@@ -107,7 +107,7 @@ def _not_converged(what: str) -> FleetError:
 #: What keeps a check from being made where the host is not ready yet; in check mode an earlier task may be what mends it.
 _NOT_READY = frozenset(("no_key", "registry_unreachable", "tls_error", "docker_unavailable", "no_such_user"))
 #: What an earlier task may mend that check mode has not carried out.
-_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull"))
+_MENDABLE = frozenset(("requirement", "disk_full", "engine_cannot_pull", "engine_too_old"))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._nim_models import NimModel
+from ._options import MINIMUM_DOCKER_VERSION
 
 #: Where host directories appear in the container; the cache path is NIM's own default.
 CACHE_PATH = "/opt/nim/.cache"
@@ -33,6 +34,9 @@ BACKEND_PORT_VARIABLE = "NIM_BACKEND_PORT"
 _LABEL_VERSION = "com.nvidia.nim.version"
 _LABEL_PROTOCOL = "com.nvidia.nim.model_download_protocol"
 _ENV_1X = "INFERENCE_MICROSERVICE_LLM_NIM_VERSION"
+
+#: Oldest Docker Engine that NVIDIA documents for a family; of the others nothing is known.
+OLDEST_ENGINE = {"1.x": MINIMUM_DOCKER_VERSION, "2.x": "24.0"}
 
 #: A model that comes from somewhere else than NGC, or must not be fetched at all, needs no download with the NGC key.
 _FOREIGN_SOURCES = ("NIM_MODEL_NAME", "NIM_MODEL_PATH", "NIM_REPOSITORY_OVERRIDE")

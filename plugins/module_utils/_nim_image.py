@@ -17,6 +17,7 @@ from ._background import Jobs, Report
 from ._disk_space import Need, amount, check_space, file_systems, used_bytes
 from ._docker_config import stored_credentials
 from ._docker_registries import daemon_proxies, insecure_registry, with_daemon_options
+from ._dockerd import version_tuple
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
@@ -26,6 +27,7 @@ from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress
 from ._image_record import RECORD_LOCK, PinnedImage, update_record
 from ._image_reference import ImageReference
 from ._ngc_key import REGISTRY, USERNAME
+from ._nim_family import OLDEST_ENGINE, Family, detect_family, family_of_image
 from ._nim_image_planner import ImagesPlanner, ImagesState, ImageState, human_name
 from ._nim_manifest_sources import manifest_at_registry
 from ._registry import RegistryClient
@@ -113,7 +115,8 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
 
         Raises:
             FleetError: Reasons of the registry client; ``requirement``, ``invalid_requirement``, ``disk_full``,
-                ``engine_cannot_pull``, ``docker_unavailable``, ``no_such_profile``, ``profile_unsuitable``.
+                ``engine_cannot_pull``, ``engine_too_old``, ``docker_unavailable``, ``no_such_profile``,
+                ``profile_unsuitable``.
         """
         tasks = []
         pulls = [change for change in changes if change.action == "pull"]
@@ -124,7 +127,9 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         required: t.Dict[str, t.Mapping[str, str]] = {}
         for change in changes:
             if change.action == "pin":
-                required[str(change.data["image"].wanted.reference)] = environment_of(change.data["image"].local)
+                local, wanted = change.data["image"].local, change.data["image"].wanted.reference
+                self._check_age(self._engine(), family_of_image(local or {}, wanted.tag), wanted)
+                required[str(wanted)] = environment_of(local)
         for change in pulls:
             task = self.find(host, change)
             tasks.append(task)
@@ -147,7 +152,7 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         """Ask the registry for an image that is to be pulled.
 
         Raises:
-            FleetError: Reasons of the registry client; ``engine_cannot_pull``.
+            FleetError: Reasons of the registry client; ``engine_cannot_pull``, ``engine_too_old``.
         """
         image: ImageState = change.data["image"]
         self._check_engine(self._engine(), change.data["reference"])
@@ -162,6 +167,8 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 "once, to pin it to what the tag stands for now." % (image.wanted.reference, image.pinned.digest),
                 **error.facts,
             ) from None
+        reference = image.wanted.reference
+        self._check_age(self._engine(), detect_family(found.labels, found.environment, reference.tag), reference)
         return PullTask(image.wanted, image.source, found)
 
     def check_profiles(self, host: Host, task: PullTask, inventory: GpuInventory) -> None:
@@ -232,6 +239,19 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 "Docker Engine %s with the containerd image store cannot pull from %s (Incorrect Repository Format); "
                 "install another version, or set features containerd-snapshotter to false in daemon.json."
                 % (version, REGISTRY),
+                version=version,
+            )
+
+    @staticmethod
+    def _check_age(info: t.Mapping[str, t.Any], family: Family, reference: ImageReference) -> None:
+        """An engine that is older than the family of the image wants; nothing is said where there is none yet."""
+        version, oldest = str(info.get("ServerVersion") or ""), OLDEST_ENGINE.get(family.key, "")
+        if version_tuple(version) and version_tuple(version) < version_tuple(oldest):
+            raise FleetError(
+                "engine_too_old",
+                "%s is an image of NIM %s, which needs Docker Engine %s or newer, and this host has %s; set "
+                "docker_minimum_version to %s, or docker_version to a newer one."
+                % (reference, family.key, oldest, version, oldest),
                 version=version,
             )
 

@@ -240,7 +240,7 @@ def test_an_image_without_pin_may_be_in_a_stopped_docker(bare: DriverWorld) -> N
     assert (one(found, "image", LLAMA).verdict, one(found, "image", LLAMA).reason) == (UNKNOWN, "image_missing")
 
 
-@pytest.mark.parametrize("reason", ["registry_unreachable", "tls_error", "engine_cannot_pull"])
+@pytest.mark.parametrize("reason", ["registry_unreachable", "tls_error", "engine_cannot_pull", "engine_too_old"])
 def test_what_docker_may_mend(
     bare: DriverWorld, serving: Machine, registry: dict[str, t.Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,6 +310,47 @@ def test_an_engine_that_cannot_pull(world: ImageWorld) -> None:
     world.run()
 
 
+@pytest.mark.parametrize(
+    ("version", "label", "oldest"),
+    [
+        ("23.0.6", "2.0.13", "24.0"),
+        ("20.10.24+dfsg1", "1.8.4", "23.0.1"),
+        ("23.0.6", "1.8.4", ""),
+        ("24.0.0", "2.0.13", ""),
+        # Not known what it is or what it needs.
+        ("20.10.24", None, ""),
+    ],
+)
+def test_an_engine_that_is_too_old_for_the_family(
+    world: ImageWorld, version: str, label: str | None, oldest: str
+) -> None:
+    labels = {"com.nvidia.nim.version": label} if label else {}
+    world.docker.details["ServerVersion"] = version
+    FakeClient.tags[NANO] = {"labels": labels}
+    if oldest:
+        error = _refused(world, [{"image": NANO}])
+        assert error.reason == "engine_too_old"
+        assert (
+            "needs Docker Engine %s or newer, and this host has %s; set docker_minimum_version"
+            % (
+                oldest,
+                version,
+            )
+            in error.message
+        )
+        assert world.docker.pulled == []
+    else:
+        world.run(NANO)
+    # An image that somebody has put there by hand.
+    world.docker.images.clear()
+    world.docker.add(LLAMA)
+    world.docker.images[LLAMA]["Config"] = {"Labels": labels}
+    if oldest:
+        assert _refused(world).reason == "engine_too_old"
+    else:
+        world.run()
+
+
 def test_no_docker(world: ImageWorld) -> None:
     world.docker.up = False
     assert _refused(world).reason == "docker_unavailable"
