@@ -84,7 +84,7 @@ class ImageReference:
         first, slash, path = name.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost" or first.lower() != first):
             registry, repository = first, path
-            if not _REGISTRY_RE.fullmatch(registry):
+            if not _REGISTRY_RE.fullmatch(registry) or not port_exists(registry):
                 raise _bad(option, shown, "%r is not a registry host" % registry, "use a host name with optional port")
         else:
             registry, repository = DOCKER_HUB, name
@@ -148,6 +148,12 @@ class ImageReference:
         return text
 
 
+def port_exists(registry: str) -> bool:
+    """Whether the port of a registry, with or without a path behind it, is one that there is; true where none is named."""
+    port = re.search(r":(\d+)(?:/|\Z)", registry)
+    return port is None or (len(port.group(1)) < 6 and 0 < int(port.group(1)) < 65536)
+
+
 def check_mirrors(mirrors: t.Any, option: str = "registry_mirrors") -> dict[str, str]:
     """Check a mapping of registries to their mirrors, for example ``{"nvcr.io": "mirror.example:5000/ngc"}``.
 
@@ -164,7 +170,7 @@ def check_mirrors(mirrors: t.Any, option: str = "registry_mirrors") -> dict[str,
             where = "%s[%r]" % (option, source)
             if isinstance(text, str) and "://" in text:
                 raise _bad(where, repr(target), "a registry has no scheme", "leave %s out" % text.split("://")[0])
-            if not isinstance(text, str) or not _PREFIX_RE.fullmatch(text.rstrip("/")):
+            if not isinstance(text, str) or not _PREFIX_RE.fullmatch(text.rstrip("/")) or not port_exists(text):
                 raise _bad(
                     where,
                     repr(target),

@@ -19,9 +19,12 @@ from ._docker_daemon import DockerDaemon
 from ._docker_engine import DockerEngine
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
-from ._image_reference import ImageReference, check_mirrors
-from ._ngc_key import check_api_key
+from ._image_reference import ImageReference, check_mirrors, port_exists
+from ._ngc_key import USERNAME, check_api_key, check_password
+from ._ngc_login_planner import LoginPlanner
 from ._nim_models import parse_models
+from ._nvidia_container_toolkit import NvidiaContainerToolkit
+from ._nvidia_driver_packages import check_architecture
 from ._options import MINIMUM_DOCKER_VERSION
 from ._own_signatures import parse_signatures
 from ._packages import check_url
@@ -306,6 +309,9 @@ class _Check:
             self.take(lambda: check_flavour(flavour, branch))
         self._url("nvidia_driver_repository_url")
         self._number("nvidia_driver_reboot_timeout", 60, 86400, "seconds")
+        architecture = self.text("nvidia_driver_repository_architecture")
+        if architecture:
+            self.take(lambda: check_architecture(architecture))
 
     def _docker(self) -> None:
         self._url("docker_repository_url")
@@ -341,7 +347,14 @@ class _Check:
 
     def _toolkit(self) -> None:
         self._url("nvidia_container_toolkit_repository_url")
-        self._version("nvidia_container_toolkit_version")
+        mode = "nvidia_container_toolkit_mode"
+        if self._version("nvidia_container_toolkit_version") and mode not in self.broken:
+            self.take(
+                lambda: NvidiaContainerToolkit(
+                    version=self.text("nvidia_container_toolkit_version"), mode=self.text(mode) or "auto"
+                ),
+                lambda message: "nvidia_container_toolkit_" + message,
+            )
 
     def _ngc(self) -> None:
         key = self.get("ngc_api_key")
@@ -350,8 +363,13 @@ class _Check:
             key = self.environment.get("NGC_API_KEY", "")
             source = "NGC_API_KEY in the environment of the controller"
         absent = self.text("ngc_state") == "absent"
+        username = self.text("ngc_username") if "ngc_username" in self.variables else USERNAME
+        # What is no key of NGC may hold whatever its registry takes.
+        check = check_api_key if username == USERNAME else check_password
         if key and not absent:
-            self.take(lambda: check_api_key(key, option=source))
+            self.take(lambda: check(key, source))
+        if "ngc_username" not in self.broken:
+            self.take(lambda: LoginPlanner(None, username=username), lambda message: "ngc_" + message)
         path = self.text("ngc_api_key_file")
         if path and not path.startswith("/"):
             self.add("ngc_api_key_file", path, "is not an absolute path", "start it with /")
@@ -366,13 +384,13 @@ class _Check:
                 )
             else:
                 # The file's last line ends with a newline; the role's lookup strips it.
-                self.take(lambda: check_api_key(content.rstrip("\r\n"), option="ngc_api_key_file"))
+                self.take(lambda: check(content.rstrip("\r\n"), "ngc_api_key_file"))
         registry = self.text("ngc_registry")
         if registry and "://" in registry:
             self.add(
                 "ngc_registry", registry, "a registry has no scheme", "leave %s out" % registry.partition("://")[0]
             )
-        elif registry and not _REGISTRY.match(registry):
+        elif registry and not (_REGISTRY.match(registry) and port_exists(registry)):
             self.add("ngc_registry", registry, "is no registry", "write a host with optional port, like nvcr.io")
         user = self.text("ngc_docker_user")
         if user and not _USER_NAME.match(user):

@@ -50,6 +50,16 @@ def check_api_key(key: t.Any, option: str = "api_key") -> str:
     return key
 
 
+def check_password(password: t.Any, option: str) -> str:
+    """For registries that are not NGC: anything that fits into one line."""
+    if not isinstance(password, str) or not password or re.search(r"[\x00-\x1f\x7f]", password):
+        raise FleetError(
+            "invalid_option",
+            "%s = (not shown): the password is empty or has control characters in it; correct it." % option,
+        )
+    return password
+
+
 def fingerprint(secret: str) -> str:
     """Stable short name of a secret: a rotation shows, the secret does not."""
     return "sha256:" + hashlib.sha256(secret.encode("utf-8")).hexdigest()[:12]

@@ -13,22 +13,12 @@ from ._docker_config import DockerConfig, find_account, read_docker_config
 from ._errors import FleetError
 from ._host import Host
 from ._image_reference import ImageReference
-from ._ngc_key import REGISTRY, USERNAME, check_api_key, fingerprint
+from ._ngc_key import REGISTRY, USERNAME, check_api_key, check_password, fingerprint
 from ._resource import Change, FileDiff, Planner
 
 VALIDATE_ON_CHANGE = "on_change"
 VALIDATE_ALWAYS = "always"
 VALIDATE_NEVER = "never"
-
-
-def _check_password(password: t.Any, option: str) -> str:
-    """For registries that are not NGC: anything that fits into one line."""
-    if not isinstance(password, str) or not password or re.search(r"[\x00-\x1f\x7f]", password):
-        raise FleetError(
-            "invalid_option",
-            "%s = (not shown): the password is empty or has control characters in it; correct it." % option,
-        )
-    return password
 
 
 class LoginPlanner(Planner[DockerConfig]):
@@ -79,7 +69,7 @@ class LoginPlanner(Planner[DockerConfig]):
         self.validate = validate
         self.key = ""
         if state == "present" and api_key:
-            check = check_api_key if username == USERNAME else _check_password
+            check = check_api_key if username == USERNAME else check_password
             self.key = check(api_key, "api_key")
         self.check_reference: t.Optional[ImageReference] = None
         self.check_tag = False

@@ -178,6 +178,9 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
                 % (self.version, MAJOR),
                 option="version",
             )
+        # A version of one component may become any.
+        if mode == "jit-cdi" and "." in self.version:
+            self._check_jit_cdi(self.version)
         self.mode = mode
         self.hold = hold
         self.cdi = cdi or injection == "cdi"
@@ -262,12 +265,8 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
         changes = manager.plan_repository(self.name, repository, state.repository)
         changes += self._package_changes(state)
         target = self._target(state)
-        if self.mode == "jit-cdi" and target and version_tuple(upstream_version(target)) < (1, 18):
-            raise FleetError(
-                "invalid_option",
-                "mode = jit-cdi: toolkit %s does not know it; use version 1.18 or newer, or another mode." % target,
-                option="mode",
-            )
+        if self.mode == "jit-cdi" and target:
+            self._check_jit_cdi(target)
         if state.mode != self.mode:
             changes.append(
                 Change(
@@ -285,6 +284,15 @@ class NvidiaContainerToolkit(Resource[ToolkitState]):
         changes += self._gpus_changes(state, changes)
         changes += self._smoke_changes(state, changes)
         return changes
+
+    @staticmethod
+    def _check_jit_cdi(version: str) -> None:
+        if version_tuple(upstream_version(version)) < (1, 18):
+            raise FleetError(
+                "invalid_option",
+                "mode = jit-cdi: toolkit %s does not know it; use version 1.18 or newer, or another mode." % version,
+                option="mode",
+            )
 
     def _target(self, state: ToolkitState) -> str:
         """The one version that all four shall have, as far as it is known; empty for "the newest on offer"."""

@@ -154,6 +154,21 @@ class PackagePlan:
     branch_in_names: bool = False
 
 
+def check_architecture(name: str) -> str:
+    """A directory of a repository: one component of a path.
+
+    Raises:
+        FleetError: ``invalid_option``.
+    """
+    if name and not re.match(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z", name):
+        raise FleetError(
+            "invalid_option",
+            "nvidia_driver_repository_architecture = %r: is no name of a directory; write x86_64, sbsa, or leave it empty."
+            % name,
+        )
+    return name
+
+
 def repository_directory(os_release: OsRelease, machine: str, override: str = "") -> str:
     """``ubuntu2404/x86_64``: where NVIDIA's repository keeps a distribution.
 
@@ -165,7 +180,7 @@ def repository_directory(os_release: OsRelease, machine: str, override: str = ""
         raise FleetError(
             "unsupported_os",
             "The driver cannot be installed on %s: supported are Ubuntu 22.04 and 24.04, Debian 12 and 13, and "
-            "RHEL, Rocky and Alma 8, 9 and 10; install it yourself and set nvidia_driver_manage to false."
+            "RHEL, Rocky and Alma 8, 9 and 10; install it yourself and leave the role out (--skip-tags nvidia_driver)."
             % (os_release.pretty or distribution),
         )
     return "%s/%s" % (distribution, override or {"aarch64": "sbsa"}.get(machine, machine))

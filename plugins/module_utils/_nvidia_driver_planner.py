@@ -30,6 +30,7 @@ from ._nvidia_driver_packages import (
     Choice,
     PackagePlan,
     Wish,
+    check_architecture,
     foreign_packages,
     is_driver_package,
     package_plan,
@@ -110,7 +111,7 @@ class DriverPlanner(Planner[DriverState]):
                 )
         self.source = source
         self.repository_url = check_url("nvidia_driver_repository_url", repository_url)
-        self.repository_architecture = repository_architecture
+        self.repository_architecture = check_architecture(repository_architecture)
         self.branch = check_branch(str(branch)).name
         self.version = version
         if version:

@@ -151,6 +151,12 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ),
     ({"nvidia_driver_repository_url": "ftp://mirror/x"}, "nvidia_driver_repository_url", "ftp://mirror/x", "https://"),
     ({"nvidia_driver_repository_url": "https://"}, "nvidia_driver_repository_url", "https://", "scheme and host"),
+    (
+        {"nvidia_driver_repository_architecture": "../sbsa"},
+        "nvidia_driver_repository_architecture",
+        "'../sbsa'",
+        "write x86_64, sbsa, or leave it empty",
+    ),
     # -- Docker
     ({"docker_repository_url": "mirror/docker"}, "docker_repository_url", "'mirror/docker'", "https://mirror/docker"),
     ({"docker_minimum_version": "old"}, "docker_minimum_version", "'old'", "is no version; write it like"),
@@ -189,6 +195,18 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
         "https://nvidia.github.io/libnvidia-container",
     ),
     ({"nvidia_container_toolkit_version": "v1.17"}, "nvidia_container_toolkit_version", "'v1.17'", "like 1.17.4"),
+    (
+        {"nvidia_container_toolkit_version": "2.0"},
+        "nvidia_container_toolkit_version",
+        "2.0",
+        "write for example 1.20.0",
+    ),
+    (
+        {"nvidia_container_toolkit_version": "1.17", "nvidia_container_toolkit_mode": "jit-cdi"},
+        "nvidia_container_toolkit_mode",
+        "jit-cdi",
+        "use version 1.18 or newer, or another mode",
+    ),
     # -- NGC
     ({"ngc_api_key": KEY + "\n"}, "ngc_api_key", "(not shown)", "store it without one"),
     ({"ngc_api_key": " " + KEY}, "ngc_api_key", "(not shown)", "copy it again"),
@@ -201,6 +219,10 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"ngc_api_key_file": "/nowhere/ngc.key"}, "ngc_api_key_file", "'/nowhere/ngc.key'", "create it there"),
     ({"ngc_registry": "https://nvcr.io"}, "ngc_registry", "'https://nvcr.io'", "leave https out"),
     ({"ngc_registry": "nvcr.io/nim"}, "ngc_registry", "'nvcr.io/nim'", "like nvcr.io"),
+    ({"ngc_registry": "nvcr.io:99999"}, "ngc_registry", "'nvcr.io:99999'", "like nvcr.io"),
+    ({"ngc_username": "me:too"}, "ngc_username", "'me:too'", "correct it"),
+    ({"ngc_username": ""}, "ngc_username", "''", "correct it"),
+    ({"ngc_username": "me", "ngc_api_key": "a\nSECRET"}, "ngc_api_key", "(not shown)", "correct it"),
     ({"ngc_docker_user": "no body"}, "ngc_docker_user", "'no body'", "login name"),
     ({"ngc_check_repository": "nim/Meta/llama"}, "ngc_check_repository", "'nim/Meta/llama'", "lower case"),
     # -- registry mirrors
@@ -210,6 +232,7 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
         "'https://m'",
         "leave https out",
     ),
+    ({"nim_registry_mirrors": {"nvcr.io": "m:0"}}, "nim_registry_mirrors['nvcr.io']", "'m:0'", "mirror.example:5000"),
     ({"nim_registry_mirrors": {"nvcr.io": "m y"}}, "nim_registry_mirrors['nvcr.io']", "'m y'", "mirror.example:5000"),
     # -- one model
     (model(pport=8000), M + ".pport", "...", "known options are"),
@@ -223,6 +246,7 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     (model(image="https://nvcr.io/nim/x:1"), M + ".image", "'https://nvcr.io/nim/x:1'", "leave https out"),
     (model(image="nvcr.io/nim/x:1@sha256:12"), M + ".image", "@sha256:12", "64 lower-case hex digits"),
     (model(image="nvcr.io/nim/x:a b"), M + ".image", "'nvcr.io/nim/x:a b'", "write it like nvcr.io/"),
+    (model(image="mirror:70000/nim/x:1"), M + ".image", "'mirror:70000/nim/x:1'", "host name with optional port"),
     (model(image="nvcr.io/nim/x:"), M + ".image", "'nvcr.io/nim/x:'", "a tag has"),
     (model(image=""), M + ".image", "None", "set it, for example nvcr.io/"),
     (model(gpus=0), M + ".gpus", "0", "write a count, a list of indices or UUIDs, or all"),
@@ -368,6 +392,12 @@ SOUND: dict[str, t.Any] = {
 def test_sound_inventory() -> None:
     assert find(SOUND) == []
     assert find({}) == []
+
+
+def test_a_password_of_another_registry_need_not_look_like_a_key() -> None:
+    variables = {"ngc_registry": "mirror.example.org", "ngc_username": "me", "ngc_api_key": "p w'SECRET"}
+    assert find(variables) == []
+    assert find({**variables, "ngc_username": "$oauthtoken"})
 
 
 def test_all_mistakes_are_reported_at_once() -> None:

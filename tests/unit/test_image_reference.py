@@ -54,6 +54,9 @@ def test_parse(text: str, registry: str, repository: str, tag: str | None, diges
         ("nvcr.io/nim/x@" + DIGEST.upper(), "not a digest"),
         ("-a.b/x:1", "not a registry host"),
         ("a.b:port/x:1", "not a registry host"),
+        ("a.b:0/x:1", "not a registry host"),
+        ("a.b:65536/x:1", "not a registry host"),
+        ("a.b:%s/x:1" % ("9" * 6000), "not a registry host"),
         ("nvcr.io/" + "a" * 260 + ":1", "exceed"),
     ],
 )
@@ -122,6 +125,7 @@ def test_rewritten(mirrors: dict[str, str] | None, expected: str) -> None:
         ({"nvcr.io": ""}, "not a registry host"),
         ({"nvcr.io": "mirror.example/UPPER"}, "not a registry host"),
         ({"nvcr.io": 5}, "not a registry host"),
+        ({"nvcr.io": "mirror:65536/ngc"}, "not a registry host"),
     ],
 )
 def test_bad_mirrors(mirrors: object, part: str) -> None:

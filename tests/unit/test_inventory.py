@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import typing as t
@@ -171,3 +172,16 @@ def test_no_role_specification_has_no_log() -> None:
 def test_a_missing_vault_password_is_named() -> None:
     [problem] = validate({"ngc_api_key": Unresolved("Attempting to decrypt but no vault secrets found.")}, SPECS)
     assert "Vault cannot decrypt it" in problem.message
+
+
+def test_messages_name_variables_that_there_are() -> None:
+    """What an operator is told to set is an option of a role, or of the module that says so."""
+    known = {name for options in action.load_specs().values() for name in options}
+    names = "nvidia_driver|nvidia_container_toolkit|docker|ngc|nim"
+    told = {
+        (path.name, word)
+        for path in (ROOT / "plugins").rglob("*.py")
+        for word in re.findall(r"\b(?:[Ss]et|choose|check|use) ((?:%s)_\w+)\b" % names, path.read_text())
+    }
+    assert len(told) > 10
+    assert {(path, word) for path, word in told if word not in known} == set()
