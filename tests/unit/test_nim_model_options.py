@@ -19,7 +19,7 @@ UNIT = "/etc/systemd/system/nim-llama.service"
 #: Option -> (the same model with another value of it, what is in the model's files then and was not before).
 RESTARTS: dict[str, tuple[dict[str, t.Any], str]] = {
     "image": (llama(image=NEWER), "sha256:" + "cd" * 32),
-    "gpus": (llama(gpus=[1]), '"NVIDIA_VISIBLE_DEVICES=%s"' % ONE),
+    "gpus": (llama(gpus=[1]), '"--env=NVIDIA_VISIBLE_DEVICES=%s"' % ONE),
     "port": (llama(port=8010), '"--publish=0.0.0.0:8010:8000"'),
     "bind_address": (llama(bind_address="127.0.0.1"), '"--publish=127.0.0.1:8000:8000"'),
     "cache_directory": (llama(cache_directory="/srv/c"), '"--mount=type=bind,source=/srv/c,target=/opt/nim/.cache"'),
