@@ -22,7 +22,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_lookup import look_up
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin, fingerprint
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import fingerprint
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
 from docker_fakes import CONFIG, FakeDockerd
 from driver_world import DriverWorld
