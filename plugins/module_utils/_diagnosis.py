@@ -96,7 +96,7 @@ class _Look:
         kernel = read_kernel_log(self.host)
         self._gpus(inventory, kernel)
         docker = self._docker()
-        self._kernel(kernel, inventory, docker)
+        self._kernel(kernel or (), inventory, docker)
         self._space()
         if self.host.exists(MAINTENANCE_FILE):
             self._add(
@@ -155,9 +155,8 @@ class _Look:
 
     # -- GPUs and kernel --------------------------------------------------------------------------
 
-    def _gpus(self, inventory: GpuInventory, kernel: t.Sequence[KernelLine]) -> None:
-        log = "\n".join(line.text for line in kernel)
-        for verdict in gpu_health(inventory, log):
+    def _gpus(self, inventory: GpuInventory, kernel: t.Sequence[KernelLine] | None) -> None:
+        for verdict in gpu_health(inventory, kernel):
             self._verdict(verdict)
         if inventory.driver is None:
             self._add(

@@ -15,7 +15,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._gpu import Gpu, GpuInventory
-from ._host import Host
+from ._kernel_log import KernelLine
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict
 from ._xid_errors import XID_APPLICATION, XID_ERRORS, XID_FATAL, XID_LINE, XID_NOTES
 
@@ -31,7 +31,8 @@ _RESET = "stop what uses it and run 'nvidia-smi --gpu-reset -i {index}', or rebo
 _REPLACE = "take it out of service and have it replaced"
 
 _LOADING = re.compile(r"NVRM: loading NVIDIA ")
-_LOG_PATTERN = "NVRM: (Xid|loading NVIDIA)"
+#: What is read of the kernel's log.
+KERNEL_LINES = "NVRM: (Xid|loading NVIDIA)"
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Xid:
     number: int
 
 
-def parse_xids(log: str) -> tuple[Xid, ...]:
+def parse_xids(log: t.Iterable[KernelLine]) -> tuple[Xid, ...]:
     """Errors since the driver was last loaded, which resets the GPUs; each once, in the order of the log."""
     found: list[Xid] = []
-    for line in log.splitlines():
-        if _LOADING.search(line):
+    for line in log:
+        if _LOADING.search(line.text):
             found.clear()
             continue
-        match = XID_LINE.search(line)
+        match = XID_LINE.search(line.text)
         if match:
             found.append(Xid(_slot(match.group("pci")), int(match.group("xid"))))
     return tuple(dict.fromkeys(found))
@@ -60,25 +61,11 @@ def _slot(bdf: str) -> str:
     return bdf.lower().partition(".")[0]
 
 
-def read_kernel_log(host: Host) -> str | None:
-    """What the NVIDIA driver wrote to the kernel's log since boot, and possibly more; None when it cannot be read."""
-    journal = ["journalctl", "--dmesg", "--boot", "--quiet", "--no-pager", "--output", "cat"]
-    found = host.run([*journal, "--grep", _LOG_PATTERN, "--case-sensitive=yes"], timeout=20)
-    # Without a match the exit status is 1.
-    if found.rc in (0, 1) and not found.stderr.strip():
-        return found.stdout
-    for command in (journal, ["dmesg"]):
-        found = host.run(command, timeout=20)
-        if found.ok:
-            return found.stdout
-    return None
-
-
-def gpu_health(inventory: GpuInventory, kernel_log: str | None = None) -> tuple[Verdict, ...]:
+def gpu_health(inventory: GpuInventory, kernel_log: t.Sequence[KernelLine] | None = None) -> tuple[Verdict, ...]:
     """Verdicts on the host and on each of its GPUs.
 
     Args:
-        kernel_log: See :func:`read_kernel_log`; None when it was not read, and then no verdict on Xid errors is given
+        kernel_log: Lines with :data:`KERNEL_LINES` of this boot; None when it was not read, and then no verdict on Xid errors is given
             unless an earlier one needs it.
     """
     found = list(_host_verdicts(inventory))

@@ -18,9 +18,10 @@ from ._disk_space import amount, check_space, file_systems
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
-from ._gpu_health import gpu_health, read_kernel_log
+from ._gpu_health import KERNEL_LINES, gpu_health
 from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
+from ._kernel_log import read_kernel_log
 from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
@@ -121,7 +122,7 @@ class _Preflight:
         self.docker = self.api.available()
         self._resources()
         place = len(self.found)
-        health = gpu_health(inventory, read_kernel_log(self.host) if inventory.driver else None)
+        health = gpu_health(inventory, read_kernel_log(self.host, only=KERNEL_LINES) if inventory.driver else None)
         for name, check, step in (
             ("ngc_login", "key", self._login),
             ("nim_image", "image", lambda options: self._images(options, inventory)),

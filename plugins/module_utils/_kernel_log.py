@@ -54,24 +54,36 @@ class KernelEvent:
 
 _KILL = re.compile(r"oom-kill:.*?task_memcg=(?P<cgroup>[^,]*),task=(?P<task>[^,]*),pid=\d+")
 _CONTAINER_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+_MOST = "--lines=%d" % MOST_LINES
 _RING_LINE = re.compile(r"(?:<\d+>)?\[\s*(\d+\.\d+)\] (.*)")
 
 
-def read_kernel_log(host: Host, since: float = 0.0) -> list[KernelLine]:
+def read_kernel_log(host: Host, since: float = 0.0, only: str = "") -> list[KernelLine] | None:
     """Lines of this boot, oldest first, from the journal, or from the kernel's own buffer where no journal keeps them.
 
     Args:
         since: Seconds since the epoch; 0 for the whole boot.
+        only: Pattern of the lines that are wanted; without one these are the last 2000.
+
+    Returns:
+        None when neither can be read.
     """
-    argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json", "--lines=%d" % MOST_LINES]
-    read = host.run([*argv, *(["--since=@%d" % since] if since else [])], timeout=20)
+    argv = ["journalctl", "--dmesg", "--quiet", "--no-pager", "--output=json"]
+    argv += ["--since=@%d" % since] if since else []
+    read = host.run([*argv, "--grep=" + only, "--case-sensitive=yes"] if only else [*argv, _MOST], timeout=20)
+    if only and read.stderr.strip():
+        # A journalctl that was built without a search.
+        read = host.run([*argv, _MOST], timeout=20)
     found = [line for line in map(_journal_line, read.stdout.splitlines()) if line is not None]
     if not found:
         boot = host.time() - host.monotonic()
-        ring = host.run(["dmesg"], timeout=20).stdout.splitlines()[-MOST_LINES:]
-        pairs = [place.groups() for place in map(_RING_LINE.match, ring) if place]
+        ring = host.run(["dmesg"], timeout=20)
+        if not ring.ok and not read.ok:
+            return None
+        pairs = [place.groups() for place in map(_RING_LINE.match, ring.stdout.splitlines()) if place]
         found = [KernelLine(boot + float(seconds), text) for seconds, text in pairs]
-    return [line for line in found if line.at >= since]
+    wanted = re.compile(only)
+    return [line for line in found if line.at >= since and wanted.search(line.text)][-MOST_LINES:]
 
 
 def _journal_line(text: str) -> KernelLine | None:

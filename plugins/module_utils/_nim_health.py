@@ -219,7 +219,7 @@ class HealthCheck:
         if now - self.kernel_read < KERNEL_SECONDS:
             return []
         self.kernel_read = now
-        return read_kernel_log(self.host, min(watch.since for watch in watches) - 1.0)
+        return read_kernel_log(self.host, min(watch.since for watch in watches) - 1.0) or []
 
     def _hear_kernel(
         self, watch: Watch, lines: t.Sequence[KernelLine], containers: t.Sequence[str], now: float

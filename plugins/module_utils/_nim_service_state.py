@@ -15,7 +15,7 @@ from ._disk_space import FileSystem, Need, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
-from ._gpu_health import gpu_health, needs_kernel_log, read_kernel_log
+from ._gpu_health import KERNEL_LINES, gpu_health, needs_kernel_log
 from ._gpu_loss import last_daemon_reload, lost_gpus
 from ._gpu_placement import Wish, topology_matters
 from ._gpu_topology import Topology, observe_topology
@@ -23,6 +23,7 @@ from ._gpu_wishes import device_ids, names_profile, wish_of
 from ._host import FileStat, Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
+from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
@@ -279,7 +280,7 @@ def observe_services(
 
 def _health(host: Host, inventory: GpuInventory) -> tuple[Verdict, ...]:
     # Where the driver says what a GPU needs, the kernel's log adds nothing that would keep a service from starting.
-    return gpu_health(inventory, read_kernel_log(host) if needs_kernel_log(inventory) else None)
+    return gpu_health(inventory, read_kernel_log(host, only=KERNEL_LINES) if needs_kernel_log(inventory) else None)
 
 
 def _gpu_users(host: Host, inventory: GpuInventory, containers: t.Sequence[Json]) -> tuple[GpuUser, ...]:

@@ -146,7 +146,7 @@ class SupportBundle:
         for record in self.host.list_dir("/var/lib/gpu_fleet"):
             if record.endswith(".json"):
                 self._file("records/" + record, "/var/lib/gpu_fleet/" + record)
-        kernel = [line for line in read_kernel_log(self.host) if _KERNEL_LINES.search(line.text)]
+        kernel = [line for line in read_kernel_log(self.host) or () if _KERNEL_LINES.search(line.text)]
         self.add_text("system/kernel.log", "\n".join("%.3f %s" % (line.at, line.text) for line in kernel), log=True)
 
     def _found(self) -> list[str]:

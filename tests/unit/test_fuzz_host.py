@@ -23,6 +23,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import g
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_topology import parse_topology
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import KernelLine
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._listeners import (
     find_listeners,
     listening_sockets,
@@ -131,7 +132,7 @@ def test_nvidia_smi_values(changes: list[tuple[str, str]]) -> None:
         place([Wish("a", 1), Wish("b", "all")], gpus)
     host = _gpu_host(xml)
     with only_told():
-        gpu_health(observe_gpus(host), KERNEL)
+        gpu_health(observe_gpus(host), [KernelLine(0.0, line) for line in KERNEL.splitlines()])
 
 
 def _gpu_host(xml: str) -> FakeHost:
@@ -259,7 +260,7 @@ def test_topology(text: str, count: int) -> None:
 
 @given(damaged(KERNEL, 6))
 def test_kernel_log(text: str) -> None:
-    for xid in parse_xids(text):
+    for xid in parse_xids(KernelLine(0.0, line) for line in text.splitlines()):
         assert xid.number >= 0
 
 

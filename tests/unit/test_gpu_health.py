@@ -20,8 +20,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import (
     gpu_health,
     needs_kernel_log,
     parse_xids,
-    read_kernel_log,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import KernelLine
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
     REFUSED,
@@ -83,10 +83,14 @@ def varied(xml: str, values: dict[str, str]) -> str:
     return head + found + rest
 
 
+def said(log: str) -> list[KernelLine]:
+    return [KernelLine(float(number), text) for number, text in enumerate(log.splitlines())]
+
+
 def judged(values: dict[str, str], check: str, *, xml: str = TWO, nvswitches: int = 0, log: str | None = "") -> Verdict:
     """The verdict of one check of the first GPU."""
     found = inventory(varied(xml, values), nvswitches=nvswitches)
-    verdicts = gpu_health(found, log)
+    verdicts = gpu_health(found, None if log is None else said(log))
     others = [verdict for verdict in verdicts if verdict.gpu != found.gpus[0].uuid]
     assert worst(others) == OK, others
     (verdict,) = [verdict for verdict in verdicts if (verdict.check, verdict.gpu) == (check, found.gpus[0].uuid)]
@@ -298,7 +302,7 @@ def test_xid_lines() -> None:
         "nvidia-nvswitch0: SXid (PCI:0000:c1:00.0): 12028, Non-fatal\n"
         "NVRM: Xid (PCI:0000:1b:00): x\n"
     )
-    assert parse_xids(log) == (Xid("0000:1b:00", 94), Xid("0000:1b:00", 63))
+    assert parse_xids(said(log)) == (Xid("0000:1b:00", 94), Xid("0000:1b:00", 63))
 
 
 @pytest.mark.parametrize(
@@ -324,18 +328,3 @@ def test_xids_count_as_much_as_the_driver_leaves_open(numbers: tuple[int, ...], 
         assert "Xid %d" % numbers[-1] in found.message and "Xid 13" not in found.message
     # The driver's next load resets the GPU.
     assert judged({"gpu_recovery_action": action}, "xid", log=log + LOADING).verdict == OK
-
-
-def test_where_the_log_is_read() -> None:
-    host = FakeHost(commands={"journalctl * --grep *": "NVRM: Xid (PCI:0000:00:06): 79, x\n"})
-    assert read_kernel_log(host) == "NVRM: Xid (PCI:0000:00:06): 79, x\n"
-    host.commands["journalctl * --grep *"] = (1, "", "")
-    assert read_kernel_log(host) == ""
-    host.commands["journalctl * --grep *"] = (1, "", "Compiled without pattern matching support")
-    host.commands["journalctl * --output cat"] = LOADING
-    assert read_kernel_log(host) == LOADING
-    host.commands["journalctl * --output cat"] = (1, "", "No journal files were found.")
-    host.commands["dmesg"] = "[    1.0] " + LOADING
-    assert read_kernel_log(host) == "[    1.0] " + LOADING
-    host.commands["dmesg"] = (1, "", "Operation not permitted")
-    assert read_kernel_log(host) is None

@@ -509,7 +509,9 @@ def test_no_layer_is_fetched_where_no_model_names_a_profile(serving: Machine, mo
 
 def test_xids_are_looked_for(serving: Machine) -> None:
     serving.host.commands = {
-        "journalctl --dmesg *": "NVRM: Xid (PCI:0000:00:06): 74, pid=1\n",
+        "journalctl --dmesg *": json.dumps(
+            {"MESSAGE": "NVRM: Xid (PCI:0000:00:06): 74, pid=1", "__REALTIME_TIMESTAMP": "1"}
+        ),
         **serving.host.commands,
     }
     found = judge(serving.host, models(llama()), serving.api)

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import KERNEL_LINES
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import (
     gpu_addresses,
     kernel_events,
@@ -39,7 +41,7 @@ def test_journal_first() -> None:
     host = FakeHost()
     lines = [entry(90, "old"), entry(100.5, XID_79), "no json", entry(101, [255, 0]), json.dumps({"MESSAGE": "x"})]
     host.commands = {"journalctl --dmesg *": "\n".join(lines)}
-    assert [(line.at, line.text) for line in read_kernel_log(host, 100)] == [(100.5, XID_79)]
+    assert [(line.at, line.text) for line in read_kernel_log(host, 100) or ()] == [(100.5, XID_79)]
     assert any("--since=@100" in word for call in host.calls for word in call)
 
 
@@ -47,14 +49,33 @@ def test_ring_buffer_where_no_journal_keeps_it() -> None:
     host = FakeHost()
     boot = host.time() - host.monotonic()
     host.commands = {"journalctl *": "", "dmesg": "[    5.000000] early\n[  800.250000] %s\nbroken\n" % XID_94}
-    assert [(line.at, line.text) for line in read_kernel_log(host, boot + 100)] == [(boot + 800.25, XID_94)]
+    assert [(line.at, line.text) for line in read_kernel_log(host, boot + 100) or ()] == [(boot + 800.25, XID_94)]
+
+
+def test_only_what_is_asked_for() -> None:
+    loading = "NVRM: loading NVIDIA UNIX Open Kernel Module"
+
+    def read(commands: dict[str, t.Any]) -> list[str] | None:
+        found = read_kernel_log(
+            FakeHost(commands={"dmesg": (1, "", "Operation not permitted"), **commands}), 0, KERNEL_LINES
+        )
+        return None if found is None else [line.text for line in found]
+
+    # journalctl searches, so lines of hours ago are found among any number of others.
+    assert read({"journalctl * --grep=NVRM: (Xid*": entry(1, XID_79)}) == [XID_79]
+    assert read({"journalctl *": "", "dmesg": "[    5.0] usb\n[    6.0] %s\n" % XID_94}) == [XID_94]
+    # Without a match the exit status is 1; the kernel's own buffer is asked too, for a journal that does not keep it.
+    assert read({"journalctl * --grep=*": (1, "", ""), "dmesg": "[    5.0] usb"}) == []
+    built_without = {"journalctl * --grep=*": (1, "", "Compiled without pattern matching support")}
+    assert read({**built_without, "journalctl *": "\n".join((entry(1, "usb"), entry(2, loading)))}) == [loading]
+    assert read({**built_without, "journalctl *": (1, "", "No journal files were found.")}) is None
 
 
 def test_events() -> None:
     host = FakeHost()
     texts = [XID_94, XID_79, KILL, KILL_CGROUPFS, KILL_ELSEWHERE, "usb 1-1: new device", "NVRM: loading"]
     host.commands = {"journalctl --dmesg *": "\n".join(entry(index, text) for index, text in enumerate(texts))}
-    events = kernel_events(read_kernel_log(host))
+    events = kernel_events(read_kernel_log(host) or ())
     assert [(one.kind, one.bdf, one.number, one.container, one.process) for one in events] == [
         ("xid", "0000:01:00.0", 94, "", ""),
         ("xid", "0000:41:00.0", 79, "", ""),
@@ -68,7 +89,7 @@ def test_events() -> None:
 def test_unknown_xid_is_said_as_such() -> None:
     host = FakeHost()
     host.commands = {"journalctl --dmesg *": entry(1, "NVRM: Xid (PCI:0000:01:00): 999, pid=1, x")}
-    [event] = kernel_events(read_kernel_log(host))
+    [event] = kernel_events(read_kernel_log(host) or ())
     assert "Xid 999" in xid_signature(event).cause
     assert "look the number up" in xid_signature(event).remedy
 

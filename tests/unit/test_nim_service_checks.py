@@ -267,7 +267,9 @@ def test_a_gpu_that_does_not_tell_is_not_refused(machine: Machine) -> None:
 
 def test_without_a_recovery_action_the_kernels_log_decides(machine: Machine) -> None:
     in_xml(machine, {"gpu_recovery_action": "N/A"})
-    machine.host.commands["journalctl *"] = "NVRM: Xid (PCI:0000:00:06): 119, pid=1, Timeout\n"
+    machine.host.commands["journalctl *"] = json.dumps(
+        {"MESSAGE": "NVRM: Xid (PCI:0000:00:06): 119, pid=1, Timeout", "__REALTIME_TIMESTAMP": "1"}
+    )
     assert failure(machine, llama(gpus=[0])).reason == "xid"
 
 
