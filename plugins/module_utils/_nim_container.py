@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ._nim_unit import KEY_TARGET
-
 Json = t.Dict[str, t.Any]
 
 #: What the docker command adds to every container where root's Docker configuration names proxies
@@ -124,12 +122,7 @@ def _host_configuration(options: t.Mapping[str, t.Sequence[str]], host: t.Mappin
             found.append("GPUs")
     # What is asked for with --volume is a bind; each is shown as it was asked for.
     if "Mounts" in host or "Binds" in host:
-        # Through the one that is left out, a service of no known family has got the NGC key.
-        mounts = {
-            (str(one.get("Source")), str(one.get("Target")))
-            for one in host.get("Mounts") or ()
-            if one.get("Target") != KEY_TARGET
-        }
+        mounts = {(str(one.get("Source")), str(one.get("Target"))) for one in host.get("Mounts") or ()}
         if mounts != {_mounted(entry) for entry in options.get("--mount", ())} or host.get("Binds"):
             found.append("mounts")
     return list(dict.fromkeys(found))

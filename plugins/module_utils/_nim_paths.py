@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from ._nim_unit import KEY_PIPES
+
 UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIGURATION_DIRECTORY = "/etc/nim"
 KEY_FILE = CONFIGURATION_DIRECTORY + "/ngc.env"
@@ -19,3 +21,8 @@ RUNTIME_DIRECTORY = "/run/nim"
 def secret_path(name: str) -> str:
     """Environment file of a model; a model cannot be called ``ngc``, whose name the key's file has."""
     return "%s/%s.env" % (CONFIGURATION_DIRECTORY, name)
+
+
+def key_pipe(name: str) -> str:
+    """Named pipe through which the container of a model gets the NGC key."""
+    return "%s/%s/%s" % (RUNTIME_DIRECTORY, KEY_PIPES, name)

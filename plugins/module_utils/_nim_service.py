@@ -20,7 +20,7 @@ from ._gpu_loss import lost_gpus
 from ._gpu_placement import place
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._host import Host
-from ._ngc_key import KEY_VARIABLE, check_api_key, fingerprint, render_environment
+from ._ngc_key import check_api_key, fingerprint, render_environment
 from ._nim_configuration import SLICE_TEXT, TARGET_TEXT, Secrets, build_configuration, unit_text, wrapper_text
 from ._nim_container import differences, restart_policy
 from ._nim_models import NimModel, container_name, unit_name
@@ -33,6 +33,7 @@ from ._nim_paths import (
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    key_pipe,
     secret_path,
 )
 from ._nim_service_checks import (
@@ -55,7 +56,7 @@ from ._nim_service_state import (
     describe,
     observe_services,
 )
-from ._nim_unit import FETCHED
+from ._nim_unit import FETCHED, arguments_with_key
 from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, FileDiff, Resource
 from ._untrusted import json_object
@@ -324,7 +325,7 @@ class NimService(Resource[HostState]):
                 continue
             service = state.service(model.name)
             spec = str(configurations[model.name]["spec"])
-            other = self._differences(configurations[model.name], state.images[model.image], service)
+            other = self._differences(model, configurations[model.name], state.images[model.image], service)
             if service.running:
                 if service.spec != spec:
                     found.append((model.name, "restart", "the container runs something else"))
@@ -355,12 +356,14 @@ class NimService(Resource[HostState]):
         return found
 
     @staticmethod
-    def _differences(configuration: Json, image: ImageState, service: ServiceState) -> list[str]:
+    def _differences(model: NimModel, configuration: Json, image: ImageState, service: ServiceState) -> list[str]:
         """What is other in the container than it was made with."""
         known = [*image.variables, *configuration["secret_environment"]]
+        made = [configuration["create"]]
         if configuration["key_in_service"]:
-            known.append(KEY_VARIABLE)
-        return differences(configuration["create"], service.inspected, known)
+            # What the wrapper does when the host has a key.
+            made.append(arguments_with_key(configuration["key_in_service"], key_pipe(model.name)))
+        return min((differences(create, service.inspected, known) for create in made), key=len)
 
     def _plan_containers(self, restarts: t.Collection[str], state: HostState) -> list[Change]:
         """What can be mended in a container that goes on."""

@@ -62,6 +62,8 @@ STEADY_SECONDS = 30.0
 #: How a container gets the NGC key: through a pipe that is mounted here and read once by a shell, which then becomes the
 #: image's own program. A variable of the container would be kept by Docker and containerd in files of their own.
 KEY_TARGET = "/run/secrets/ngc_api_key"
+#: Directory of these pipes below the runtime directory.
+KEY_PIPES = "keys"
 KEY_SHELL = "/bin/sh"
 KEY_SCRIPT = 'IFS= read -r NGC_API_KEY <%s || exit 1; export NGC_API_KEY; exec "$@"' % KEY_TARGET
 #: Seconds within which the shell must have asked for it.
@@ -245,6 +247,14 @@ def says_ready(address: str) -> bool:
         connection.close()
 
 
+def arguments_with_key(launch: Json, pipe: str) -> list[str]:
+    """Arguments of ``docker create`` for a container whose shell takes the NGC key out of a pipe and becomes its program."""
+    arguments = [str(word) for word in launch["options"]]
+    arguments += ["--mount=type=bind,source=%s,target=%s,readonly" % (pipe, KEY_TARGET)]
+    arguments += ["--entrypoint=" + KEY_SHELL, str(launch["image"]), "-c", KEY_SCRIPT, "nim"]
+    return arguments + [str(word) for word in launch["command"]]
+
+
 class Unit:
     """One NIM service."""
 
@@ -253,7 +263,7 @@ class Unit:
         self.configuration = os.path.join(CONFIGURATION, name + ".json")
         self.key_file = os.path.join(CONFIGURATION, "ngc.env")
         self.secret_file = os.path.join(CONFIGURATION, name + ".env")
-        self.key_pipe = os.path.join(RUNTIME, "keys", name)
+        self.key_pipe = os.path.join(RUNTIME, KEY_PIPES, name)
         self.runtime_file = os.path.join(RUNTIME, name + ".json")
         self.stop_file = os.path.join(RUNTIME, name + ".stop")
         self.marker_file = os.path.join(STATE, "state", name + ".download.json")
@@ -454,10 +464,7 @@ class Unit:
         Returns:
             False, and there is no container, when the image has no shell.
         """
-        arguments = [*self.secret_arguments(), *(str(word) for word in launch["options"])]
-        arguments += ["--mount=type=bind,source=%s,target=%s,readonly" % (self.key_pipe, KEY_TARGET)]
-        arguments += ["--entrypoint=" + KEY_SHELL, str(launch["image"]), "-c", KEY_SCRIPT, "nim"]
-        arguments += [str(word) for word in launch["command"]]
+        arguments = [*self.secret_arguments(), *arguments_with_key(launch, self.key_pipe)]
         self.make_key_pipe(int(launch["uid"]))
         # Where this is cut off the pipe stays: it tells that the container, if it came to run, waits for the key in vain.
         self.create(name, arguments)

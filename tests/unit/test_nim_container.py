@@ -9,7 +9,6 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_container import differences, restart_policy
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import KEY_TARGET
 
 CREATE = [
     "--log-driver=journald",
@@ -65,12 +64,6 @@ def test_as_it_was_made() -> None:
     older = copy.deepcopy(CONTAINER)
     older["HostConfig"]["NetworkMode"] = "default"
     assert differences(CREATE, older, KNOWN) == []
-
-
-def test_the_pipe_of_the_key_is_no_mount_by_hand() -> None:
-    container = copy.deepcopy(CONTAINER)
-    container["HostConfig"]["Mounts"].append({"Type": "bind", "Source": "/run/nim/keys/llama", "Target": KEY_TARGET})
-    assert differences(CREATE, container, KNOWN) == []
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "NO_PROXY"])

@@ -28,6 +28,7 @@ from ansible_collections.gpu_fleet.nim.plugins.modules import nim_service
 from nim_machine import (
     DIGEST,
     KEY,
+    LLAMA,
     NEMO,
     ONE,
     ROOT,
@@ -521,6 +522,29 @@ def test_a_container_that_was_made_again_with_its_label(machine: Machine) -> Non
     )
     assert "variable NIM_LOG_LEVEL" in change.why
     assert "DEBUG" not in str(change)
+
+
+def test_a_service_that_got_the_key_through_its_pipe(machine: Machine) -> None:
+    del machine.api.images[LLAMA]["Config"]["Labels"]
+    machine.converge(llama(), key=KEY)
+    pipe = {"Type": "bind", "Source": "/run/nim/keys/llama", "Target": "/run/secrets/ngc_api_key", "ReadOnly": True}
+    cache = {"Type": "bind", "Source": "/var/lib/nim/cache/llama", "Target": "/opt/nim/.cache"}
+    image = {"Image": machine.api.images[LLAMA]["RepoDigests"][0]}
+    # Without a key the same service has no pipe.
+    for mounts in ([cache, pipe], [cache]):
+        machine.api.inspected["nim-llama"] = {"Config": image, "HostConfig": {"Mounts": mounts}}
+        assert machine.plan(llama(), key=KEY) == []
+    for mount in (dict(pipe, Source="/root/key"), dict(pipe, Target="/run/secrets/other")):
+        machine.api.inspected["nim-llama"] = {"Config": image, "HostConfig": {"Mounts": [cache, mount]}}
+        (change,) = machine.plan(llama(), key=KEY)
+        assert "mounts" in change.why
+    # A service that fetches its files before it starts never gets it.
+    machine.api.images[LLAMA]["Config"]["Labels"] = {"com.nvidia.nim.version": "1.8.4"}
+    machine.api.inspected.clear()
+    machine.converge(llama(), key=KEY)
+    machine.api.inspected["nim-llama"] = {"Config": image, "HostConfig": {"Mounts": [cache, pipe]}}
+    (change,) = machine.plan(llama(), key=KEY)
+    assert "mounts" in change.why
 
 
 def test_a_container_of_somebody_in_the_place_of_a_stopped_service_is_stopped_first(machine: Machine) -> None:
