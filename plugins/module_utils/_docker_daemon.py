@@ -37,7 +37,9 @@ from ._dockerd import (
     LiveDifference,
     flag_says,
     flag_values,
+    is_live,
     live_differences,
+    live_gpu_settings,
     parse_exec_start,
     same_program,
     version_tuple,
@@ -235,8 +237,11 @@ class DockerDaemon(Resource[DaemonState]):
             if state.answers
             else []
         )
-        restart_edits = [edit for edit in changes if action_for(edit[0], edit[1] is ABSENT) == "restart"]
-        reload_edits = [edit for edit in changes if edit not in restart_edits]
+        needs_start = [edit for edit in changes if action_for(edit[0], edit[1] is ABSENT) == "restart"]
+        reload_edits = [edit for edit in changes if edit not in needs_start]
+        # What the daemon has already is only missing in the file.
+        file_edits = [edit for edit in needs_start if is_live(edit[0], edit[1], state)]
+        restart_edits = [edit for edit in needs_start if edit not in file_edits]
         restart_keys = [dotted(path) for path, dummy in restart_edits]
         untold_restart = [difference for difference in differences if difference.action == "restart"]
         untold_reload = [difference for difference in differences if difference.action == "reload"]
@@ -246,8 +251,13 @@ class DockerDaemon(Resource[DaemonState]):
             keys = restart_keys + [dotted(difference.path) for difference in untold_restart]
             blocked = self._blocked(state, final, keys or list(state.pending))
 
+        restarts = state.answers and bool(restart_keys or untold_restart or state.pending_action == "restart")
+        if restarts and not blocked and not document:
+            # The whole file is gone. A restart would take the GPUs from containers until the toolkit has had its turn, and
+            # would have to be done again then.
+            file_edits += [edit for edit in live_gpu_settings(state) if self._is_free(edit[0], final, state)]
         result: t.List[Change] = []
-        result += self._file_changes(state, reload_edits, [] if blocked else restart_edits)
+        result += self._file_changes(state, reload_edits, [] if blocked else restart_edits, file_edits)
         has_reload = any(change.disruption is Disruption.RELOAD for change in result)
         if untold_reload and not has_reload:
             result.append(
@@ -273,9 +283,13 @@ class DockerDaemon(Resource[DaemonState]):
                     "daemon_reload",
                 )
             )
-        if state.answers and (restart_keys or untold_restart or state.pending_action == "restart"):
+        if restarts:
             result.append(self._restart_change(state, restart_edits, untold_restart, document, blocked))
         return result
+
+    def _is_free(self, path: Path, final: Json, state: DaemonState) -> bool:
+        """Whether nobody has a word on a key: neither what is wanted, nor what is unwanted, nor the command line."""
+        return get_value(final, path) is ABSENT and path not in self.absent and path[0] not in flag_values(state.argv)
 
     def _without_flags(self, state: DaemonState) -> Json:
         """The wanted keys less those that the command line already sets to the wanted value."""
@@ -390,9 +404,10 @@ class DockerDaemon(Resource[DaemonState]):
         state: DaemonState,
         reload_edits: t.Sequence[t.Tuple[Path, t.Any]],
         restart_edits: t.Sequence[t.Tuple[Path, t.Any]],
+        file_edits: t.Sequence[t.Tuple[Path, t.Any]],
     ) -> t.List[Change]:
         """One change of the file; two when a runtime goes that is still the live default (dockerd 20.10 would panic)."""
-        stages = [[*reload_edits, *restart_edits]]
+        stages = [[*reload_edits, *restart_edits, *file_edits]]
         live_default = state.info.get("DefaultRuntime")
         dropped: t.List[Path] = [
             path for path, value in reload_edits if value is ABSENT and path == ("runtimes", live_default)
@@ -499,7 +514,7 @@ class DockerDaemon(Resource[DaemonState]):
         if before is not None:
             # daemon.json may hold a proxy's password: the copy is for root only.
             host.write_file(BACKUP, before, mode=0o600)
-        if state.answers:
+        if change.data["reload"] or change.data["restart"]:
             _write_pending(host, state, change.data["keys"], "restart" if change.data["restart"] else "reload")
         if not host.exists(os.path.dirname(state.path)):
             host.make_dir(os.path.dirname(state.path), mode=0o755)

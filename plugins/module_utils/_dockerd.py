@@ -243,6 +243,31 @@ def same_program(left: str, right: str, programs: t.Mapping[str, t.Optional[str]
     return found_left is not None and found_left == found_right
 
 
+def is_live(path: Path, wanted: t.Any, state: DaemonState) -> bool:
+    """Whether the running daemon tells that it has a value already; what it does not tell is not known to be there."""
+    if not state.answers or wanted is ABSENT:
+        return False
+    if path == ("exec-opts",) and not all(str(option).startswith("native.cgroupdriver=") for option in wanted):
+        return False
+    try:
+        return _live_agrees(live_value(state.info, path), wanted, path, state.programs)
+    except LookupError:
+        return False
+
+
+def live_gpu_settings(state: DaemonState) -> t.List[t.Tuple[Path, t.Any]]:
+    """What the running daemon has for GPU containers, as values of daemon.json."""
+    found: t.List[t.Tuple[Path, t.Any]] = []
+    program = ((state.info.get("Runtimes") or {}).get("nvidia") or {}).get("path")
+    if state.answers and program and state.programs.get(program):
+        found.append((("runtimes", "nvidia"), {"path": program}))
+        if state.info.get("DefaultRuntime") == "nvidia":
+            found.append((("default-runtime",), "nvidia"))
+    if state.answers and is_live(("features", "cdi"), True, state):
+        found.append((("features", "cdi"), True))
+    return found
+
+
 @dataclass(frozen=True)
 class LiveDifference:
     """A key that the file has right and the live daemon does not."""

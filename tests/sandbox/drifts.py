@@ -319,8 +319,6 @@ _DOCKER = (
         "rm " + DAEMON_JSON,
         "docker_daemon, %s, reload" % DAEMON_JSON,
         "docker_daemon, running daemon, restart_docker",
-        "nvidia_container_toolkit, %s, reload" % DAEMON_JSON,
-        "nvidia_container_toolkit, running daemon, restart_docker",
         restarts="docker",
     ),
     _drift(
@@ -427,8 +425,6 @@ _TOOLKIT = (
         "daemon.json: CDI off, daemon not told",
         _json(DAEMON_JSON, "d['features']['cdi'] = False"),
         "nvidia_container_toolkit, %s, none" % DAEMON_JSON,
-        "nvidia_container_toolkit, running daemon, restart_docker",
-        restarts="docker",
     ),
     _drift(
         "toolkit's repository gone",

@@ -110,6 +110,55 @@ def test_restart_comes_after_live_restore(host: FakeHost, dockerd: FakeDockerd) 
     assert dockerd.running["id-nim-llama"]["State"]["StartedAt"] == "early"
 
 
+def test_what_the_daemon_has_is_only_written(host: FakeHost, dockerd: FakeDockerd) -> None:
+    host.files[CONFIG] = b'{"features": {"cdi": false}}'
+    dockerd.live = {"features": {"cdi": True}, "log-driver": "journald"}
+    options = {"features": {"cdi": True}, "log-driver": "journald"}
+    (change,) = converged(host, dockerd, options=options)
+    assert (change["what"], change["disruption"]) == (CONFIG, "none")
+    assert (dockerd.reloads, dockerd.restarts) == (0, 0)
+    assert json.loads(host.files[CONFIG]) == options
+    # What the daemon does not tell is not known to be there.
+    (written, restarted) = converged(host, dockerd, options={**options, "exec-opts": ["native.umask=normal"]})
+    assert (written["disruption"], restarted["disruption"]) == ("none", "restart_docker")
+    assert "exec-opts" in restarted["why"] and "log-driver" not in restarted["why"]
+
+
+def test_a_file_that_is_gone_costs_one_restart_and_no_gpu(host: FakeHost, dockerd: FakeDockerd) -> None:
+    host.files["/usr/bin/nvidia-container-runtime"] = b""
+    gpus = {**NVIDIA, "default-runtime": "nvidia", "features": {"cdi": True}}
+    dockerd.live = {**gpus, "live-restore": True, "log-opts": {"max-size": "10m"}}
+    dockerd.add_container("nim-llama")
+    own = {"options": {"log-opts": {"max-size": "10m"}}, "live_restore": True}
+    changes = converged(host, dockerd, **own)
+    assert [(change["what"], change["disruption"]) for change in changes] == [
+        (CONFIG, "reload"),
+        ("running daemon", "restart_docker"),
+    ]
+    assert dockerd.restarts == 1
+    assert json.loads(host.files[CONFIG]) == {**gpus, "live-restore": True, "log-opts": {"max-size": "10m"}}
+    # The toolkit has nothing left to do.
+    assert not run(host, dockerd, options=gpus).changed
+    # Where nothing is to be restarted, where the file is there, and where they are not wanted, they are nobody's affair.
+    host.files[CONFIG] = b""
+    run(host, dockerd, options={}, live_restore=True)
+    assert json.loads(host.files[CONFIG]) == {"live-restore": True}
+    run(host, dockerd, **own)
+    assert "runtimes" not in json.loads(host.files[CONFIG])
+    dockerd.live = {**gpus, "live-restore": True}
+    del host.files[CONFIG]
+    run(host, dockerd, **own, absent=["default-runtime"])
+    assert json.loads(host.files[CONFIG])["default-runtime"] == "runc"
+
+
+def test_a_flag_is_not_said_twice(host: FakeHost) -> None:
+    host.files["/usr/bin/nvidia-container-runtime"] = b""
+    dockerd = FakeDockerd(host, argv=["--default-runtime", "nvidia"])
+    dockerd.live = {**NVIDIA, "default-runtime": "nvidia"}
+    converged(host, dockerd, options={"log-driver": "journald"})
+    assert json.loads(host.files[CONFIG]) == {**NVIDIA, "log-driver": "journald"}
+
+
 def test_restart_without_containers_needs_no_live_restore(host: FakeHost, dockerd: FakeDockerd) -> None:
     converged(host, dockerd, options={"log-driver": "journald"})
     assert (dockerd.reloads, dockerd.restarts) == (0, 1)
