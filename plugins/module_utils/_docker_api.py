@@ -140,6 +140,9 @@ class DockerApi:
             # Plain text (/_ping), or several documents one after the other (/events).
             return body
 
+    def forget(self) -> None:
+        """Ask anew from now on; here nothing is remembered anyway."""
+
     def _expect(self, path: str, shape: t.Any, parameters: t.Optional[t.Mapping[str, str]] = None) -> t.Any:
         """The answer to a GET, which has the shape that the Engine API promises for what is read here."""
         found = self.get(path, parameters)

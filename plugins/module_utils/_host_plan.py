@@ -133,6 +133,9 @@ class DockerLook(DockerApi):
         # Nobody may change what another one is given.
         return copy.deepcopy(self._answers[key])
 
+    def forget(self) -> None:
+        self._answers.clear()
+
 
 class SleepingDocker(DockerApi):
     """A daemon that is stopped while its socket is open: asking it would start it, and a plan changes nothing."""

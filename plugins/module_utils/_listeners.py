@@ -18,10 +18,17 @@ from ._untrusted import is_digits
 
 Json = t.Dict[str, t.Any]
 
+#: Docker's process that listens on a published port. It is there a moment before its container, and outlives dockerd.
+PROXY = "docker-proxy"
+
 
 @dataclass(frozen=True)
 class Listener:
-    """Somebody who holds a TCP port."""
+    """Somebody who holds a TCP port.
+
+    Attributes:
+        leftover: Whether it is a docker-proxy that has outlived its container.
+    """
 
     address: str
     port: int
@@ -29,6 +36,12 @@ class Listener:
     command: str
     container: str
     unit: str = ""
+    leftover: bool = False
+
+    @property
+    def stray(self) -> bool:
+        """Whether it is a docker-proxy of no container that runs."""
+        return self.command == PROXY and not self.container
 
     def describe(self) -> str:
         """``docker-proxy (pid 812) of container old-nim``, ``nginx (pid 977) of unit nginx.service``."""

@@ -13,7 +13,7 @@ from ._disk_space import FileSystem, Need, check_space
 from ._errors import FleetError
 from ._gpu import Gpu
 from ._gpu_health import gpu_label
-from ._listeners import Listener
+from ._listeners import PROXY, Listener
 from ._nim_family import BACKEND_PORT_VARIABLE
 from ._nim_models import NimModel, addresses_overlap, container_name, probe_address
 from ._nim_service_state import GpuUser, HostState, ImageState, ports_of
@@ -75,22 +75,32 @@ def check_port(model: NimModel, models: t.Sequence[NimModel], state: HostState) 
         option = _collision(model, listener, state.images)
         if not option or listener.container == model.container:
             continue
-        if not state.docker and (listener.command == "docker-proxy" or listener.unit.startswith("docker-")):
+        if not state.docker and (listener.command == PROXY or listener.unit.startswith("docker-")):
             # Without the daemon nobody knows whose container it is; it may be the model's own.
+            continue
+        service = state.service(model.name)
+        if listener.stray and not listener.leftover and service.alive:
+            # Its own container ends and is started again and again; what is done to the unit ends that.
             continue
         other = wanted.get(listener.container)
         if other is not None and (other.state != "started" or not _collision(other, listener, state.images)):
             continue
+        who, remedy = listener.describe(), "stop that first"
+        if listener.leftover:
+            who += ", which Docker has left behind for a container that is gone"
+            who += " (most likely an earlier %s)" % model.container if service.exists else ""
+            remedy = "end it with 'kill %s'" % listener.pid
         raise FleetError(
             "port_in_use",
-            "Model %s cannot have port %d on %s%s: it is held by %s; stop that first, or give the model another "
-            "port%s. Nothing was changed."
+            "Model %s cannot have port %d on %s%s: it is held by %s; %s, or give the model another port%s. Nothing was "
+            "changed."
             % (
                 model.name,
                 listener.port,
                 model.bind_address,
                 "" if option == "port" else " for its engine",
-                listener.describe(),
+                who,
+                remedy,
                 "" if option == "port" else " there (%s)" % option,
             ),
             port=listener.port,

@@ -426,21 +426,27 @@ def _settled_listeners(
     containers: t.Sequence[Json],
     images: t.Mapping[str, ImageState],
 ) -> tuple[Listener, ...]:
-    """The listeners, looked at again while a docker-proxy serves no container that was known a moment before: a
-    container that is just being started has its proxy first. A leftover proxy stays unexplained."""
+    """The listeners, looked at again while a docker-proxy serves no container that was known a moment before.
+
+    A container that is just being started has its proxy first, and one that ends again and again has another one each time;
+    the same one in all looks is a leftover.
+    """
     ports = {port for model in models if model.state == "started" for port, dummy in ports_of(model, images)}
     own = {model.container for model in models}
     listeners = find_listeners(host, ports, containers, own)
+    lasting = {known.pid for known in listeners if known.stray}
     for _try in range(PROXY_LOOKS):
-        if not any(known.command == "docker-proxy" and not known.container for known in listeners):
-            break
+        if not any(known.stray for known in listeners):
+            return listeners
         host.sleep(1.0)
         try:
+            api.forget()
             containers = api.containers(all=True)
         except FleetError:
-            break
+            return listeners
         listeners = find_listeners(host, ports, containers, own)
-    return listeners
+        lasting &= {known.pid for known in listeners if known.stray}
+    return tuple(replace(known, leftover=known.stray and known.pid in lasting) for known in listeners)
 
 
 def describe(service: ServiceState, state: HostState) -> str:

@@ -80,6 +80,9 @@ class FakeApi:
     def available(self) -> bool:
         return self.up
 
+    def forget(self) -> None:
+        pass
+
     def version(self) -> dict[str, t.Any]:
         self.check()
         return {"Version": self.engine}

@@ -8,6 +8,10 @@ import json
 import typing as t
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import DockerLook
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import PROXY_LOOKS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from nim_machine import (
@@ -44,7 +48,12 @@ def test_a_proxy_whose_container_is_just_being_started(machine: Machine, monkeyp
     machine.api.list["nim-llama"]["Ports"] = []
     machine.listen(8000, 1212, "docker-proxy")
     before = machine.host.clock
-    assert "held by docker-proxy (pid 1212)" in failure(machine, llama(environment={"A": "1"})).message
+    said = failure(machine, llama(environment={"A": "1"})).message
+    assert (
+        "held by docker-proxy (pid 1212) of unit docker-proxy.service, which Docker has left behind for a container"
+        in said
+    )
+    assert "most likely an earlier nim-llama); end it with 'kill 1212'" in said
     assert machine.host.clock - before == PROXY_LOOKS
 
     def started(seconds: float) -> None:
@@ -54,6 +63,48 @@ def test_a_proxy_whose_container_is_just_being_started(machine: Machine, monkeyp
 
     monkeypatch.setattr(machine.host, "sleep", started)
     assert machine.plan(llama(environment={"A": "1"}))
+
+
+def test_a_container_that_ends_again_and_again_is_no_stranger(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.converge(llama())
+    machine.api.list.clear()
+    machine.listen(8000, 1212, "docker-proxy")
+
+    def another(seconds: float) -> None:
+        machine.host.links.clear()
+        machine.listen(8000, 2000 + int(machine.host.clock), "docker-proxy")
+        machine.host.clock += seconds
+
+    monkeypatch.setattr(machine.host, "sleep", another)
+    changed = llama(environment={"A": "1"})
+    assert machine.plan(changed)
+    # With its unit down they are somebody else's.
+    machine.active["nim-llama.service"] = "inactive"
+    said = failure(machine, changed).message
+    assert "docker-proxy" in said and "stop that first" in said
+
+
+def test_the_plan_asks_docker_anew_for_the_container_of_a_proxy(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(api: DockerApi, path: str, parameters: t.Any = None) -> t.Any:
+        asked.append(path)
+        # The container is there from the second look on.
+        containers = machine.api.containers() if asked.count("/containers/json") > 1 else []
+        return {"/version": {"Version": "26.1.5"}, "/info": machine.api.info(), "/containers/json": containers}.get(
+            path
+        )
+
+    monkeypatch.setattr(DockerApi, "get", answer)
+    machine.api.put("other", port=8000)
+    machine.listen(8000, 1212, "docker-proxy")
+    service = NimService(parse_models([llama()]), api=DockerLook())
+    (listener,) = service.observe(machine.host).listeners
+    assert (listener.container, asked.count("/containers/json")) == ("other", 2)
 
 
 def test_broken_record_of_images_is_reported_and_left(machine: Machine) -> None:
