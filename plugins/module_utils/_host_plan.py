@@ -24,6 +24,7 @@ from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner
 from ._nim_health import HealthCheck
 from ._nim_image_planner import PULL_NEWER, ImagesPlanner
 from ._nim_models import parse_models
+from ._nim_paths import MAINTENANCE_FILE
 from ._nim_process_state import read_word
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
@@ -451,7 +452,11 @@ class _Walk:
         waiting = {change.what: change for change in changes if change.action == "prerequisite"}
         if not waiting:
             self._add(changes)
-            self.plan.warnings += service.result(state)["warnings"]
+            warnings = service.result(state)["warnings"]
+            if any(change.blocked for change in changes):
+                # What is left out for maintenance says so itself.
+                warnings = [warning for warning in warnings if not warning.startswith(MAINTENANCE_FILE)]
+            self.plan.warnings += warnings
             return
         # One model that cannot be planned yet hides neither the others nor what is wrong with them.
         ready = [model for model in models if model.unit not in waiting]

@@ -255,6 +255,22 @@ def test_services_beside_the_list_are_a_warning(serving: Machine) -> None:
     assert "not in the list and were left alone: nemo" in found.warnings[0]
 
 
+def test_maintenance_is_said_once(serving: Machine) -> None:
+    serving.converge(llama())
+    serving.host.files["/var/lib/nim/maintenance"] = b""
+    wanted = {"nim_service": {"models": [llama()]}}
+
+    def said() -> list[str]:
+        looked = plan_host(serving.host, wanted, t.cast(t.Any, serving.api))
+        return [*looked.warnings, *(str(one.change.blocked) for one in looked.planned)]
+
+    (warning,) = said()
+    assert warning == "/var/lib/nim/maintenance exists, so no service is started."
+    serving.stop(serving.host, ("systemctl", "stop", "nim-llama.service"))
+    (blocked,) = said()
+    assert "/var/lib/nim/maintenance exists: the host is under maintenance" in blocked
+
+
 def test_exactly_what_was_broken(serving: Machine) -> None:
     serving.converge(llama(), nemo())
     serving.host.files["/etc/systemd/system/nim-llama.service"] += b"# by hand\n"
