@@ -23,6 +23,8 @@ from ._nim_unit import source, spec_hash
 NAME_LABEL = "io.gpu-fleet.nim.name"
 IMAGE_LABEL = "io.gpu-fleet.nim.image"
 DIGEST_LABEL = "io.gpu-fleet.nim.digest"
+#: Says which secret variables a container was given; see :meth:`Secrets.spec`.
+SECRETS_LABEL = "io.gpu-fleet.nim.secrets"
 
 START_LIMIT_BURST = 4
 #: Seconds that one failed start takes beyond its start timeout: back-off and the stop of what is left.
@@ -137,27 +139,48 @@ class Secrets:
 
     key: str
     values: t.Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: For the values with the first fingerprint: the one that a container had for them, from a key that was lost.
+    alias: tuple[str, str] = ("", "")
 
     @classmethod
     def parse(cls, text: str | None) -> Secrets | None:
         """What :meth:`render` wrote; None for anything that has no key in it."""
-        found = re.match(r"(?:#.*\n)*# key ([0-9a-f]{64})\n", text or "")
+        found = re.match(r"(?:#.*\n)*# key ([0-9a-f]{64})\n(?:# ([0-9a-f]{64}) is ([0-9a-f]{64})\n)?", text or "")
         if found is None:
             return None
         lines = (text or "")[found.end() :].splitlines()
-        return cls(found.group(1), dict(_pair(line) for line in lines if "=" in line and not line.startswith("#")))
+        values = dict(_pair(line) for line in lines if "=" in line and not line.startswith("#"))
+        return cls(found.group(1), values, (found.group(2) or "", found.group(3) or ""))
 
     def render(self) -> str:
         """An environment file as ``docker create --env-file`` reads it: no quotes, no escapes."""
         lines = ["%s=%s\n" % pair for pair in sorted(self.values.items())]
-        return "%s# key %s\n%s" % (_HEADER, self.key, "".join(lines))
+        alias = "# %s is %s\n" % self.alias if all(self.alias) else ""
+        return "%s# key %s\n%s%s" % (_HEADER, self.key, alias, "".join(lines))
+
+    def as_in(self, container: t.Mapping[str, t.Any]) -> Secrets:
+        """The same, under the fingerprint that a container has for them, if it has these very values.
+
+        So a file that was lost can be written again without a restart. What is not told by the container is not taken for
+        granted.
+        """
+        config = container.get("Config") or {}
+        label = str((config.get("Labels") or {}).get(SECRETS_LABEL) or "")
+        there = dict(_pair(str(entry)) for entry in config.get("Env") or ())
+        if not re.match(r"[0-9a-f]{64}\Z", label) or any(there.get(name) != text for name, text in self.values.items()):
+            return self
+        return Secrets(self.key, self.values, (self._own(), label))
 
     def fingerprint(self, content: str) -> str:
         return hmac.new(bytes.fromhex(self.key), content.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
+    def _own(self) -> str:
+        return self.fingerprint(json.dumps(sorted(self.values.items())))
+
     def spec(self) -> str:
         """The part of a specification that changes with any of them."""
-        return self.fingerprint(json.dumps(sorted(self.values.items())))
+        own = self._own()
+        return self.alias[1] if own == self.alias[0] else own
 
     def __str__(self) -> str:
         """``HF_TOKEN hmac:12ab34cd56ef, …``"""
@@ -210,6 +233,8 @@ def build_configuration(
     spec = spec_hash(content)
     labels = ["--label=%s=%s" % (NAME_LABEL, model.name), "--label=%s=%s" % (IMAGE_LABEL, model.image)]
     labels.append("--label=%s=%s" % (DIGEST_LABEL, image.digest))
+    if secret.values:
+        labels.append("--label=%s=%s" % (SECRETS_LABEL, secret.spec()))
 
     download: Json | None = None
     step = family.download(model)

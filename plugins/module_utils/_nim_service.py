@@ -291,8 +291,11 @@ class NimService(Resource[HostState]):
 
     def _secrets(self, model: NimModel, state: HostState) -> Secrets:
         """The secrets of a model, with the key that the host has for them already."""
-        there = Secrets.parse(state.service(model.name).secret_text)
-        return Secrets(there.key if there else self._secret_key, model.secret_environment)
+        service = state.service(model.name)
+        there = Secrets.parse(service.secret_text)
+        if there:
+            return Secrets(there.key, model.secret_environment, there.alias)
+        return Secrets(self._secret_key, model.secret_environment).as_in(service.inspected)
 
     def _missing_prerequisites(self, state: HostState) -> list[Change]:
         """One change a model that cannot be planned yet: a host that was never set up is not an error in check mode."""
@@ -552,7 +555,9 @@ class NimService(Resource[HostState]):
         if service.secret_text == text:
             why = "the file could be read by others than root"
         data = {"path": path, "text": text}
-        return [Change(self.name, path, before, str(wanted), why, Disruption.NONE, "secrets", data)]
+        # Fingerprints with a new key would be others in every look.
+        after = str(wanted) if there else ", ".join(sorted(wanted.values))
+        return [Change(self.name, path, before, after, why, Disruption.NONE, "secrets", data)]
 
     def _plan_reload(self, changes: t.Sequence[Change], state: HostState) -> list[Change]:
         written = any(

@@ -766,6 +766,11 @@ _MODELS = (
         "nim_service, /etc/nim/llama.env, none",
     ),
     _drift(
+        "secret variables gone",
+        "rm /etc/nim/llama.env",
+        "nim_service, /etc/nim/llama.env, none",
+    ),
+    _drift(
         "secret variables readable for all", "chmod 0644 /etc/nim/llama.env", "nim_service, /etc/nim/llama.env, none"
     ),
     _drift(
