@@ -160,6 +160,12 @@ def gpu_label(gpu: Gpu) -> str:
     return "GPU %d (%s)" % (gpu.index, ", ".join(part for part in (gpu.name, gpu.uuid) if part))
 
 
+def complaint(verdict: Verdict, gpu: Gpu) -> str:
+    """What a verdict on a GPU says of it, as a clause without the GPU's label."""
+    text, label = verdict.message.rstrip("."), gpu_label(gpu) + " "
+    return text[len(label) :] if text.startswith(label) else text
+
+
 _Finding = t.Tuple[str, str, str, str]  # verdict, reason, what is said after the GPU's label, remedy
 
 

@@ -25,6 +25,7 @@ class Wish:
         memory_mib: Memory that each of its GPUs must have; None = any. A GPU that does not tell its memory, as those
             with unified memory, may have enough.
         profile: Profile that asks for this number of GPUs; empty where the operator gave the number.
+        stays: Whether it serves on them: then it keeps them in whatever condition they are.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Wish:
     present: tuple[str, ...] = ()
     memory_mib: int | None = None
     profile: str = ""
+    stays: bool = False
 
     @property
     def count(self) -> int:
@@ -44,23 +46,26 @@ def place(
     gpus: t.Sequence[Gpu],
     foreign: t.Mapping[str, t.Sequence[str]] | None = None,
     topology: Topology | None = None,
+    unfit: t.Mapping[str, str] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """UUIDs for every wish, in the order of the GPUs' indices.
 
-    Explicit requests come first, then models keep the GPUs they have while those have enough memory. The rest is given
-    by need of memory, then by number of GPUs, then in the order of the list: the model that few GPUs suit chooses first,
-    so whatever can be placed is placed. A model takes GPUs that no stranger computes on, then those that are closest to
-    each other, then those with the lowest index. A count is served with whole GPUs only; ``all`` on a GPU in MIG mode
-    means its MIG devices.
+    Explicit requests come first, then models keep the GPUs they have while those have enough memory and are fit for
+    service, or whatever their condition where they serve. The rest is given by need of memory, then by number of GPUs,
+    then in the order of the list: the model that few GPUs suit chooses first, so whatever can be placed is placed. A model
+    takes GPUs that are fit, then those that no stranger computes on, then those that are closest to each other, then those
+    with the lowest index. One that is not fit comes last, and not never: whoever starts a model on it says what ails it.
+    A count is served with whole GPUs only; ``all`` on a GPU in MIG mode means its MIG devices.
 
     Args:
         foreign: NIM services of the host that are not in the list, with the UUIDs they hold.
         topology: How the GPUs are connected; None = unknown.
+        unfit: What is wrong with GPUs that are not fit for service, as a clause, by UUID.
 
     Raises:
         FleetError: ``gpus_unavailable`` with a table of who holds what.
     """
-    table = _Table(gpus, foreign or {}, wishes, topology)
+    table = _Table(gpus, foreign or {}, wishes, topology, unfit or {})
     answer: dict[str, list[str]] = {}
     for wish in wishes:
         if not wish.count:
@@ -74,12 +79,15 @@ def place(
 
 
 def topology_matters(
-    wishes: t.Sequence[Wish], gpus: t.Sequence[Gpu], foreign: t.Mapping[str, t.Sequence[str]] | None = None
+    wishes: t.Sequence[Wish],
+    gpus: t.Sequence[Gpu],
+    foreign: t.Mapping[str, t.Sequence[str]] | None = None,
+    unfit: t.Mapping[str, str] | None = None,
 ) -> bool:
     """Whether a model that takes several GPUs has a choice, so that it is worth asking how they are connected."""
     if not any(wish.count > 1 for wish in wishes):
         return False
-    table = _Table(gpus, foreign or {}, wishes, None)
+    table = _Table(gpus, foreign or {}, wishes, None, unfit or {})
     try:
         for wish in wishes:
             if not wish.count:
@@ -100,9 +108,11 @@ class _Table:
         foreign: t.Mapping[str, t.Sequence[str]],
         wishes: t.Sequence[Wish],
         topology: Topology | None,
+        unfit: t.Mapping[str, str],
     ) -> None:
         self.gpus = sorted(gpus, key=lambda gpu: gpu.index)
         self.topology = topology
+        self.unfit = unfit
         self.memory: dict[str, int | None] = {}
         #: Who computes on a GPU without being a service of ours.
         self.strangers: dict[str, list[str]] = {}
@@ -202,11 +212,16 @@ class _Table:
 
     def keep(self, wish: Wish) -> list[str]:
         kept: list[str] = []
-        present = {self.by_text.get(uuid.lower(), "") for uuid in wish.present}
-        for uuid in sorted(self.whole, key=self.rank):
-            if uuid in present and len(kept) < wish.count and not self.holders(uuid) and self.has_memory(wish, uuid):
+        present = self.present(wish)
+        for uuid in sorted(self.whole, key=lambda uuid: (uuid in self.unfit, self.rank(uuid))):
+            if uuid not in present or len(kept) == wish.count or (uuid in self.unfit and not wish.stays):
+                continue
+            if not self.holders(uuid) and self.has_memory(wish, uuid):
                 kept.append(self.give(wish, uuid))
         return kept
+
+    def present(self, wish: Wish) -> set[str]:
+        return {self.by_text.get(uuid.lower(), "") for uuid in wish.present}
 
     def take_free(self, wish: Wish, kept: t.Sequence[str]) -> list[str]:
         missing = wish.count - len(kept)
@@ -228,15 +243,25 @@ class _Table:
                     else "",
                 ),
             )
-        quiet = [uuid for uuid in free if not self.strangers.get(uuid)]
-        choice = quiet if len(quiet) >= missing else free
+        fit = [uuid for uuid in free if uuid not in self.unfit]
+        quiet = [uuid for uuid in fit if not self.strangers.get(uuid)]
+        choice = quiet if len(quiet) >= missing else fit
         if missing < len(choice) and wish.count > 1 and self.topology is not None:
             index = {gpu.index: gpu.uuid for gpu in self.gpus}
             of = {uuid: number for number, uuid in index.items()}
             best = self.topology.best([of[uuid] for uuid in choice], missing, [of[uuid] for uuid in kept])
             choice = [index[number] for number in best]
         elif len(quiet) < missing:
-            choice = sorted(free, key=lambda uuid: (bool(self.strangers.get(uuid)), self.rank(uuid)))
+            present = self.present(wish)
+            choice = sorted(
+                free,
+                key=lambda uuid: (
+                    uuid in self.unfit,
+                    uuid in self.unfit and uuid not in present,
+                    bool(self.strangers.get(uuid)),
+                    self.rank(uuid),
+                ),
+            )
         return [self.give(wish, uuid) for uuid in choice[:missing]]
 
     def refuse(self, wish: Wish, problem: str) -> FleetError:
@@ -261,6 +286,7 @@ class _Table:
                     "memory_mib": self.memory[uuid],
                     "held_by": self.holders(uuid),
                     "used_by": self.strangers.get(uuid, []),
+                    "unfit": self.unfit.get(self.parent[uuid], ""),
                 }
                 for uuid in self.order
             ],
@@ -274,6 +300,8 @@ class _Table:
             who = "in MIG mode" if self._mig(uuid) else "free"
         if strangers:
             who += ", used by " + strangers
+        if self.parent[uuid] in self.unfit:
+            who += ", not fit for service (%s)" % self.unfit[self.parent[uuid]]
         return "GPU %s %s %s %s: %s" % (self.label[uuid], uuid, self._name(uuid), _shown(self.memory[uuid]), who)
 
     def _mig(self, uuid: str) -> bool:

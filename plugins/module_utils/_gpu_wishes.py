@@ -47,8 +47,15 @@ def _find(model: str, profile: str, profiles: t.Sequence[Profile] | None) -> Mat
         raise
 
 
-def wish_of(model: NimModel, profiles: t.Sequence[Profile] | None, present: t.Sequence[str] = ()) -> Wish:
-    """What a model asks for: as many GPUs as it says, else as many as its profile needs, else one."""
+def wish_of(
+    model: NimModel, profiles: t.Sequence[Profile] | None, present: t.Sequence[str] = (), *, stays: bool = False
+) -> Wish:
+    """What a model asks for: as many GPUs as it says, else as many as its profile needs, else one.
+
+    Args:
+        present: UUIDs that its service has now.
+        stays: Whether the service serves on them.
+    """
     try:
         match = find_profile(model, profiles)
     except FleetError:
@@ -65,7 +72,7 @@ def wish_of(model: NimModel, profiles: t.Sequence[Profile] | None, present: t.Se
     if gpus is None:
         gpus = (profile.gpus if profile is not None else None) or 1
         named = str(model.profile) if profile is not None and profile.gpus else ""
-    return Wish(model.name, gpus, tuple(present), max(needs, default=None), named)
+    return Wish(model.name, gpus, tuple(present), max(needs, default=None), named, stays)
 
 
 def check_profile_of(

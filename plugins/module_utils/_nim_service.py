@@ -287,7 +287,7 @@ class NimService(Resource[HostState]):
             FleetError: ``gpus_unavailable``.
         """
         wanted = [model for model in self.models if model.state != "absent"] if models is None else models
-        return place(state.wishes(wanted), state.gpus, state.unlisted(self.models), state.topology)
+        return place(state.wishes(wanted), state.gpus, state.unlisted(self.models), state.topology, state.unfit_gpus)
 
     def _secrets(self, model: NimModel, state: HostState) -> Secrets:
         """The secrets of a model, with the key that the host has for them already."""
@@ -896,8 +896,13 @@ def _owner(mode: int, uid: int, gid: int) -> str:
 
 
 def _new_gpus(gpus: t.Sequence[str], name: str, state: HostState) -> str:
-    """``; on GPU 0, 1`` for a service that gets others than it has; empty where they stay."""
-    if sorted(gpus) == sorted(state.service(name).gpus):
+    """``; on GPU 0, 1`` for a service that gets others than it has, and why; empty where they stay."""
+    present = state.service(name).gpus
+    if sorted(gpus) == sorted(present):
         return ""
     index = {gpu.uuid: str(gpu.index) for gpu in state.gpus}
-    return "; on GPU " + ", ".join(index.get(uuid, uuid) for uuid in gpus)
+    left = ["GPU %s %s" % (index[uuid], why) for uuid, why in state.unfit_gpus.items() if uuid in present]
+    return "; on GPU %s%s" % (
+        ", ".join(index.get(uuid, uuid) for uuid in gpus),
+        ", because " + " and ".join(left) if left else "",
+    )

@@ -130,11 +130,20 @@ def check_gpu_health(model: NimModel, uuids: t.Sequence[str], leaving: t.Collect
             % (
                 model.name,
                 " ".join(verdict.sentence for verdict in refused),
-                "Other GPUs can be given to it with gpus." if any(verdict.gpu for verdict in refused) else "",
+                _way_out(model, state) if any(verdict.gpu for verdict in refused) else "",
             ),
             model=model.name,
             verdicts=[verdict.as_dict() for verdict in refused],
         )
+
+
+def _way_out(model: NimModel, state: HostState) -> str:
+    """How a model comes to other GPUs than those that are not fit for it."""
+    if model.gpus is not None and not isinstance(model.gpus, int):
+        return "Other GPUs can be given to it with gpus."
+    if state.service(model.name).uses_gpus:
+        return "It is not moved while it serves: 'systemctl stop nim-%s' lets it move to other GPUs." % model.name
+    return "No other GPU of this host is free for it."
 
 
 def unfit(model: NimModel, uuids: t.Sequence[str], state: HostState, leaving: t.Collection[str] = ()) -> list[Verdict]:

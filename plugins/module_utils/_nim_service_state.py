@@ -15,7 +15,7 @@ from ._disk_space import FileSystem, Need, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
-from ._gpu_health import KERNEL_LINES, gpu_health, needs_kernel_log
+from ._gpu_health import KERNEL_LINES, complaint, gpu_health, needs_kernel_log
 from ._gpu_loss import last_daemon_reload, lost_gpus
 from ._gpu_placement import Wish, topology_matters
 from ._gpu_topology import Topology, observe_topology
@@ -44,7 +44,7 @@ from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
 from ._nim_unit import SPEC_LABEL, says_ready
 from ._untrusted import json_object, whole_number
-from ._verdict import Verdict
+from ._verdict import REFUSED, Verdict
 
 #: Further looks, a second apart, for the container of a docker-proxy.
 PROXY_LOOKS = 3
@@ -128,6 +128,11 @@ class ServiceState:
         return self.active in ("active", "activating", "reloading", "deactivating")
 
     @property
+    def uses_gpus(self) -> bool:
+        """Whether it serves, or is about to: a move to other GPUs would take something away."""
+        return self.running or self.paused or self.downloading
+
+    @property
     def gpus(self) -> tuple[str, ...]:
         found = self.configuration.get("gpus")
         return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
@@ -197,7 +202,24 @@ class HostState:
 
     def wishes(self, models: t.Sequence[NimModel]) -> list[Wish]:
         """What models ask of the GPUs."""
-        return [wish_of(model, self.profiles(model), self.service(model.name).gpus) for model in models]
+        found = []
+        for model in models:
+            service = self.service(model.name)
+            found.append(wish_of(model, self.profiles(model), service.gpus, stays=service.uses_gpus))
+        return found
+
+    @property
+    def unfit_gpus(self) -> dict[str, str]:
+        """What is wrong with the GPUs that are not fit for service, as a clause, by UUID."""
+        ours = {uuid for service in self.services.values() if service.uses_gpus for uuid in service.gpus}
+        found: dict[str, list[str]] = {}
+        for gpu in self.gpus:
+            for verdict in self.health:
+                # That a service of ours holds it says nothing against it.
+                held = verdict.reason == "compute_mode_busy" and gpu.uuid in ours
+                if gpu.uuid and verdict.gpu == gpu.uuid and verdict.verdict == REFUSED and not held:
+                    found.setdefault(gpu.uuid, []).append(complaint(verdict, gpu))
+        return {uuid: "; it ".join(clauses) for uuid, clauses in found.items()}
 
     def profiles(self, model: NimModel) -> tuple[Profile, ...] | None:
         """Profiles of a model's image, where they are known for certain."""
@@ -273,7 +295,7 @@ def observe_services(
         devices=device_ids(inventory) if inventory else {},
     )
     # Asked only for a model that is to be placed: those that have their GPUs keep them.
-    if not topology_matters(state.wishes(wanted), state.gpus, state.unlisted(models)):
+    if not topology_matters(state.wishes(wanted), state.gpus, state.unlisted(models), state.unfit_gpus):
         return state
     return replace(state, topology=observe_topology(host))
 

@@ -46,8 +46,10 @@ options:
           - How many GPUs (a number), which (a list of indices or UUIDs; MIG devices by their UUIDs), or V(all).
           - By default as many as O(models[].profile) needs (its tp times its pp, as far as they are known), else one.
           - A model that was given GPUs by number keeps them as long as nobody names them and they have enough memory. It is
-            given whole GPUs that nobody else computes on, and of those the ones that NVLink or the same part of the machine
-            connects.
+            given whole GPUs that are fit for service and that nobody else computes on, and of those the ones that NVLink or the
+            same part of the machine connects.
+          - A model that serves on a GPU that is no longer fit stays there, with a warning; one that does not run moves to
+            another.
         type: raw
       port:
         description: TCP port on the host.

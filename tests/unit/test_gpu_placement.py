@@ -102,6 +102,7 @@ def test_too_many() -> None:
         "memory_mib": 81920,
         "held_by": ["a"],
         "used_by": [],
+        "unfit": "",
     }
 
 
@@ -357,3 +358,49 @@ def test_nobody_moves_for_a_newcomer(given_host: tuple[list[Gpu], list[Wish]], d
     placed = placement([*there[:position], newcomer, *there[position:]], gpus)
     if placed is not None:
         assert {name: placed[name] for name in first} == first
+
+
+# -- GPUs that are not fit for service ----------------------------------------------------------------
+
+SICK = {"GPU-0": "needs recovery: the driver asks for 'GPU Reset'"}
+
+
+def test_a_count_is_served_with_fit_gpus_while_there_are_some() -> None:
+    assert place([Wish("a", 1), Wish("b", 2)], FOUR, unfit=SICK) == {"a": ("GPU-3",), "b": ("GPU-1", "GPU-2")}
+    # Whoever names it gets it: the start is refused with the reason, or was allowed knowingly.
+    assert place([Wish("a", ("0",)), Wish("b", 1)], FOUR, unfit=SICK) == {"a": ("GPU-0",), "b": ("GPU-1",)}
+    # One that strangers compute on may still have the memory; one that is not fit is refused.
+    busy = [FOUR[0], *(gpu(index, processes=({"type": "C", "pid": 7},)) for index in (1, 2))]
+    assert place([Wish("a", 1)], busy, unfit=SICK) == {"a": ("GPU-1",)}
+
+
+def test_where_fit_gpus_are_too_few_the_others_come_last_and_a_model_stays_with_its_own() -> None:
+    sick = dict.fromkeys(("GPU-0", "GPU-1", "GPU-2"), "has not begun to join the NVLink fabric")
+    assert place([Wish("a", 1), Wish("b", 1)], FOUR, unfit=sick) == {"a": ("GPU-3",), "b": ("GPU-0",)}
+    assert place([Wish("a", 3, ("GPU-1", "GPU-2", "GPU-3"))], FOUR, unfit=sick)["a"] == ("GPU-1", "GPU-2", "GPU-3")
+
+
+def test_who_serves_on_a_gpu_that_is_not_fit_any_more_stays_there() -> None:
+    assert place([Wish("a", 1, ("GPU-0",), stays=True)], FOUR, unfit=SICK) == {"a": ("GPU-0",)}
+    assert place([Wish("a", 1, ("GPU-0",))], FOUR, unfit=SICK) == {"a": ("GPU-1",)}
+    assert place([Wish("a", 2, ("GPU-0", "GPU-3"))], FOUR, unfit=SICK) == {"a": ("GPU-1", "GPU-3")}
+    # Of two it gives back the one that is not fit.
+    assert place([Wish("a", 1, ("GPU-0", "GPU-3"), stays=True)], FOUR, unfit=SICK) == {"a": ("GPU-3",)}
+
+
+def test_connections_are_asked_for_of_fit_gpus_alone() -> None:
+    topology = parse_topology(matrix(4, pairs))
+    assert place([Wish("a", 2)], FOUR, topology=topology)["a"] == ("GPU-0", "GPU-3")
+    assert place([Wish("a", 2)], FOUR, topology=topology, unfit=SICK)["a"] == ("GPU-1", "GPU-2")
+    assert topology_matters([Wish("a", 2, ("GPU-0", "GPU-1"))], FOUR, unfit=SICK)
+    assert not topology_matters([Wish("a", 2, ("GPU-0", "GPU-1"), stays=True)], FOUR, unfit=SICK)
+
+
+def test_the_table_says_which_gpus_are_not_fit() -> None:
+    with pytest.raises(FleetError) as caught:
+        place([Wish("a", 5)], FOUR, unfit=SICK)
+    assert (
+        "GPU 0 GPU-0 NVIDIA H200 80.0 GiB: free, not fit for service (needs recovery: the driver asks for 'GPU Reset'); "
+        "GPU 1 GPU-1 NVIDIA H200 80.0 GiB: free;" in caught.value.message
+    )
+    assert [row["unfit"] for row in caught.value.facts["gpus"]] == [SICK["GPU-0"], "", "", ""]

@@ -21,6 +21,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import UN
 from nim_machine import (
     FIB_TRIE,
     IF_INET6,
+    ONE,
     SMI,
     ZERO,
     Machine,
@@ -398,3 +399,47 @@ def test_what_cannot_work_is_said_before_the_image_is_there(
     machine.api.put("nim-nemo")
     if reason != "gpus_unavailable":
         assert {change.action for change in machine.plan(*models)} == {"prerequisite"}
+
+
+def test_a_count_leaves_out_a_gpu_that_is_not_fit(machine: Machine) -> None:
+    in_xml(machine, {"gpu_recovery_action": "GPU Reset"})
+    machine.converge(llama(gpus=1))
+    assert machine.answer["services"][0]["gpus"] == [ONE]
+    assert machine.answer["warnings"] == []
+    error = failure(machine, llama(gpus=1), nemo(gpus=1))
+    assert error.reason == "recovery_action"
+    assert "No other GPU of this host is free for it." in error.message
+    error = failure(machine, llama(gpus=1), nemo(gpus=2))
+    assert error.reason == "gpus_unavailable"
+    assert "free, not fit for service (needs recovery: the driver asks for 'GPU Reset')" in error.message
+
+
+def test_a_model_that_serves_is_not_moved_from_a_gpu_that_is_no_longer_fit(machine: Machine) -> None:
+    machine.converge(llama(gpus=1))
+    in_xml(machine, {"gpu_recovery_action": "GPU Reset"})
+    assert machine.converge(llama(gpus=1)).changes == []
+    assert machine.answer["services"][0]["gpus"] == [ZERO]
+    assert "needs recovery" in machine.answer["warnings"][0]
+    # Not even in a restart for another cause: somebody may count on where it is.
+    error = failure(machine, llama(gpus=1, environment={"A": "1"}))
+    assert error.reason == "recovery_action"
+    assert "'systemctl stop nim-llama' lets it move to other GPUs" in error.message
+
+
+def test_a_model_that_does_not_run_moves_and_the_change_says_why(machine: Machine) -> None:
+    machine.converge(llama(gpus=1))
+    in_xml(machine, {"gpu_recovery_action": "GPU Reset"})
+    machine.stop(machine.host, ("systemctl", "stop", "nim-llama.service"))
+    (started,) = [change for change in machine.converge(llama(gpus=1)).changes if change.action == "restart"]
+    assert started.why == (
+        "the service does not run; on GPU 1, because GPU 0 needs recovery: the driver asks for 'GPU Reset'"
+    )
+    assert machine.plan(llama(gpus=1)) == []
+
+
+def test_an_exclusive_gpu_that_a_service_gives_up_is_as_good_as_another(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0]))
+    in_xml(machine, {"compute_mode": "Exclusive_Process"})
+    computes(machine, 77, "nim-llama", 9, 140000)
+    machine.converge(llama(gpus=[0], state="absent"), nemo(gpus=2))
+    assert machine.answer["services"][1]["gpus"] == [ZERO, ONE]
