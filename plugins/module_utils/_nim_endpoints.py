@@ -37,19 +37,22 @@ class HttpAnswer:
         return json_object(self.body)
 
 
+def connect(scheme: str, address: str, port: int, timeout: float) -> http.client.HTTPConnection:
+    """A connection to a service of this host, without proxies."""
+    if scheme != "https":
+        return http.client.HTTPConnection(address, port, timeout=timeout)
+    # Asked over the loopback, where the certificate's name never fits.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(address, port, timeout=timeout, context=context)
+
+
 def http_request(
     target: HealthTarget, path: str, *, body: Json | None = None, timeout: float = PROBE_TIMEOUT
 ) -> HttpAnswer | None:
     """One request to a service without proxies; None when nobody answers in HTTP within ``timeout`` seconds."""
-    connection: http.client.HTTPConnection
-    if target.scheme == "https":
-        # Health is asked over the loopback, where the certificate's name never fits.
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(target.address, target.port, timeout=timeout, context=context)
-    else:
-        connection = http.client.HTTPConnection(target.address, target.port, timeout=timeout)
+    connection = connect(target.scheme, target.address, target.port, timeout)
     try:
         if body is None:
             connection.request("GET", path)

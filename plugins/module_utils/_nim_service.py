@@ -49,7 +49,6 @@ from ._nim_service_checks import (
     unreadable_directory,
 )
 from ._nim_service_state import (
-    SILENCE,
     HostState,
     ImageState,
     ServiceState,
@@ -336,8 +335,7 @@ class NimService(Resource[HostState]):
                     why = "the container was made or changed by hand: %s" % ", ".join(other)
                     found.append((model.name, "restart", why))
                 elif service.silent:
-                    why = "it was ready and has not answered for %d seconds" % SILENCE
-                    found.append((model.name, "restart", why))
+                    found.append((model.name, "restart", service.silent))
                 elif not service.alive:
                     found.append((model.name, "start", "the unit is %s, the container goes on" % service.active))
                 elif service.lost_gpus:

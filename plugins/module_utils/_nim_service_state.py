@@ -42,14 +42,13 @@ from ._nim_paths import (
 )
 from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
-from ._nim_unit import SPEC_LABEL, says_ready
+from ._nim_silence import why_silent
+from ._nim_unit import SPEC_LABEL
 from ._untrusted import json_object, whole_number
 from ._verdict import REFUSED, Verdict
 
 #: Further looks, a second apart, for the container of a docker-proxy.
 PROXY_LOOKS = 3
-#: Seconds for which a service that was ready must be silent before it counts as hung: a busy one may be slow once.
-SILENCE = 15.0
 
 Json = t.Dict[str, t.Any]
 
@@ -86,7 +85,7 @@ class ServiceState:
         running: Whether the container runs.
         paused: Whether somebody has paused it.
         inspected: ``docker inspect`` of the container while it runs.
-        silent: Whether it was ready once and has given no answer since, however often it was asked.
+        silent: Why it has to be restarted although it runs, see :mod:`._nim_silence`; empty for most.
         spec: What the container runs, by its label; empty without a container.
         started_spec: What the wrapper is starting or running, by its own word.
         failures: Starts that failed in a row.
@@ -106,7 +105,7 @@ class ServiceState:
     running: bool = False
     paused: bool = False
     inspected: Json = field(default_factory=dict, repr=False)
-    silent: bool = False
+    silent: str = ""
     downloading: bool = False
     spec: str = ""
     started_spec: str = ""
@@ -259,6 +258,8 @@ def observe_services(
     target = units.get("nim.target", {})
     by_id = {str(entry.get("Id", "")): entry for entry in inspected}
     services = {name: _service(host, name, units.get(unit_name(name), {}), by_name, by_id) for name in sorted(names)}
+    for model in wanted:
+        services[model.name] = replace(services[model.name], silent=_silent(host, model, services[model.name]))
     endangered = _endangered(host, version, info, inspected)
     if inventory and inventory.gpus:
         for name, said in _lost_gpus(host, names, endangered, inspected).items():
@@ -272,10 +273,7 @@ def observe_services(
         gpus=inventory.gpus if inventory else (),
         gpu_problem=_gpu_problem(inventory) if inventory else "",
         maintenance=host.exists(MAINTENANCE_FILE),
-        services={
-            name: replace(service, silent=any(model.name == name and _silent(host, model, service) for model in wanted))
-            for name, service in services.items()
-        },
+        services=services,
         images=images,
         paths={path: host.stat(path) for path in (*paths, *shared)},
         files={path: host.read_text(path) for path in shared},
@@ -362,17 +360,12 @@ def _units(host: Host, names: t.Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _silent(host: Host, model: NimModel, service: ServiceState) -> bool:
-    """Whether a service that has been ready answers no more. Only the first question costs time where all is well."""
+def _silent(host: Host, model: NimModel, service: ServiceState) -> str:
+    """Why a service that has been ready serves no more. Only the first question costs time where all is well."""
     if model.state != "started" or not service.running or not service.alive or service.phase != "ready":
-        return False
-    address = str(service.configuration.get("ready_url") or "")
-    end = host.monotonic() + SILENCE
-    while address and not says_ready(address):
-        if host.monotonic() >= end:
-            return True
-        host.sleep(1.0)
-    return False
+        return ""
+    pid = whole_number((service.inspected.get("State") or {}).get("Pid"))
+    return why_silent(host, str(service.configuration.get("ready_url") or ""), pid)
 
 
 def _has_foreign_files(host: Host, model: NimModel) -> bool:

@@ -268,6 +268,8 @@ class Watch:
                 self.phase = "settling" if word.unsteady >= UNSTEADY_ENDS else "ready"
                 if self.phase == "ready":
                     return True
+            elif word.phase == "ready":
+                self.phase, self.percent = "silent", None
         elif (
             container is not None
             and container.status in ("exited", "dead")
@@ -357,7 +359,9 @@ class Watch:
             self.fail(
                 "start_timeout",
                 "is not ready after %s (%s)" % (_seconds(waited), PHASE_WORDS.get(self.phase, self.phase)),
-                "raise start_timeout if it only needs longer",
+                "if it has hung, 'systemctl restart %s' starts it anew" % self.target.unit
+                if self.phase == "silent"
+                else "raise start_timeout if it only needs longer",
             )
 
     def line(self, now: float) -> str:

@@ -158,11 +158,11 @@ class Machine:
         self.stale: set[str] = set()
         self.reloads = 0
         self.foreign: set[str] = set()
-        self.answers = True
+        self.silence = ""
         self.fails: set[str] = set()
         self.inventory = GpuInventory(pci=(PciGpu("0000:00:06.0", "2335", "Hopper", "nvidia"),), gpus=GPUS)
         monkeypatch.setattr(_nim_service_state, "observe_gpus", lambda host: self.inventory)
-        monkeypatch.setattr(_nim_service_state, "says_ready", lambda address: self.answers)
+        monkeypatch.setattr(_nim_service_state, "why_silent", lambda host, address, pid: self.silence)
 
     def show(self, host: FakeHost, argv: tuple[str, ...], *_rest: t.Any) -> str:
         blocks = []

@@ -482,3 +482,20 @@ def test_download_shows_what_the_disk_lost(world: World, nim: Nim) -> None:
     world.at(12, lambda: setattr(nim, "ready", 200))
     _outcome, lines = check(world, [{"name": "a", "port": nim.port}], slices=True)
     assert lines[0] == "a downloading the model, about 4.2 GB, 5 s of 1800 s"
+
+
+def test_one_that_was_ready_and_is_silent_is_waited_for(world: World, nim: Nim) -> None:
+    nim.ready = 504
+    world.unit("a")
+    world.box("a")
+    word(world, "ready")
+    world.at(12, lambda: setattr(nim, "ready", 200))
+    outcome, lines = check(world, [{"name": "a", "port": nim.port}], slices=True)
+    assert "a it was ready before and does not say so now: busy, or hung, 5 s of 1800 s" in lines[0]
+    assert outcome.models[0]["ready"]
+    nim.ready = 504
+    outcome, lines = check(world, [{"name": "a", "port": nim.port, "start_timeout": 30}])
+    assert outcome.failures[0][1].sentence == (
+        "NIM a is not ready after 30 s (it was ready before and does not say so now: busy, or hung); "
+        "if it has hung, 'systemctl restart nim-a.service' starts it anew."
+    )

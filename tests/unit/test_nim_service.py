@@ -597,19 +597,17 @@ def test_a_container_of_somebody_in_the_place_of_a_stopped_service_is_stopped_fi
     assert machine.plan(llama(stop_timeout=7)) == []
 
 
-def test_a_service_that_has_fallen_silent_is_restarted(machine: Machine) -> None:
+def test_a_service_that_serves_no_more_is_restarted(machine: Machine) -> None:
     machine.converge(llama(), nemo())
     spec = json.loads(machine.host.files["/run/nim/llama.json"])["spec"]
-    machine.answers = False
+    machine.silence = "it was ready, and nobody has listened on its port for 15 seconds"
     # It has not been ready yet: that is for nim_health to wait for.
     assert machine.plan(llama(), nemo()) == []
     machine.host.files["/run/nim/llama.json"] = json.dumps({"spec": spec, "phase": "ready"}).encode()
-    before = machine.host.clock
     (change,) = machine.plan(llama(), nemo())
     assert (change.what, change.disruption) == ("nim-llama.service", Disruption.RESTART_NIM)
-    assert "has not answered for 15 seconds" in change.why
-    assert machine.host.clock - before >= 15
-    machine.answers = True
+    assert change.why == machine.silence
+    machine.silence = ""
     assert machine.plan(llama(), nemo()) == []
 
 
