@@ -143,6 +143,15 @@ def given_gpus(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[Gpu]:
     return found
 
 
+def named_gpu(name: str, gpus: t.Sequence[Gpu]) -> Gpu | None:
+    """The GPU of an index or UUID, or that a MIG device is part of; None where there is none."""
+    for gpu in gpus:
+        names = (gpu.index, gpu.uuid, *(device.get("uuid") for device in gpu.mig_devices))
+        if name.lower() in (str(known).lower() for known in names):
+            return gpu
+    return None
+
+
 def device_ids(inventory: GpuInventory) -> dict[str, str]:
     """PCI device id (four hexadecimal digits) by PCI address."""
     return {gpu.bdf: gpu.device_id for gpu in inventory.pci}

@@ -30,6 +30,7 @@ from ._nvidia_driver_planner import DriverPlanner
 from ._options import CHAIN
 from ._registry import RegistryClient
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst
+from ._wanted_images import gpus_of
 
 Options = t.Mapping[str, t.Any]
 
@@ -247,7 +248,9 @@ class _Preflight:
             if not wanted.check_requirement or requirements_off(self.host):
                 continue
             try:
-                resource.check_requirement(environment, inventory, name, expected)
+                resource.check_requirement(
+                    environment, inventory, name, gpus_of(self.host, wanted.users, inventory.gpus), expected
+                )
             except FleetError as error:
                 self.found.append(refusal("requirement", error, name))
                 continue

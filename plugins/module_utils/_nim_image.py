@@ -20,7 +20,7 @@ from ._docker_registries import daemon_proxies, insecure_registry, with_daemon_o
 from ._dockerd import version_tuple
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
-from ._gpu import GpuInventory, observe_gpus
+from ._gpu import Gpu, GpuInventory, observe_gpus
 from ._gpu_wishes import check_named_profile, device_ids
 from ._host import Host
 from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress
@@ -35,7 +35,7 @@ from ._registry_image import RegistryImage, image_architecture
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
 from ._resource import Change, Resource
-from ._wanted_images import WantedImage
+from ._wanted_images import WantedImage, gpus_of
 
 _TOOLKIT_CONFIGURATION = "/etc/nvidia-container-runtime/config.toml"
 
@@ -137,12 +137,13 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         for wanted in self.wanted:
             if not wanted.check_requirement:
                 required.pop(str(wanted.reference), None)
+        users = {str(wanted.reference): wanted.users for wanted in self.wanted}
         if requirements_off(host):
             required.clear()
         named = [task for task in tasks if task.wanted.profiles]
         inventory = observe_gpus(host) if required or named else GpuInventory()
         for name, environment in required.items():
-            self.check_requirement(environment, inventory, name)
+            self.check_requirement(environment, inventory, name, gpus_of(host, users[name], inventory.gpus))
         for task in named:
             self.check_profiles(host, task, inventory)
         check_space(file_systems(host, self.space_needs(host, tasks)))
@@ -202,9 +203,13 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         environment: t.Mapping[str, str],
         inventory: GpuInventory,
         name: str,
+        gpus: t.Sequence[Gpu],
         expected: t.Optional[ExpectedDriver] = None,
     ) -> None:
         """Compare what the image requires with the loaded driver, or with the one that is expected in its place.
+
+        Args:
+            gpus: Those that its containers will see, see :func:`._wanted_images.gpus_of`.
 
         Raises:
             FleetError: ``requirement``, ``invalid_requirement``.
@@ -216,12 +221,12 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         # nvidia-smi may be missing while the module is loaded; the branch tells as much.
         cuda = cuda or (cuda_of_branch(branch_of_version(driver)) if driver else None)
         # nvidia-smi -q does not print the compute capability, and unknown counts as fulfilled.
-        gpus = [(gpu.brand, None) for gpu in inventory.gpus]
+        kinds = [(gpu.brand, None) for gpu in gpus]
         verdict = evaluate(
             environment,
             driver or None,
             cuda,
-            gpus,
+            kinds,
             architectures=[gpu.architecture for gpu in inventory.gpus or inventory.pci],
             image=name,
             host_name=self.host_name,

@@ -133,6 +133,7 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
                 "model": {"type": "str"},
                 "profile": {"type": "str"},
                 "gpus": {"type": "int"},
+                "gpu_names": {"type": "list", "elements": "str"},
                 "lora": {"type": "bool", "default": False},
             },
         },

@@ -10,9 +10,13 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._gpu import Gpu
+from ._gpu_wishes import named_gpu
+from ._host import Host
 from ._image_reference import ImageReference
 from ._nim_family import needs_download
 from ._nim_models import parse_models, parse_size
+from ._nim_process_state import wanted_gpus
 from ._requirements import GO_TRUE
 
 
@@ -32,6 +36,21 @@ class WantedProfile:
 
 
 @dataclass(frozen=True)
+class ImageUser:
+    """A model that will run an image.
+
+    Attributes:
+        model: Its name; empty where it is not told.
+        gpus: How many GPUs it gets; None = as many as its profile needs, or all.
+        named: Those that it names, by index or UUID.
+    """
+
+    model: str = ""
+    gpus: t.Optional[int] = None
+    named: t.Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class WantedImage:
     """One entry of the list of images.
 
@@ -42,6 +61,7 @@ class WantedImage:
             stands for Docker's disk.
         check_requirement: Whether the image's NVIDIA_REQUIRE_* must be met by the driver.
         profiles: What the models that name a profile want of it.
+        users: Who will run it with what is required of the driver and the GPUs.
     """
 
     reference: ImageReference
@@ -49,6 +69,7 @@ class WantedImage:
     spaces: t.Tuple[t.Tuple[str, int], ...] = ()
     check_requirement: bool = True
     profiles: t.Tuple[WantedProfile, ...] = ()
+    users: t.Tuple[ImageUser, ...] = ()
 
 
 def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
@@ -94,7 +115,11 @@ def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
             name = str(entry.get("model") or reference)
             wish = WantedProfile(name, str(entry["profile"]), entry.get("gpus"), bool(entry.get("lora")))
             profiles += (wish,)
-        found[str(reference)] = WantedImage(reference, state, spaces, insists, profiles)
+        users = known.users if known else ()
+        if entry.get("check_requirement") is not False:
+            gpu_names = tuple(str(gpu) for gpu in entry.get("gpu_names") or [])
+            users += (ImageUser(str(entry.get("model") or ""), entry.get("gpus"), gpu_names),)
+        found[str(reference)] = WantedImage(reference, state, spaces, insists, profiles, users)
     return list(found.values())
 
 
@@ -110,6 +135,7 @@ def wanted_images(raw: t.Any, variable: str = "nim_models") -> t.List[t.Dict[str
             continue
         image: t.Dict[str, t.Any] = {
             "image": model.image,
+            "model": model.name,
             "cache_directory": model.cache_directory,
             # As libnvidia-container reads it, by Go's ParseBool.
             "check_requirement": model.environment.get("NVIDIA_DISABLE_REQUIRE") not in GO_TRUE,
@@ -117,8 +143,22 @@ def wanted_images(raw: t.Any, variable: str = "nim_models") -> t.List[t.Dict[str
         if entry.get("disk_space"):
             image["disk_space"] = entry["disk_space"]
         if model.profile and model.profile != "default" and needs_download(model):
-            image.update(model=model.name, profile=model.profile, lora=model.lora_directory is not None)
-            if isinstance(model.gpus, (int, tuple)):
-                image["gpus"] = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
+            image.update(profile=model.profile, lora=model.lora_directory is not None)
+        if isinstance(model.gpus, (int, tuple)):
+            image["gpus"] = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
+        if isinstance(model.gpus, tuple):
+            image["gpu_names"] = list(model.gpus)
         images.append(image)
     return images
+
+
+def gpus_of(host: Host, users: t.Sequence[ImageUser], gpus: t.Sequence[Gpu]) -> t.List[Gpu]:
+    """GPUs that the models which run an image name or have; all of the host where that is not known of one of them."""
+    found: t.Dict[str, Gpu] = {}
+    for user in users:
+        names = user.named or (wanted_gpus(host, user.model) if user.model else ())
+        seen = [gpu for gpu in (named_gpu(name, gpus) for name in names) if gpu is not None]
+        if not names or len(seen) != len(names) or user.gpus not in (None, len(names)):
+            return list(gpus)
+        found.update((gpu.uuid, gpu) for gpu in seen)
+    return list(found.values()) or list(gpus)

@@ -72,11 +72,18 @@ options:
           - Where the manifest cannot be had without the pull, nothing is refused for it.
         type: str
       model:
-        description: Name of that service, for messages.
+        description:
+          - Name of the service that will run the image.
+          - What C(NVIDIA_REQUIRE_CUDA) says of the GPUs is judged by those that the service has or names; by all of the host
+            where it is not known which it will get.
         type: str
       gpus:
         description: How many GPUs that service will get; by default as many as O(images[].profile) needs.
         type: int
+      gpu_names:
+        description: The GPUs that service names, by index or UUID.
+        type: list
+        elements: str
       lora:
         description: Whether that service has LoRA adapters.
         type: bool

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import typing as t
 
@@ -228,6 +229,34 @@ def test_the_driver_is_too_old(world: ImageWorld, monkeypatch: pytest.MonkeyPatc
     assert error.reason == "requirement"
     assert error.facts["smallest_branch"] == "555"
     assert "needs a driver of branch 555 or newer; gpu01 runs 535.183.01" in error.message
+
+
+def test_conditions_on_the_gpu_are_those_of_the_gpus_that_the_models_get(
+    world: ImageWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tesla = dataclasses.replace(_gpu("Tesla"), index=1, uuid="GPU-2", mig_devices=({"uuid": "MIG-2"},))
+    mixed = GpuInventory(
+        driver=LoadedDriver("580.95.05", "open", True), cuda_version="13.0", gpus=(_gpu("GeForce"), tesla)
+    )
+    monkeypatch.setattr(_nim_image, "observe_gpus", lambda host: mixed)
+    world.docker.add(LLAMA)
+    world.docker.images[LLAMA]["Config"] = {"Env": ["NVIDIA_REQUIRE_CUDA=brand=tesla,cuda>=12.5"]}
+
+    def passes(*users: dict[str, t.Any]) -> bool:
+        changes = forecast(world.host, world.images([dict(user, image=LLAMA) for user in users]))
+        return not changes.blocked
+
+    for names in (["1"], ["gpu-2"], ["MIG-2"]):
+        assert passes({"model": "a", "gpus": 1, "gpu_names": names})
+    assert not passes({"model": "a", "gpus": 1, "gpu_names": ["0"]})
+    # Which one it will get is not known, nor whether it keeps what it has when it wants another number.
+    assert not passes({"model": "a", "gpus": 1}) and not passes({})
+    world.host.files["/etc/nim/a.json"] = b'{"gpus": ["GPU-2"]}'
+    assert passes({"model": "a", "gpus": 1}) and passes({"model": "a"})
+    assert not passes({"model": "a", "gpus": 2})
+    # One that does without the requirement does not count; another one that wants it does.
+    assert passes({"model": "a"}, {"model": "b", "gpus": 1, "gpu_names": ["0"], "check_requirement": False})
+    assert not passes({"model": "a"}, {"model": "b", "gpus": 1, "gpu_names": ["0"]})
 
 
 def test_what_is_on_the_host_already_must_run_on_the_driver_too(

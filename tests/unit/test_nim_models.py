@@ -290,14 +290,28 @@ def test_images_that_the_models_need() -> None:
     models = [
         {"name": "a", "image": image, "gpus": 1, "disk_space": "20GB"},
         {"name": "b", "image": image, "gpus": 1, "port": 8001, "cache_directory": "/srv/b", "state": "stopped"},
-        {"name": "c", "image": image, "gpus": 1, "port": 8002, "environment": {"NVIDIA_DISABLE_REQUIRE": "true"}},
+        {"name": "c", "image": image, "gpus": [1, 3], "port": 8002, "environment": {"NVIDIA_DISABLE_REQUIRE": "true"}},
         {"name": "d", "image": image, "gpus": 1, "port": 8003, "state": "absent"},
     ]
     cache = "/var/lib/nim/cache/"
     assert wanted_images(models) == [
-        {"image": image, "cache_directory": cache + "a", "check_requirement": True, "disk_space": "20GB"},
-        {"image": image, "cache_directory": "/srv/b", "check_requirement": True},
-        {"image": image, "cache_directory": cache + "c", "check_requirement": False},
+        {
+            "image": image,
+            "model": "a",
+            "gpus": 1,
+            "cache_directory": cache + "a",
+            "check_requirement": True,
+            "disk_space": "20GB",
+        },
+        {"image": image, "model": "b", "gpus": 1, "cache_directory": "/srv/b", "check_requirement": True},
+        {
+            "image": image,
+            "model": "c",
+            "gpus": 2,
+            "gpu_names": ["1", "3"],
+            "cache_directory": cache + "c",
+            "check_requirement": False,
+        },
     ]
     assert wanted_images(None) == []
     with pytest.raises(FleetError, match=r"nim_models\[0\]\.port = 0"):

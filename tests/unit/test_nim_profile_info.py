@@ -258,12 +258,10 @@ def test_what_models_want_of_their_images() -> None:
         dict(base, name="d", port=3, profile=B, weights_directory="/srv/w"),
         dict(base, name="e", port=4),
     ]
-    found = [
-        {key: one[key] for key in ("model", "profile", "gpus", "lora") if key in one} for one in wanted_images(models)
-    ]
+    found = [{key: one[key] for key in ("profile", "gpus", "lora") if key in one} for one in wanted_images(models)]
     assert found == [
-        {"model": "a", "profile": B, "lora": True},
-        {"model": "b", "profile": B, "lora": False, "gpus": 2},
+        {"profile": B, "lora": True},
+        {"profile": B, "lora": False, "gpus": 2},
         {},
         {},
         {},
