@@ -2,13 +2,67 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""How a host's Docker daemon reaches registries: with TLS or without, through which proxies; from ``docker info``."""
+"""How a host reaches registries: as its Docker daemon does, with TLS or without, through which proxies.
+
+Whoever asks a registry about something, asks through :class:`Registries`; otherwise an answer would say nothing about what
+a pull will meet.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import typing as t
+
+from ._docker_api import DockerApi
+from ._errors import FleetError
+from ._registry import RegistryClient
+
+
+class Registries:
+    """Registries as this host's Docker would ask them.
+
+    Args:
+        daemon_options: Keys of daemon.json that the daemon will obey, whatever it says of itself now.
+    """
+
+    def __init__(
+        self,
+        api: DockerApi,
+        daemon_options: t.Optional[t.Mapping[str, t.Any]] = None,
+        client: t.Callable[..., RegistryClient] = RegistryClient,
+    ) -> None:
+        self._api = api
+        self._daemon_options = daemon_options or {}
+        self._client = client
+        self._info: t.Optional[t.Dict[str, t.Any]] = None
+
+    def docker_info(self) -> t.Dict[str, t.Any]:
+        """What Docker says of itself.
+
+        Raises:
+            FleetError: ``docker_unavailable``, ``docker_error``.
+        """
+        if self._info is None:
+            self._info = self._api.info()
+        return self._info
+
+    def engine(self) -> t.Mapping[str, t.Any]:
+        """The same with the options that it is to get, and without complaint where there is no daemon yet."""
+        try:
+            info = self.docker_info()
+        except FleetError:
+            # Registries can be asked all the same, with the proxies of our own environment.
+            info = {}
+        return with_daemon_options(info, self._daemon_options)
+
+    def client(self, registry: str, credentials: t.Optional[t.Tuple[str, str]]) -> RegistryClient:
+        """Who asks a registry with a login or with none."""
+        user, password = credentials or ("", "")
+        info = self.engine()
+        return self._client(
+            registry, user, password, insecure=insecure_registry(info, registry), proxies=daemon_proxies(info)
+        )
 
 
 def with_daemon_options(info: t.Mapping[str, t.Any], options: t.Mapping[str, t.Any]) -> t.Mapping[str, t.Any]:

@@ -35,7 +35,8 @@ from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
 from ._own_signatures import parse_signatures
 from ._resource import Change, Disruption, Planner
-from ._systemd import LookedAtOnce, UnitTable, unit_properties
+from ._sleeping_docker import SleepingDocker, sleeps
+from ._systemd import LookedAtOnce, UnitTable
 
 Options = t.Mapping[str, t.Any]
 S = t.TypeVar("S")
@@ -136,24 +137,6 @@ class DockerLook(DockerApi):
 
     def forget(self) -> None:
         self._answers.clear()
-
-
-class SleepingDocker(DockerApi):
-    """A daemon that is stopped while its socket is open: asking it would start it, and a plan changes nothing."""
-
-    def get(self, path: str, parameters: t.Mapping[str, str] | None = None) -> t.Any:
-        raise FleetError(
-            "docker_unavailable",
-            "Asking Docker for %s was left, because docker.service is stopped and docker.socket would start it; start it "
-            "with 'systemctl start docker'." % path,
-        )
-
-
-def sleeps(host: Host) -> bool:
-    def state(unit: str) -> str:
-        return unit_properties(host, unit, "ActiveState").get("ActiveState", "")
-
-    return state("docker.service") in ("inactive", "failed") and state("docker.socket") == "active"
 
 
 @dataclass(frozen=True)

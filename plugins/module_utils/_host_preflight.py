@@ -20,7 +20,7 @@ from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import KERNEL_LINES, gpu_health
 from ._host import Host
-from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, SleepingDocker, plan_host, sleeps
+from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, plan_host
 from ._kernel_log import read_kernel_log
 from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
@@ -29,6 +29,7 @@ from ._nim_service import ENFORCE, WARN, NimService
 from ._nvidia_driver_planner import DriverPlanner
 from ._options import CHAIN
 from ._registry import RegistryClient
+from ._sleeping_docker import SleepingDocker, sleeps
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst
 from ._wanted_images import gpus_of
 
@@ -182,13 +183,17 @@ class _Preflight:
 
     def _login(self, options: Options) -> None:
         """Whether the registry takes the key that would be stored; one that is stored already is proved by the images."""
-        login = NgcLogin(**options, client=self.client)
+        login = NgcLogin(**options, client=self.client, api=self.api, daemon_options=self._daemon_options())
         if not login.key:
             return
         self.login = login
         login.precheck(self.host)
         if login.checked:
             self.found.append(Verdict("key", OK, "%s accepts the key." % login.registry))
+
+    def _daemon_options(self) -> t.Mapping[str, t.Any] | None:
+        """Keys of daemon.json that the daemon will obey by the time it is asked for images."""
+        return (self.wanted.get("docker_daemon") or {}).get("options")
 
     # -- GPUs -----------------------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ class _Preflight:
             client=self.client,
             host_name=name or "this host",
             logins=self._logins(options),
-            daemon_options=(self.wanted.get("docker_daemon") or {}).get("options"),
+            daemon_options=self._daemon_options(),
         )
         expected = self._expected_driver(inventory)
         unknown = inventory.driver is None and expected is None

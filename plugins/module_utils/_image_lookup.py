@@ -59,7 +59,7 @@ def look_up(
     wanted = resource.wanted[0].reference
     reference = wanted.rewritten(resource.mirrors)
     credentials = resource.credentials(host, reference.registry)
-    registry = resource.client_with(reference.registry, credentials)
+    registry = resource.registries.client(reference.registry, credentials)
     found = registry.resolve(reference, architecture or image_architecture(host.machine()))
     sizes = registry.compressed_sizes(reference) or {found.architecture: found.compressed_size}
     return {
@@ -83,7 +83,7 @@ def look_up(
 def _public(resource: NimImages, reference: ImageReference, architecture: str) -> t.Optional[bool]:
     """Whether the registry hands the image out without a key too; None when it does not say."""
     try:
-        resource.client_with(reference.registry, None).resolve(reference, architecture)
+        resource.registries.client(reference.registry, None).resolve(reference, architecture)
     except FleetError as error:
         # What one is told without a key about a repository that is there: that it wants one.
         return False if error.reason in ("no_key", "no_entitlement", "no_such_repository") else None

@@ -9,32 +9,44 @@ from __future__ import annotations
 import json
 import typing as t
 
+from ._docker_api import DockerApi
 from ._docker_config import DockerConfig, encode_basic
+from ._docker_registries import Registries
 from ._errors import FleetError
 from ._host import Host
 from ._ngc_login_planner import VALIDATE_ALWAYS, VALIDATE_NEVER, VALIDATE_ON_CHANGE, LoginPlanner
 from ._registry import RegistryClient
 from ._resource import Change, Resource
+from ._sleeping_docker import look_at_docker
 
 
 class NgcLogin(LoginPlanner, Resource[DockerConfig]):
-    """One registry's credentials in one user's Docker configuration."""
+    """One registry's credentials in one user's Docker configuration.
+
+    Args:
+        api: Docker of the host, which is asked how it reaches the registry.
+        daemon_options: See :class:`._docker_registries.Registries`.
+    """
 
     def __init__(
         self,
         api_key: t.Optional[str],
         *,
         client: t.Callable[..., RegistryClient] = RegistryClient,
+        api: t.Optional[DockerApi] = None,
+        daemon_options: t.Optional[t.Mapping[str, t.Any]] = None,
         **options: t.Any,
     ) -> None:
         super().__init__(api_key, **options)
         self._client = client
+        self._api = api
+        self._daemon_options = daemon_options
         self.checked = False
 
     def apply(self, host: Host, change: Change) -> None:
         if change.action in ("store", "erase"):
             if change.action == "store" and self.validate != VALIDATE_NEVER:
-                self.check_registry()
+                self.check_registry(host)
             state = self.observe(host)
             if not self.plan(state):
                 return
@@ -68,17 +80,19 @@ class NgcLogin(LoginPlanner, Resource[DockerConfig]):
             self.validate == VALIDATE_ON_CHANGE
             and any(change.action == "store" for change in self.plan(self.observe(host)))
         ):
-            self.check_registry()
+            self.check_registry(host)
 
-    def check_registry(self) -> None:
-        """Ask the registry once whether it takes the key, and whether the key may pull what it is needed for.
+    def check_registry(self, host: Host) -> None:
+        """Ask the registry once, as this host's Docker would, whether it takes the key, and whether the key may pull what it
+        is needed for.
 
         Raises:
             FleetError: As :meth:`._registry.RegistryClient.check_credentials`.
         """
         if not self.key or self.checked:
             return
-        client = self._client(self.registry, self.username, self.key)
+        registries = Registries(self._api or look_at_docker(host), self._daemon_options, self._client)
+        client = registries.client(self.registry, (self.username, self.key))
         try:
             client.check_credentials(self.check_reference)
         except FleetError as error:

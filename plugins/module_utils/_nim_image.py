@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ._background import Jobs, Report
 from ._disk_space import Need, amount, check_space, file_systems, used_bytes
 from ._docker_config import stored_credentials
-from ._docker_registries import daemon_proxies, insecure_registry, with_daemon_options
+from ._docker_registries import Registries
 from ._dockerd import version_tuple
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
@@ -98,12 +98,10 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         super().__init__(images, **options)
         self.host_name = host_name
         self.jobs = jobs or Jobs()
-        self._client = client
+        self.registries = Registries(self.api, daemon_options, client)
         self._puller = puller
         self._record_lock = record_lock
         self._logins = logins or {}
-        self._daemon_options = daemon_options or {}
-        self._info: t.Optional[t.Dict[str, t.Any]] = None
 
     def at_registry(self, host: Host, source: ImageReference) -> t.Optional[RegistryImage]:
         return self.resolve(host, source)
@@ -122,13 +120,13 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         pulls = [change for change in changes if change.action == "pull"]
         if pulls:
             # Without a daemon nothing is pulled.
-            self._docker_info()
+            self.registries.docker_info()
         #: What an image requires, by its name.
         required: t.Dict[str, t.Mapping[str, str]] = {}
         for change in changes:
             if change.action == "pin":
                 local, wanted = change.data["image"].local, change.data["image"].wanted.reference
-                self._check_age(self._engine(), family_of_image(local or {}, wanted.tag), wanted)
+                self._check_age(self.registries.engine(), family_of_image(local or {}, wanted.tag), wanted)
                 required[str(wanted)] = environment_of(local)
         for change in pulls:
             task = self.find(host, change)
@@ -156,7 +154,7 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
             FleetError: Reasons of the registry client; ``engine_cannot_pull``, ``engine_too_old``.
         """
         image: ImageState = change.data["image"]
-        self._check_engine(self._engine(), change.data["reference"])
+        self._check_engine(self.registries.engine(), change.data["reference"])
         try:
             found = image.newer or self.resolve(host, change.data["reference"])
         except FleetError as error:
@@ -169,7 +167,9 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 **error.facts,
             ) from None
         reference = image.wanted.reference
-        self._check_age(self._engine(), detect_family(found.labels, found.environment, reference.tag), reference)
+        self._check_age(
+            self.registries.engine(), detect_family(found.labels, found.environment, reference.tag), reference
+        )
         return PullTask(image.wanted, image.source, found)
 
     def check_profiles(self, host: Host, task: PullTask, inventory: GpuInventory) -> None:
@@ -262,7 +262,7 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
 
     def space_needs(self, host: Host, tasks: t.Sequence[PullTask]) -> t.List[Need]:
         """What pulls, and the models of the pulled images, will take on the disk."""
-        docker_root = str(self._engine().get("DockerRootDir") or "/var/lib/docker")
+        docker_root = str(self.registries.engine().get("DockerRootDir") or "/var/lib/docker")
         needs = []
         for task in tasks:
             size = task.found.compressed_size
@@ -272,19 +272,6 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 missing = max(0, wanted - used_bytes(host, directory))
                 needs.append(Need(directory or docker_root, missing, "model of %s" % task.wanted.reference))
         return needs
-
-    def _engine(self) -> t.Mapping[str, t.Any]:
-        """What Docker says of itself, and nothing where there is no daemon yet; with the options that it is to get."""
-        try:
-            info = self._docker_info()
-        except FleetError:
-            info = {}
-        return with_daemon_options(info, self._daemon_options)
-
-    def _docker_info(self) -> t.Dict[str, t.Any]:
-        if self._info is None:
-            self._info = self.api.info()
-        return self._info
 
     def credentials(self, host: Host, registry: str) -> t.Optional[t.Tuple[str, str]]:
         """The key that was given is for NGC alone; every other registry gets what is stored for it."""
@@ -302,16 +289,7 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
 
     def client(self, host: Host, registry: str) -> RegistryClient:
         """Who asks a registry as this host's Docker would: same login, same proxies, same trust."""
-        return self.client_with(registry, self.credentials(host, registry))
-
-    def client_with(self, registry: str, credentials: t.Optional[t.Tuple[str, str]]) -> RegistryClient:
-        """The same with another login, or with none."""
-        user, password = credentials or ("", "")
-        # Without a daemon the registry can still be asked, with the proxies of our own environment.
-        info = self._engine()
-        return self._client(
-            registry, user, password, insecure=insecure_registry(info, registry), proxies=daemon_proxies(info)
-        )
+        return self.registries.client(registry, self.credentials(host, registry))
 
     # -- apply ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ description:
   - Stores the credentials for one registry, by default NVIDIA's C(nvcr.io), in the Docker configuration of a user of the host.
   - Only the entry of that registry is touched. A configuration that cannot be parsed is an error and is left as it is.
   - A new key is checked against the registry before anything is changed; when nothing changes, the registry is not contacted.
+    The registry is asked as the host's Docker daemon would ask it (proxies, insecure registries).
   - Without a key nothing is done, since many images are public.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes

@@ -11,6 +11,7 @@ import typing as t
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_api
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_config import stored_credentials
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
@@ -37,8 +38,11 @@ class FakeRegistry:
     refuse: t.ClassVar[str] = ""
     asked: t.ClassVar[list[tuple[str, ...]]] = []
 
-    def __init__(self, registry: str, username: str, password: str) -> None:
+    options: t.ClassVar[dict[str, t.Any]] = {}
+
+    def __init__(self, registry: str, username: str, password: str, **options: t.Any) -> None:
         self.who = (registry, username, password)
+        FakeRegistry.options = options
 
     def check_credentials(self, reference: ImageReference | None = None) -> None:
         self.asked.append((*self.who, str(reference or "")))
@@ -431,3 +435,45 @@ def test_module_without_a_key(
     assert bad["msg"] == (
         "api_key = (not shown): there is a line break in the key; store it without one (printf %s instead of echo)."
     )
+
+
+# -- as this host's Docker would ask ------------------------------------------------------------------
+
+
+class Engine:
+    """Docker that says how it reaches registries."""
+
+    def __init__(self, **info: t.Any) -> None:
+        self.answer = info
+
+    def info(self) -> dict[str, t.Any]:
+        return self.answer
+
+
+def test_the_key_is_checked_through_the_proxies_of_the_daemon(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    engine = Engine(HttpsProxy="http://proxy.example:3128", NoProxy="localhost")
+    _login(api=engine).precheck(host)
+    assert FakeRegistry.options["proxies"] == {"https": "http://proxy.example:3128", "no": "localhost"}
+    assert FakeRegistry.options["insecure"] is None
+    # What the daemon is to be told counts more than what it was told.
+    _login(api=engine, daemon_options={"proxies": {"https-proxy": "http://new.example:3128"}}).precheck(host)
+    assert FakeRegistry.options["proxies"]["https"] == "http://new.example:3128"
+
+
+def test_a_registry_without_tls_is_asked_as_the_daemon_may(host: FakeHost) -> None:
+    engine = Engine(RegistryConfig={"IndexConfigs": {"mirror.example:5000": {"Secure": False}}})
+    _run(host, "password", registry="mirror.example:5000", username="me", api=engine)
+    assert FakeRegistry.options["insecure"] is True
+
+
+def test_a_daemon_that_is_stopped_is_not_woken(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_arguments: t.Any) -> None:
+        raise AssertionError("that would start it")
+
+    monkeypatch.setattr(_docker_api.DockerApi, "get", asked)
+    host.commands["systemctl show * docker.service"] = "ActiveState=inactive\n"
+    host.commands["systemctl show * docker.socket"] = "ActiveState=active\n"
+    _login().precheck(host)
+    assert FakeRegistry.asked
