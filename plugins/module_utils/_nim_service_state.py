@@ -47,6 +47,9 @@ from ._nim_unit import SPEC_LABEL
 from ._untrusted import json_object, whole_number
 from ._verdict import REFUSED, Verdict
 
+#: Name of the resource that its changes carry.
+RESOURCE = "nim_service"
+
 #: Further looks, a second apart, for the container of a docker-proxy.
 PROXY_LOOKS = 3
 
