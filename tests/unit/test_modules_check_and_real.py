@@ -234,7 +234,7 @@ def ngc_login(bench: Bench) -> Case:
     host.dirs.add("/root")
 
     class Registry:
-        def __init__(self, registry: str, username: str, password: str) -> None:
+        def __init__(self, registry: str, username: str, password: str, **options: t.Any) -> None:
             self.key = password
 
         def check_credentials(self, reference: t.Any = None) -> None:
