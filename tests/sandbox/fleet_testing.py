@@ -443,10 +443,10 @@ class Fleet:
     def site(self, *options: str, **arguments: Any) -> Run:
         return self.play("site", *options, **arguments)
 
-    def nim(self, inventory: Json | None = None, host: str = "", **arguments: Any) -> Run:
+    def nim(self, inventory: Json | None = None, host: str = "", options: Sequence[str] = (), **arguments: Any) -> Run:
         """Only the services, of one host or all: what an operator runs after editing nim_models."""
-        options = ["--tags", "nim"] + (["--limit", self.host(host).name] if host else [])
-        return self.site(*options, inventory=inventory, **arguments)
+        limit = ["--limit", self.host(host).name] if host else []
+        return self.site("--tags", "nim", *limit, *options, inventory=inventory, **arguments)
 
 
 def kill_tree(pid: int) -> None:

@@ -422,16 +422,6 @@ def test_module_role_and_models_say_the_same() -> None:
             assert option == expected, name
 
 
-def test_role_defaults_are_all_documented() -> None:
-    defaults = yaml.safe_load((ROOT / "roles/nim/defaults/main.yml").read_text())
-    role = yaml.safe_load((ROOT / "roles/nim/meta/argument_specs.yml").read_text())
-    options = role["argument_specs"]["main"]["options"]
-    assert set(defaults) == set(options)
-    for name, option in options.items():
-        if "default" in option:
-            assert option["default"] == defaults[name], name
-
-
 def module_run(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], check: bool, **options: t.Any
 ) -> dict[str, t.Any]:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import http.client
 import json
+import re
 import time
 
 from control import World
@@ -165,6 +166,36 @@ def test_a_gpu_in_use_is_taken_from_nobody() -> None:
     BUSY.run("systemctl stop nim-llama")
     FLEET.site("--limit", BUSY.name, inventory=wanted(BUSY, nvidia_driver_branch="580"))
     assert loaded(BUSY) == "580.95.05" and BUSY.boot_id() == boot
+    assert BUSY.complete(8000)[0] == 200
+
+
+# -- branches with their number in the names of their packages, and without it ------------------------
+
+
+def test_to_a_branch_without_a_number_in_its_names_and_back() -> None:
+    options = ("--limit", BUSY.name, "--tags", "nvidia_driver")
+    boot = BUSY.boot_id()
+    BUSY.run("systemctl stop nim-llama")
+    try:
+        FLEET.site(*options, inventory=wanted(BUSY, nvidia_driver_branch="590"))
+        assert loaded(BUSY) == "590.44.01" and BUSY.boot_id() == boot
+        present = packages(BUSY)
+        assert re.search(r"(?m)^nvidia-driver-pinning-590 \S+ hi", present), present
+        assert re.search(r"(?m)^nvidia-open 590\.44\.01\S* hi", present), present
+        assert not re.search(r"(?m)^\S*nvidia\S*-580\S* \S+ .i", present), present
+        # Branch 595 is in the same repository under the same names.
+        assert "595.45.04" in BUSY.run("apt-cache madison nvidia-open")
+        upgrade = BUSY.run("apt-get -s -q --ignore-hold dist-upgrade")
+        assert "595.45.04" not in upgrade and not re.search(r"(?m)^Inst \S*nvidia-(open|driver|dkms)", upgrade), upgrade
+        assert FLEET.site(*options, inventory=wanted(BUSY, nvidia_driver_branch="590")).changed() == []
+
+        FLEET.site(*options, inventory=wanted(BUSY, nvidia_driver_branch="595"))
+        assert loaded(BUSY) == "595.45.04"
+        assert "nvidia-driver-pinning-590" not in packages(BUSY)
+    finally:
+        FLEET.site("--limit", BUSY.name, inventory=wanted(BUSY, nvidia_driver_branch="580"))
+    assert loaded(BUSY) == "580.95.05" and BUSY.boot_id() == boot
+    assert "nvidia-driver-pinning" not in packages(BUSY)
     assert BUSY.complete(8000)[0] == 200
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -97,10 +98,48 @@ def test_names_length_and_engine_arguments() -> None:
     assert ONE.identity("mistral")["mistral"] == before["mistral"]
 
 
+def test_network_of_the_host_another_user_and_a_gpu_by_its_uuid() -> None:
+    before, uuids = ONE.identity(), ONE.gpus_inside("llama")
+    cache = "/srv/models/llama"
+    changed = FLEET.changed(
+        "gpu01",
+        "llama",
+        network_mode="host",
+        port=8010,
+        user="2000:2001",
+        gpus=uuids,
+        shm_size="1GB",
+        ulimits={"nofile": "1024:2048"},
+        cache_directory=cache,
+    )
+    run = FLEET.nim(changed, "gpu01")
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    assert ONE.ready(8010) and ONE.get(8000, "/v1/health/ready")[0] == 0
+    assert ONE.gpus_inside("llama") == uuids
+    process = "/proc/%d" % ONE.identity("llama")["llama"].container_pid
+    status = ONE.run("grep -E '^[UG]id:' %s/status" % process).split()
+    assert status == ["Uid:", *["2000"] * 4, "Gid:", *["2001"] * 4]
+    assert ONE.run("grep 'open files' %s/limits" % process).split()[3:5] == ["1024", "2048"]
+    assert "size=1048576k" in ONE.run("grep ' /dev/shm ' %s/mounts" % process)
+    assert ONE.run("stat -c %%u:%%g:%%a %s" % cache) == "2000:2001:750"
+    assert ONE.run("find %s ! -user 2000" % cache) == ""
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+    assert FLEET.nim(changed, "gpu01").changed() == []
+
+
 def test_new_tag_restarts_only_its_model() -> None:
     before = ONE.identity()
-    changed = FLEET.changed("gpu01", "llama", image="nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.5")
-    run = FLEET.nim(changed, "gpu01")
+    name = "nim/meta/llama-3.1-8b-instruct"
+    changed = FLEET.changed("gpu01", "llama", image="nvcr.io/%s:1.8.5" % name)
+    world = World(SANDBOX)
+    slow = world.throttle(8000, repository=name)
+    try:
+        run = FLEET.nim(changed, "gpu01", options=["-e", "nim_progress_interval=1"])
+    finally:
+        world.mend(slow)
+    # Whose pull it is, how far it is, how fast, and how long it will take.
+    line = r"(?m)^\[%s\] %s \d+%% [\d.]+ (of|[kM]?B of) [\d.]+ MB, [\d.]+ [kM]B/s, 0:\d\d left" % (ONE.name, name)
+    assert re.search(line, run.output), run.output
     assert run.restarts(ONE.name) == {"nim-llama.service"}
     assert "1.8.5" in json.dumps(ONE.get(8000, "/v1/version")[1])
     assert ONE.identity("mistral")["mistral"] == before["mistral"]

@@ -5,8 +5,8 @@
 Those are a short-lived one for an image whose family is known, and the service itself for one that tells nothing. Neither
 Docker nor containerd has it. A secret variable of a model ("token") is in its file and in its containers, nowhere else.
 
-One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, and one with the
-key expired; all with -vvvv, all watched. Then everything is searched.
+One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, every other playbook,
+the modules that ask a registry, and a run with the key expired; all with -vvvv, all watched. Then everything is searched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Iterator
 
 import pytest
 from control import World
-from fleet_testing import SANDBOX, Fleet, Run
+from fleet_testing import CHECKOUT, SANDBOX, Fleet, Run
 
 FLEET = Fleet("secrets")
 HOST = FLEET.host("gpu01")
@@ -31,6 +31,21 @@ ALLOWED = {"key /root/.docker/config.json": "600", "key /etc/nim/ngc.env": "600"
 #: What Docker and containerd write down about containers: their variables are in there, the key is not.
 CONTAINERD = "/var/lib/containerd"
 OF_CONTAINERS = ("/run/containerd/", "/run/docker/", CONTAINERD + "/", "/var/lib/docker/containers/")
+#: The playbooks beside site; the last one in check mode.
+OTHERS = ("plan", "preflight", "status", "diagnose", "remove")
+_IMAGE = {"image": "{{ nim_models[0].image }}", "api_key": "{{ ngc_api_key }}"}
+#: Modules with a key that no playbook calls.
+ASK = [
+    {
+        "hosts": "gpu_hosts",
+        "gather_facts": False,
+        "become": True,
+        "tasks": [
+            {"name": "Ask for the image", "gpu_fleet.nim.nim_image_info": _IMAGE},
+            {"name": "Ask for its profiles", "gpu_fleet.nim.nim_profile_info": {**_IMAGE, "method": "manifest"}},
+        ],
+    }
+]
 
 
 def needles(key: str) -> list[str]:
@@ -108,6 +123,12 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
             interrupted("killed while the image is pulled", r"TASK \[.*Images are on the host", 1)
             run("finished")
             run("again")
+            for playbook in OTHERS:
+                how = ["--check"] if playbook == "remove" else []
+                found.runs[playbook] = FLEET.play(playbook, *loud, *how, environment=environment)
+            asked = tmp_path_factory.mktemp("play") / "ask.yml"
+            asked.write_text(json.dumps(ASK), encoding="utf-8")
+            found.runs["modules that ask"] = FLEET.play(asked, *loud, environment=environment)
             world.set_key(found.key, "expired")
             run("expired", "-e", "ngc_validate=always", succeeds=False)
             found.watched = json.loads(watcher.communicate()[0])
@@ -137,6 +158,8 @@ def test_expired_key_is_told_before_anything_is_stopped(evidence: Evidence) -> N
 
 
 def test_ansible_prints_no_key(evidence: Evidence) -> None:
+    playbooks = {path.stem for path in (CHECKOUT / "playbooks").glob("*.yml")}
+    assert playbooks == {"site", *OTHERS} and set(OTHERS) < set(evidence.runs)
     for name, run in evidence.runs.items():
         assert len(run.output) > 5000, "%s was not loud" % name
         # Other callback plugins store what a task has returned.
