@@ -634,6 +634,41 @@ def test_fabric_manager_where_switches_are(world: DriverWorld) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("device", "switches", "fabric", "imex", "wanted"),
+    [
+        ("0x2335", "", "auto", "auto", set()),
+        ("0x2335", "bridge", "auto", "auto", {"nvidia-fabricmanager", "libnvidia-nscq"}),
+        ("0x2901", "vpd", "auto", "auto", {"nvidia-fabricmanager", "libnvidia-nscq", "nvlsm", "infiniband-diags"}),
+        (
+            "0x2941",
+            "vpd",
+            "auto",
+            "auto",
+            {"nvidia-fabricmanager", "libnvidia-nscq", "nvlsm", "infiniband-diags", "nvidia-imex"},
+        ),
+        ("0x2941", "vpd", "absent", "absent", set()),
+        ("0x2335", "", "present", "present", {"nvidia-fabricmanager", "libnvidia-nscq", "nvidia-imex"}),
+    ],
+)
+@pytest.mark.parametrize("branch", ["580", "590"])
+def test_companions_are_what_the_hardware_asks_for(
+    device: str, switches: str, fabric: str, imex: str, wanted: set[str], branch: str
+) -> None:
+    world = DriverWorld(device=device)
+    if switches == "bridge":
+        world.files["/sys/bus/pci/devices/0000:c0:00.0/vendor"] = b"0x10de\n"
+        world.files["/sys/bus/pci/devices/0000:c0:00.0/class"] = b"0x068000\n"
+    elif switches == "vpd":
+        world.files["/sys/class/infiniband/mlx5_0/device/vpd"] = b"\x82\x10\x00xSW_MNGx"
+    driver = NvidiaDriver(branch=branch, fabric_manager=fabric, imex=imex)
+    choices = driver.package_plan(driver.observe(world)).choices
+    companions = re.compile(r"nvidia-fabric-?manager|libnvidia-nscq|nvidia-imex|nvlsm|infiniband-diags")
+    assert {choice.names[0] for choice in choices if companions.match(choice.names[0])} == wanted
+    # In lockstep with the driver, but for what has versions of its own.
+    assert {choice.names[0] for choice in choices if not choice.versioned} == wanted & {"nvlsm", "infiniband-diags"}
+
+
 # -- Debian's own packages
 
 

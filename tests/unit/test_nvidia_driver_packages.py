@@ -9,7 +9,7 @@ import pathlib
 import re
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import upstream_version
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import branch_names, upstream_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import (
@@ -142,6 +142,18 @@ def test_every_branch_from_nvidia(fixtures: pathlib.Path, name: str, branch: str
     installed = {package: Package(package, version) for package, version in resolved.items()}
     assert foreign_packages(plan, installed, branch) == []
     assert driver.differing(plan, installed) == []
+
+
+@pytest.mark.parametrize("branch", [branch for branch in branch_names() if branch not in BRANCHES])
+@pytest.mark.parametrize("name", sorted(SYSTEMS))
+def test_branches_without_recorded_data_follow_the_newest_that_has_some(name: str, branch: str) -> None:
+    """Names have had one shape since 590; another one would show as a difference once its data is recorded."""
+    hardware = {"fabric_manager": True, "nvlink5": True, "imex": True}
+    newest, later = (
+        package_plan(SYSTEMS[name], "x86_64", "k", wish(branch=each, **hardware)) for each in (BRANCHES[-1], branch)
+    )
+    assert int(branch) > int(BRANCHES[-1])
+    assert repr(later) == repr(newest).replace(BRANCHES[-1], branch)
 
 
 @pytest.mark.parametrize("flavour", ["open", "proprietary"])
