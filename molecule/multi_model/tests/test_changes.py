@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -144,6 +145,20 @@ def test_new_tag_restarts_only_its_model() -> None:
     assert "1.8.5" in json.dumps(ONE.get(8000, "/v1/version")[1])
     assert ONE.identity("mistral")["mistral"] == before["mistral"]
     assert FLEET.nim(changed, "gpu01").changed() == []
+
+
+def test_image_from_a_local_mirror() -> None:
+    name = "nim/nvidia/nemotron-3-nano"
+    changed = FLEET.changed("gpu02", "nemotron", image="nvcr.io/%s:2.0.13" % name)
+    mirror = ["-e", json.dumps({"nim_registry_mirrors": {"nvcr.io": "mirror.fleet.test"}})]
+    began = time.time()
+    assert FLEET.nim(changed, "gpu02", options=mirror).restarts(TWO.name) == {"nim-nemotron.service"}
+    asked = [entry for entry in World(SANDBOX).requests(began, client=TWO.address) if entry["uri"].startswith("/v2/")]
+    assert {entry["host"] for entry in asked} == {"mirror.fleet.test"}
+    image = TWO.run("docker inspect --format '{{.Config.Image}}' nim-nemotron")
+    assert re.fullmatch(r"mirror\.fleet\.test/%s@sha256:[0-9a-f]{64}" % name, image), image
+    assert "2.0.13" in json.dumps(TWO.get(8000, "/v1/version")[1])
+    assert FLEET.nim(changed, "gpu02", options=mirror).changed() == []
 
 
 def test_profile_by_description_with_lora_and_profile_by_id() -> None:
@@ -454,3 +469,27 @@ def test_gpu_runtime_is_missing(break_it: object, named: str) -> None:
         name: who.serving for name, who in before.items()
     }
     assert client.outage < 2
+
+
+def test_gpus_by_cdi_and_back() -> None:
+    """Every way to give GPUs is set up and proved the way the services then use it."""
+    FLEET.nim()
+    before, daemon = ONE.identity(), ONE.run("systemctl show --property MainPID --value docker")
+    gpus = {model: ONE.gpus_inside(model) for model in before}
+    options = ("--limit", ONE.name, "--tags", "docker,nvidia_container_toolkit,nim")
+    run = FLEET.site(*options, "-e", "nim_gpu_injection=cdi")
+    toolkit = run.of(ONE.name, "Containers can use the GPUs")[0]["result"]
+    assert toolkit["smoke_test"] == "passed" and len(toolkit["gpus"]) == 2
+    assert "(cdi)" in json.dumps(toolkit["changes"])
+    assert "nvidia.com/gpu" in ONE.run("cat /var/run/cdi/nvidia.yaml")
+    # Docker reads that feature only when it starts; the services are started anew for their GPUs alone.
+    assert ONE.run("systemctl show --property MainPID --value docker") != daemon
+    assert run.restarts(ONE.name) == {"nim-llama.service", "nim-mistral.service"}
+    for model, uuids in gpus.items():
+        requests = json.loads(ONE.run("docker inspect --format '{{json .HostConfig.DeviceRequests}}' nim-" + model))
+        assert [request["Driver"] for request in requests] == ["cdi"]
+        assert requests[0]["DeviceIDs"] == ["nvidia.com/gpu=" + uuid for uuid in uuids]
+        assert ONE.gpus_inside(model) == uuids
+    assert FLEET.site(*options, "-e", "nim_gpu_injection=cdi").changed() == []
+    assert FLEET.site(*options).restarts(ONE.name) == {"nim-llama.service", "nim-mistral.service"}
+    assert {model: ONE.gpus_inside(model) for model in gpus} == gpus
