@@ -11,13 +11,11 @@ import json
 from ._driver_clients import UNLOAD_ORDER, foreign_holders, in_use_error
 from ._driver_swap import LOAD_TIMEOUT, load_failure, start_clients, stop_clients, unload_modules
 from ._errors import FleetError
-from ._gpu import driver_holders, observe_gpus, observe_loaded_driver, parse_smi
+from ._gpu import driver_holders, observe_gpus, observe_loaded_driver
 from ._host import Host
 from ._nvidia_driver_reload_planner import REBOOT_MARKER, ReloadPlanner, ReloadState, observe_reload
+from ._nvlink_fabric import FABRIC_TIMEOUT, wait_for_fabric
 from ._resource import Change, Resource
-
-_FABRIC_TIMEOUT = 120.0  # seconds until Fabric Manager must have trained all links
-_FABRIC_POLL = 2.0  # seconds
 
 
 class DriverReload(ReloadPlanner, Resource[ReloadState]):
@@ -32,7 +30,10 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
             host.remove(REBOOT_MARKER)
         elif change.action == "start_clients":
             start_clients(host)
-            self._wait_for_fabric(host)
+            self._need_fabric(host)
+        elif change.action == "fabric":
+            # What does not come about is judged with the GPUs' condition, by whoever starts something on them.
+            self.fabric_left = wait_for_fabric(host)
         elif change.action == "reload":
             self._reload(host)
 
@@ -71,28 +72,15 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
             if name not in ("nvidia",):
                 host.run(["modprobe", name], timeout=LOAD_TIMEOUT)
         start_clients(host)
-        self._wait_for_fabric(host)
+        self._need_fabric(host)
 
-    def _wait_for_fabric(self, host: Host) -> None:
-        """Wait until every GPU on an NVSwitch has joined the fabric; CUDA fails with error 802 before."""
-        if not observe_gpus(host, with_smi=False).needs_fabric_manager:
-            return
-        deadline = host.monotonic() + _FABRIC_TIMEOUT
-        states: set[str] = set()
-        while True:
-            result = host.run(["nvidia-smi", "-q", "-x"], timeout=90)
-            try:
-                gpus = parse_smi(result.stdout)[2]
-            except ValueError:
-                gpus = ()
-            states = {gpu.fabric_state for gpu in gpus if gpu.fabric_state}
-            if gpus and states <= {"Completed"}:
-                return
-            if host.monotonic() >= deadline:
-                raise FleetError(
-                    "fabric_not_ready",
-                    "The driver is loaded, but after %d seconds the NVLink fabric is %s instead of Completed; look at "
-                    "`journalctl -u nvidia-fabricmanager`, whose version must equal the driver's."
-                    % (_FABRIC_TIMEOUT, ", ".join(sorted(states)) or result.last_line()),
-                )
-            host.sleep(_FABRIC_POLL)
+    @staticmethod
+    def _need_fabric(host: Host) -> None:
+        """After a start of Fabric Manager that was ours."""
+        left = wait_for_fabric(host) if observe_gpus(host, with_smi=False).needs_fabric_manager else ""
+        if left:
+            raise FleetError(
+                "fabric_not_ready",
+                "The driver is loaded, but after %d seconds the NVLink fabric is %s instead of Completed; look at "
+                "`journalctl -u nvidia-fabricmanager`, whose version must equal the driver's." % (FABRIC_TIMEOUT, left),
+            )

@@ -16,6 +16,7 @@ from ._gpu import GpuInventory, Holder, LoadedDriver, driver_holders, loaded_mod
 from ._host import Host
 from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
 from ._nvidia_driver_state import on_disk_version
+from ._nvlink_fabric import FABRIC_TIMEOUT, joining
 from ._os_release import read_os_release
 from ._packages import package_manager
 from ._resource import Change, Disruption, Planner
@@ -37,6 +38,7 @@ class ReloadState:
         gpu_processes: Processes that hold the driver, the driver's own clients left out.
         marker: Content of the reboot marker, None without one.
         boot_id: Changes with every boot.
+        fabric: What GPUs say that are just joining the NVLink fabric; empty otherwise.
     """
 
     inventory: GpuInventory
@@ -51,6 +53,7 @@ class ReloadState:
     gpu_processes: tuple[Holder, ...]
     marker: dict[str, t.Any] | None
     boot_id: str
+    fabric: str = ""
 
     @property
     def loaded_version(self) -> str:
@@ -108,6 +111,7 @@ def observe_reload(host: Host) -> ReloadState:
         gpu_processes=foreign_holders(driver_holders(host)) if loaded else (),
         marker=read_marker(host),
         boot_id=(host.read_text("/proc/sys/kernel/random/boot_id") or "").strip(),
+        fabric=joining(host, inventory),
     )
 
 
@@ -134,6 +138,8 @@ class ReloadPlanner(Planner[ReloadState]):
         self.given_reason = reboot_reason
         #: Found out only by trying; the second look then knows.
         self.tried: str = ""
+        #: What the GPUs still said of the NVLink fabric when it had been waited for.
+        self.fabric_left: str | None = None
 
     def observe(self, host: Host) -> ReloadState:
         return observe_reload(host)
@@ -217,6 +223,17 @@ class ReloadPlanner(Planner[ReloadState]):
                     action="start_clients",
                 )
             )
+        elif state.fabric and self.fabric_left is None:
+            changes.append(
+                Change(
+                    self.name,
+                    "NVLink fabric",
+                    state.fabric,
+                    "Completed",
+                    "the GPUs are just joining it, and compute only after that",
+                    action="fabric",
+                )
+            )
         if current and state.marker is not None:
             changes.append(
                 Change(
@@ -285,6 +302,12 @@ class ReloadPlanner(Planner[ReloadState]):
             return answer
         if state.loaded_version == state.on_disk:
             answer["message"] = "Driver %s: loaded = on disk = user space." % state.on_disk
+            if self.fabric_left:
+                answer["warnings"] = [
+                    "After %d seconds the NVLink fabric is %s instead of Completed; no service is started on a GPU that has "
+                    "not joined it. Look at 'journalctl -u nvidia-fabricmanager', whose version must equal the driver's."
+                    % (FABRIC_TIMEOUT, self.fabric_left)
+                ]
             return answer
         reason = self.reboot_reason(state)
         if state.gpu_processes and state.loaded is not None:
@@ -298,6 +321,7 @@ class ReloadPlanner(Planner[ReloadState]):
                 "%s is loaded" % state.loaded_version if state.loaded else "not loaded",
                 reason,
             )
+            answer["warnings"] = [answer["message"]]
         else:
             answer["message"] = "Driver %s is installed but %s is loaded." % (
                 state.on_disk,

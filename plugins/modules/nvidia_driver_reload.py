@@ -17,8 +17,11 @@ description:
     those are started again. Nobody else is stopped; while somebody else uses a GPU the module fails and names the
     processes, units and containers.
   - Where only a reboot helps, nothing changes and RV(reboot_required) is true with RV(reboot_reason).
+  - On a host with NVSwitches whose GPUs are just joining the NVLink fabric, as after a boot, it waits for that, at most two
+    minutes. A fabric that is not complete then is a warning; M(gpu_fleet.nim.nim_service) starts nothing on such a GPU.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
+  - gpu_fleet.nim.progress
 options:
   expected_version:
     description: Branch or version that must be installed; empty for whatever is.
@@ -100,10 +103,13 @@ reason:
   sample: gpu_in_use
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+    PROGRESS_OPTIONS,
+    own_options,
+    run_resource,
+    run_resource_with_progress,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import ReloadState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
@@ -116,22 +122,22 @@ def main() -> None:
             **RESOURCE_OPTIONS["nvidia_driver_reload"],
             "prepare_reboot": {"type": "bool", "default": False},
             "reboot_reason": {"type": "str", "default": ""},
+            **PROGRESS_OPTIONS,
         },
         supports_check_mode=True,
     )
     built: list[DriverReload] = []
 
     def build() -> DriverReload:
-        built.append(DriverReload(**module.params))
+        built.append(DriverReload(**own_options(module)))
         return built[0]
 
-    def result(state: ReloadState) -> dict[str, t.Any]:
-        answer = built[0].result(state)
-        if answer["reboot_required"]:
-            module.warn(answer["message"])
-        return answer
+    def result(state: ReloadState) -> dict[str, object]:
+        return built[0].result(state)
 
-    run_resource(module, build, result)
+    if module.params["prepare_reboot"]:
+        run_resource(module, build, result)
+    run_resource_with_progress(module, build, result)
 
 
 if __name__ == "__main__":

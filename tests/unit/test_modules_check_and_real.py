@@ -137,7 +137,7 @@ def nvidia_driver_reload(bench: Bench) -> Case:
 
     return Case(
         world,
-        {},
+        {"progress_interval": 0},
         ["kernel module nvidia"],
         ["kernel module nvidia: 580.95.05"],
         {"message": "Driver 580.95.05: loaded = on disk = user space.", "reboot_required": False},

@@ -24,7 +24,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> DriverWorld:
 
 
 def call(module: t.Any, capsys: pytest.CaptureFixture[str], **arguments: t.Any) -> dict[str, t.Any]:
-    if module is nvidia_driver:
+    if module in (nvidia_driver, nvidia_driver_reload):
         # In this process, where the host in memory is; not as a job in a process of its own.
         arguments["progress_interval"] = 0
     with patch_module_args(arguments), pytest.raises(SystemExit):

@@ -384,6 +384,64 @@ def test_the_fabric_is_waited_for(world: DriverWorld, fixtures: pathlib.Path) ->
     assert "In Progress" in caught.value.message
 
 
+def joining(world: DriverWorld, fixtures: pathlib.Path, rounds: int, age: float = 20.0) -> None:
+    """After a boot: Fabric Manager has run for so many seconds, and the GPUs have joined after some looks."""
+    for name, value in (("vendor", b"0x10de\n"), ("class", b"0x068000\n")):
+        world.files["/sys/bus/pci/devices/0000:c0:00.0/" + name] = value
+    world.install_driver("580.95.05")
+    ready = (fixtures / "nvidia-smi/h200-x8.xml").read_text()
+    left = [ready.replace("<state>Completed</state>", "<state>In Progress</state>", 3)] * rounds
+    world.commands["nvidia-smi *"] = lambda *_arguments: left.pop() if left else ready
+    entered = (world.monotonic() - age) * 1e6
+    world.commands = {
+        "systemctl show * nvidia-fabricmanager.service": (
+            "ActiveState=active\nUnitFileState=enabled\nActiveEnterTimestampMonotonic=%d\n" % entered
+        ),
+        **world.commands,
+    }
+    world.unit_state["nvidia-persistenced.service"] = ["active", "enabled"]
+
+
+def test_after_a_boot_the_fabric_is_waited_for(world: DriverWorld, fixtures: pathlib.Path) -> None:
+    joining(world, fixtures, rounds=5)
+    (change,) = DriverReload().plan(DriverReload().observe(world))
+    assert (change.what, change.before, change.after, change.disruption) == (
+        "NVLink fabric",
+        "In Progress",
+        "Completed",
+        Disruption.NONE,
+    )
+    began = world.monotonic()
+    outcome, resource = run(world)
+    assert [change.what for change in outcome.changes] == ["NVLink fabric"]
+    assert 0 < world.monotonic() - began < 20 and "warnings" not in resource.result(outcome.state)
+    assert run(world)[0].changes == []
+
+
+def test_a_fabric_that_does_not_come_about_is_left_to_the_verdicts(world: DriverWorld, fixtures: pathlib.Path) -> None:
+    joining(world, fixtures, rounds=1000)
+    began = world.monotonic()
+    outcome, resource = run(world)
+    assert 120 <= world.monotonic() - began < 130
+    (warning,) = resource.result(outcome.state)["warnings"]
+    assert "After 120 seconds the NVLink fabric is In Progress instead of Completed" in warning
+    # Fabric Manager has run for long: waiting does not help any more.
+    began = world.monotonic()
+    assert run(world)[0].changes == [] and world.monotonic() == began
+
+
+def test_a_fabric_manager_that_still_starts(world: DriverWorld, fixtures: pathlib.Path) -> None:
+    joining(world, fixtures, rounds=3, age=500)
+    assert DriverReload().plan(DriverReload().observe(world)) == []
+    world.commands["systemctl show * nvidia-fabricmanager.service"] = "ActiveState=activating\nUnitFileState=enabled\n"
+    assert [change.what for change in DriverReload().plan(DriverReload().observe(world))] == ["NVLink fabric"]
+    # Who has no Fabric Manager of its own has been at it since the boot.
+    world.commands["systemctl show * nvidia-fabricmanager.service"] = "ActiveState=inactive\n"
+    assert DriverReload().plan(DriverReload().observe(world)) == []
+    world.clock = 60.0
+    assert [change.what for change in DriverReload().plan(DriverReload().observe(world))] == ["NVLink fabric"]
+
+
 def test_stop_order_is_the_documented_one() -> None:
     order = [
         "nvidia-cdi-refresh.path",
