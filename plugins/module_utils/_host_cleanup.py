@@ -30,8 +30,8 @@ from ._nim_paths import (
     WRAPPER,
 )
 from ._nouveau import BLACKLIST
-from ._nvidia_container_toolkit import CONFIG as TOOLKIT_CONFIG
-from ._nvidia_container_toolkit import PACKAGES as TOOLKIT_PACKAGES
+from ._nvidia_container_toolkit_planner import CONFIG as TOOLKIT_CONFIG
+from ._nvidia_container_toolkit_planner import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver_packages import QUERY_PATTERNS, is_driver_package
 from ._nvidia_driver_state import NON_FREE, PREFERENCES, UNATTENDED
 from ._os_release import read_os_release

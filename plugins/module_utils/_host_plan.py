@@ -12,28 +12,25 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._docker_api import DockerApi
-from ._docker_daemon import DockerDaemon
-from ._docker_engine import DockerEngine
+from ._docker_daemon_planner import DaemonPlanner
+from ._docker_engine_planner import EnginePlanner
 from ._docker_group import DockerGroup
 from ._errors import FleetError
 from ._gpu import observe_gpus
 from ._health_target import parse_targets
 from ._host import CommandResult, FileStat, Host
-from ._host_services import state_of
 from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner
-from ._nim_health import HealthCheck
 from ._nim_image_planner import PULL_NEWER, ImagesPlanner
 from ._nim_models import parse_models
 from ._nim_paths import MAINTENANCE_FILE
-from ._nim_process_state import read_word
+from ._nim_ready import certainly_ready
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
-from ._nvidia_container_toolkit import NvidiaContainerToolkit
+from ._nvidia_container_toolkit_planner import ToolkitPlanner
 from ._nvidia_driver_planner import DriverPlanner
 from ._nvidia_driver_reload_planner import ReloadPlanner
 from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
-from ._own_signatures import parse_signatures
 from ._resource import Change, Disruption, Planner
 from ._sleeping_docker import SleepingDocker, sleeps
 from ._systemd import LookedAtOnce, UnitTable
@@ -359,10 +356,10 @@ class _Walk:
             )
 
     def _engine(self, options: Options) -> None:
-        self._simple(DockerEngine(**options, api=self.api))
+        self._simple(EnginePlanner(**options, api=self.api))
 
     def _daemon(self, options: Options) -> None:
-        daemon = DockerDaemon(**options, api=self.api)
+        daemon = DaemonPlanner(**options, api=self.api)
         state = daemon.observe(self.host)
         changes = daemon.plan(state)
         self._add(changes)
@@ -379,7 +376,7 @@ class _Walk:
         self._add(changes)
 
     def _toolkit(self, options: Options) -> None:
-        toolkit = NvidiaContainerToolkit(**options, api=self.api)
+        toolkit = ToolkitPlanner(**options, api=self.api)
         state = toolkit.observe(self.host)
         if self.daemon_file is not None and self.daemon_file[0] == state.daemon.path:
             # Whether Docker may be restarted hangs on live-restore, which docker_daemon switches on before.
@@ -463,15 +460,14 @@ class _Walk:
         """What is to be started, or is not known to be as wanted, need not answer yet."""
         if any(error.resource == "nim_service" for error in self.plan.errors):
             return
-        signatures = parse_signatures(options.get("failure_signatures") or [], option="failure_signatures")
         planned = {one.change.what for one in self.plan.planned if one.change.resource == "nim_service"}
         targets = [target for target in parse_targets(options["models"]) if target.unit not in planned]
-        looked = HealthCheck(self.host, self.api, targets, signatures).run(None, interval=0, wait=False, record=False)
-        for target, model in zip(targets, looked.models):
-            if not model["ready"]:
-                state = state_of(model, read_word(self.host, target.name).failures)
-                why = str(model["message"] or "the run waits for it").rstrip(".")
-                self._add([Change("nim_health", target.unit, state, "ready", why)])
+        signatures = options.get("failure_signatures") or []
+        if signatures or not all(certainly_ready(self.host, self.api, target) for target in targets):
+            # Only here: it knows why services do not serve, which is a sixth of all code of a plan.
+            from ._health_drift import unready
+
+            self._add(unready(self.host, self.api, targets, signatures))
 
     def _waiting(self, change: Change, state: HostState) -> None:
         """A service that cannot be planned yet: because of an earlier resource, or for good."""

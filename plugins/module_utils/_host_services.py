@@ -17,7 +17,7 @@ from ._listeners import listening_sockets
 from ._nim_health import HealthCheck
 from ._nim_log import PHASE_WORDS
 from ._nim_process_state import CONFIGURATION_DIRECTORY, read_word
-from ._nvidia_container_toolkit import CONFIG, PACKAGES, configured_mode
+from ._nvidia_container_toolkit_planner import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
 from ._package_versions import upstream_version
 from ._packages import package_manager

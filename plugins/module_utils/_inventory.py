@@ -15,15 +15,15 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._docker_daemon import DockerDaemon
-from ._docker_engine import DockerEngine
+from ._docker_daemon_planner import DaemonPlanner
+from ._docker_engine_planner import EnginePlanner
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
 from ._image_reference import ImageReference, check_mirrors, port_exists
 from ._ngc_key import USERNAME, check_api_key, check_password
 from ._ngc_login_planner import LoginPlanner
 from ._nim_models import parse_models
-from ._nvidia_container_toolkit import NvidiaContainerToolkit
+from ._nvidia_container_toolkit_planner import ToolkitPlanner
 from ._nvidia_driver_packages import check_architecture
 from ._options import MINIMUM_DOCKER_VERSION
 from ._own_signatures import parse_signatures
@@ -320,7 +320,7 @@ class _Check:
         if version and minimum:
             # The two checked against each other and against what engines are known for.
             self.take(
-                lambda: DockerEngine(
+                lambda: EnginePlanner(
                     version=self.text("docker_version"),
                     minimum_version=self.text("docker_minimum_version") or MINIMUM_DOCKER_VERSION,
                 ),
@@ -339,7 +339,7 @@ class _Check:
         if options or absent:
             live_restore = self.get("docker_live_restore", True)
             self.take(
-                lambda: DockerDaemon(options, [str(key) for key in absent], live_restore=_truth(live_restore)),
+                lambda: DaemonPlanner(options, [str(key) for key in absent], live_restore=_truth(live_restore)),
                 lambda message: re.sub(
                     r"^(options|absent)\b", lambda found: "docker_daemon_" + found.group(1), message
                 ).replace("live_restore =", "docker_live_restore ="),
@@ -350,7 +350,7 @@ class _Check:
         mode = "nvidia_container_toolkit_mode"
         if self._version("nvidia_container_toolkit_version") and mode not in self.broken:
             self.take(
-                lambda: NvidiaContainerToolkit(
+                lambda: ToolkitPlanner(
                     version=self.text("nvidia_container_toolkit_version"), mode=self.text(mode) or "auto"
                 ),
                 lambda message: "nvidia_container_toolkit_" + message,

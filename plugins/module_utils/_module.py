@@ -6,23 +6,15 @@
 
 from __future__ import annotations
 
-import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ._background import DONE, Jobs, Report
 from ._errors import FleetError
 from ._host import Host
 from ._resource import Change, OnChange, Resource, converge
 
 S = t.TypeVar("S")
-
-#: Options of modules that call :func:`run_resource_with_progress`; documented in the fragment ``progress``.
-PROGRESS_OPTIONS: dict[str, t.Any] = {
-    "progress_interval": {"type": "int", "default": 5},
-    "resume": {"type": "dict"},
-}
 
 
 def fail(module: AnsibleModule, error: FleetError) -> t.NoReturn:
@@ -75,14 +67,14 @@ def run_resource(
     """
     host = host or Host()
     try:
-        answer = _converged(module, build(), result, host)
+        answer = converged(module, build(), result, host)
     except FleetError as error:
         fail(module, error)
     module.exit_json(**answer)
     raise AssertionError("exit_json returned")
 
 
-def _converged(
+def converged(
     module: AnsibleModule,
     resource: Resource[S],
     result: t.Callable[[S], dict[str, t.Any]],
@@ -102,53 +94,3 @@ def _converged(
         blocked=[change.as_dict() for change in outcome.blocked],
         diff=render_diff(outcome.changes) if module._diff else [],
     )
-
-
-def own_options(module: AnsibleModule) -> dict[str, t.Any]:
-    """The module's options without those of the progress protocol."""
-    return {name: value for name, value in module.params.items() if name not in PROGRESS_OPTIONS}
-
-
-def run_resource_with_progress(
-    module: AnsibleModule,
-    build: t.Callable[[], Resource[S]],
-    result: t.Callable[[S], dict[str, t.Any]],
-) -> t.NoReturn:
-    """As :func:`run_resource`, for work that takes longer than people like to look at nothing.
-
-    Where something must change, a job on the host does it: it goes on when the connection breaks, and the next run
-    waits for it. The module returns every ``progress_interval`` seconds, for the action plugin of the same name to show
-    a line. With ``progress_interval: 0``, in check mode and where nothing is to be done it is plain ``run_resource``.
-    """
-    interval = module.params["progress_interval"]
-    if interval == 0 or module.check_mode:
-        run_resource(module, build, result)
-    host, jobs = Host(), Jobs()
-    own = (module.params["resume"] or {}).get("own")
-    try:
-        # Bad options are told before anything else.
-        resource = build()
-        if own is None:
-            if all(change.blocked for change in resource.plan(resource.observe(host))):
-                run_resource(module, lambda: resource, result)
-
-            def work(report: Report) -> dict[str, t.Any]:
-                def tell(number: int, of: int, change: Change) -> None:
-                    report({"text": "%s: %s (step %d of %d)" % (change.what, change.why, number, of)})
-
-                return _converged(module, resource, result, host, tell)
-
-            own = jobs.start(resource.name, work)
-        status = jobs.wait([resource.name], interval)[0]
-        if status.finished and own and status.state != DONE:
-            raise status.failure("Changing %s" % resource.name)
-    except FleetError as error:
-        fail(module, error)
-    if status.finished and own:
-        module.exit_json(finished=True, **status.result)
-    text = "%s, %d s" % (status.progress.get("text") or resource.name, time.time() - status.started)
-    # Somebody else's work may have had another aim: when it has ended, everything is looked at anew.
-    module.exit_json(
-        changed=False, finished=False, progress={"text": text}, resume={} if status.finished else {"own": own}
-    )
-    raise AssertionError("exit_json returned")

@@ -42,9 +42,9 @@ from ._nim_process_state import (
     wanted_gpus,
     wanted_spec,
 )
+from ._nim_ready import RECORD_DIRECTORY, read_record, record_path
 from ._nim_watch import Failure, Watch
 from ._redaction import host_secrets, scrub
-from ._untrusted import json_object
 from ._xid_errors import XID_FATAL
 
 Json = t.Dict[str, t.Any]
@@ -60,8 +60,6 @@ KERNEL_SECONDS = 2.0
 STRANGER_POLLS = 4
 #: For a model that cannot chat where chat was asked for.
 CHAT_REMEDY = "ask it there and set completion to completion or auto, or use a model with a chat template"
-#: Where measured start times and what came of the completions are kept; they are void after a reboot, as the containers' start times are.
-RECORD_DIRECTORY = "/run/gpu_fleet/health"
 
 
 @dataclass
@@ -304,7 +302,7 @@ class HealthCheck:
     def _confirm(self, watch: Watch, container: ContainerState, *, record: bool) -> None:
         """The service is ready: who answers, which version, and does it really complete."""
         target = watch.target
-        known = self._read_record(target, container)
+        known = read_record(self.host, target, container)
         stranger = "" if known else stranger_on_port(self.host, target.port, container.id)
         if stranger:
             watch.fail(
@@ -388,22 +386,9 @@ class HealthCheck:
                 return round(stamp - container.started, 1)
         return None
 
-    def _read_record(self, target: HealthTarget, container: ContainerState) -> Json:
-        try:
-            content = self.host.read_text("%s/%s.json" % (RECORD_DIRECTORY, target.name))
-            found = json_object(content)
-        except FleetError:
-            # A note of our own that can be taken again at any time.
-            return {}
-        if found.get("instance") != container.instance:
-            return {}
-        if target.completion and found.get("asked") != target.completion:
-            found.pop("completion", None)
-        return found
-
     def _write_record(self, target: HealthTarget, container: ContainerState, values: Json) -> None:
         content = json.dumps(dict(values, instance=container.instance, asked=target.completion), sort_keys=True)
-        path = "%s/%s.json" % (RECORD_DIRECTORY, target.name)
+        path = record_path(target)
         try:
             if self.host.read_text(path) != content:
                 self.host.make_dir(RECORD_DIRECTORY, mode=0o755)

@@ -24,6 +24,9 @@ Json = t.Dict[str, t.Any]
 WORD_DIRECTORY = "/run/nim"
 CONFIGURATION_DIRECTORY = "/etc/nim"
 
+#: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
+UNSTEADY_ENDS = 2
+
 
 @dataclass(frozen=True)
 class UnitState:

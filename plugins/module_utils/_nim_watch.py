@@ -18,7 +18,7 @@ from ._failure_causes import DOCKER, KERNEL, Match, SignatureBook, best
 from ._health_target import HealthTarget
 from ._nim_endpoints import HttpAnswer
 from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
-from ._nim_process_state import ContainerState, UnitState, Word
+from ._nim_process_state import UNSTEADY_ENDS, ContainerState, UnitState, Word
 from ._redaction import scrub
 from ._untrusted import real_number
 
@@ -34,8 +34,6 @@ WINDOW_LINES = 120
 DECISION_SECONDS = 1.5
 #: A failed start this many seconds before the first look belongs to the deployment that is waited for.
 FRESH_SECONDS = 60.0
-#: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
-UNSTEADY_ENDS = 2
 
 
 @dataclass(frozen=True)

@@ -138,15 +138,13 @@ reason:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress import (
     PROGRESS_OPTIONS,
     own_options,
     run_resource_with_progress,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import (
-    NvidiaContainerToolkit,
-    ToolkitState,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import NvidiaContainerToolkit
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import ToolkitState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 

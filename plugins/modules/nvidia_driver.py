@@ -179,7 +179,7 @@ reason:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress import (
     PROGRESS_OPTIONS,
     own_options,
     run_resource_with_progress,

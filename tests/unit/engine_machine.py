@@ -7,7 +7,8 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine import DockerEngine, EngineState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine import DockerEngine
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_engine_planner import EngineState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._package_versions import upstream_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge

@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon, _module
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon_planner, _module, _module_progress
 from docker_fakes import CONFIG, FakeDockerd
 from fake_host import FakeHost
 
@@ -22,8 +22,9 @@ def call(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> t.Callable[..., dict[str, t.Any]]:
     dockerd = FakeDockerd(host)
-    monkeypatch.setattr(_module, "Host", lambda: host)
-    monkeypatch.setattr(_docker_daemon, "DockerApi", lambda: dockerd)
+    for shell in (_module, _module_progress):
+        monkeypatch.setattr(shell, "Host", lambda: host)
+    monkeypatch.setattr(_docker_daemon_planner, "DockerApi", lambda: dockerd)
 
     def run(name: str, check: bool = False, **arguments: t.Any) -> dict[str, t.Any]:
         module = importlib.import_module(MODULES + name)
@@ -58,7 +59,7 @@ def test_docker_daemon(host: FakeHost, call: t.Callable[..., dict[str, t.Any]]) 
 def test_docker_daemon_says_what_it_left_out(host: FakeHost, call: t.Callable[..., dict[str, t.Any]]) -> None:
     answer = call("docker_daemon", options={"log-driver": "journald"}, live_restore=False)
     assert answer["blocked"] == []
-    _docker_daemon.DockerApi().add_container("nim-llama")  # type: ignore[attr-defined] # the fake of the fixture
+    _docker_daemon_planner.DockerApi().add_container("nim-llama")  # type: ignore[attr-defined] # the fake of the fixture
     answer = call("docker_daemon", options={"log-driver": "local"}, live_restore=False)
     assert not answer["changed"]
     assert "nim-llama" in answer["blocked"][0]["blocked"]

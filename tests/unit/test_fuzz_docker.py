@@ -26,7 +26,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import P
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import parse_container
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import observe_services
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit import configured_mode
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import configured_mode
 from fake_host import FakeHost
 from fuzzing import broken_json, damaged, encodable, json_text, mutated, only_told, texts, values
 from hypothesis import assume, given

@@ -11,7 +11,7 @@ import typing as t
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon, _host_plan
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon_planner, _health_drift
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost, plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
@@ -217,7 +217,7 @@ class Health:
 
 
 def test_a_service_that_is_not_ready_is_waited_for(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host_plan, "HealthCheck", Health)
+    monkeypatch.setattr(_health_drift, "HealthCheck", Health)
     models = [llama(), nemo()]
     wanted = {"nim_service": {"models": models}, "nim_health": {"models": models}}
     serving.converge(*models)
@@ -236,7 +236,7 @@ def test_a_service_that_is_not_ready_is_waited_for(serving: Machine, monkeypatch
 
 
 def test_a_service_that_must_start_need_not_answer_yet(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_host_plan, "HealthCheck", Health)
+    monkeypatch.setattr(_health_drift, "HealthCheck", Health)
     monkeypatch.setitem(Health.says, "nemo", {"ready": False, "phase": "starting"})
     models = [llama(), nemo()]
     serving.converge(*models)
@@ -368,7 +368,7 @@ def test_module_prints_no_secret(
     bare: DriverWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], check: bool
 ) -> None:
     monkeypatch.setattr(gpu_host_plan, "Host", lambda: bare)
-    monkeypatch.setattr(_docker_daemon, "DockerApi", Down)
+    monkeypatch.setattr(_docker_daemon_planner, "DockerApi", Down)
     monkeypatch.setattr("ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan.DockerApi", Down)
     wanted = everything(llama(secret_environment={"HF_TOKEN": SECRET}))
     wanted["nim_image"]["api_key"] = KEY

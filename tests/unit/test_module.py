@@ -13,7 +13,7 @@ import typing as t
 import pytest
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module_progress
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
@@ -51,13 +51,13 @@ class Caller:
         self.folder.mkdir()
         self.capsys = capsys
         jobs = str(folder / "jobs")
-        monkeypatch.setattr(_module, "Jobs", lambda: Jobs(jobs))
+        monkeypatch.setattr(_module_progress, "Jobs", lambda: Jobs(jobs))
 
     def slice(self, resource: Lines, *, interval: int = 1, check: bool = False, **options: t.Any) -> dict[str, t.Any]:
         options.update(progress_interval=interval, _ansible_check_mode=check, _ansible_remote_tmp="/tmp")
         with patch_module_args(options), pytest.raises(SystemExit):
-            module = AnsibleModule(argument_spec=dict(_module.PROGRESS_OPTIONS), supports_check_mode=True)
-            _module.run_resource_with_progress(module, lambda: resource, lambda state: {"state": state})
+            module = AnsibleModule(argument_spec=dict(_module_progress.PROGRESS_OPTIONS), supports_check_mode=True)
+            _module_progress.run_resource_with_progress(module, lambda: resource, lambda state: {"state": state})
         return t.cast("dict[str, t.Any]", json.loads(self.capsys.readouterr().out))
 
     def all(self, resource: Lines) -> list[dict[str, t.Any]]:

@@ -14,9 +14,10 @@ import typing as t
 import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
-    _docker_daemon,
+    _docker_daemon_planner,
     _host_cleanup,
     _module,
+    _module_progress,
     _nim_service,
     _packages,
 )
@@ -71,12 +72,13 @@ class Bench:
 
     def host(self, host: FakeHost, *modules: str) -> None:
         """The host of the shells, and of modules that make theirs themselves."""
-        self.patch.setattr(_module, "Host", lambda: host)
+        for shell in (_module, _module_progress):
+            self.patch.setattr(shell, "Host", lambda: host)
         for name in modules:
             self.patch.setattr(importlib.import_module(MODULES + name), "Host", lambda: host)
 
     def docker(self, api: t.Any) -> None:
-        for util in (_docker_daemon, _nim_service, _host_cleanup):
+        for util in (_docker_daemon_planner, _nim_service, _host_cleanup):
             self.patch.setattr(util, "DockerApi", lambda: api)
 
 

@@ -14,6 +14,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_conta
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive, parse_gpu_list
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import spec_is_for
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from docker_fakes import CONFIG
@@ -303,9 +304,9 @@ def test_specification_of_another_vendor_stays(machine: Machine) -> None:
 
 def test_real_specification(fixtures: pathlib.Path) -> None:
     text = (fixtures / "cdi-h200-x2.yaml").read_text()
-    assert tk.spec_is_for(text, "580.159.04")
-    assert not tk.spec_is_for(text, "580.159")
-    assert not tk.spec_is_for(text, "580.95.05")
+    assert spec_is_for(text, "580.159.04")
+    assert not spec_is_for(text, "580.159")
+    assert not spec_is_for(text, "580.95.05")
 
 
 # -- proof ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import typing as t
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module, _module_progress, _packages
 from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_info, nvidia_driver, nvidia_driver_reload
 from driver_world import DriverWorld
 
@@ -18,7 +18,8 @@ from driver_world import DriverWorld
 def world(monkeypatch: pytest.MonkeyPatch) -> DriverWorld:
     world = DriverWorld()
     monkeypatch.setattr(_packages, "download", lambda _url: b"\x99\x01key")
-    monkeypatch.setattr(_module, "Host", lambda: world)
+    for shell in (_module, _module_progress):
+        monkeypatch.setattr(shell, "Host", lambda: world)
     monkeypatch.setattr(gpu_host_info, "Host", lambda: world)
     return world
 
