@@ -104,10 +104,10 @@ reason:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress import (
     PROGRESS_OPTIONS,
     own_options,
-    run_resource,
     run_resource_with_progress,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
