@@ -13,30 +13,12 @@ version_added: "1.0.0"
 description:
   - Makes a table (host, model, severity, reason, cause) out of what M(gpu_fleet.nim.gpu_host_diagnosis) returned on every
     host, the worst first, with remedy and the most telling line of each finding below it, and prints it on standard output.
-  - Runs once for the whole play, on the controller, and connects to no host. A host that could not be reached, or whose
-    look failed, is a row.
 author:
   - The gpu_fleet.nim authors (@gpu-fleet)
 extends_documentation_fragment:
+  - gpu_fleet.nim.fleet_table
   - gpu_fleet.nim.attributes.info
-attributes:
-  check_mode:
-    details: In check mode O(output) is not written.
-  platform:
-    platforms: all
 options:
-  variable:
-    description: Name of the variable under which M(gpu_fleet.nim.gpu_host_diagnosis) was registered on the hosts.
-    type: str
-    required: true
-  format:
-    description: V(table) for people, V(json) for programs.
-    type: str
-    choices: [table, json]
-    default: table
-  output:
-    description: File on the controller that gets the rows as JSON as well.
-    type: path
   fail_on:
     description:
       - Fail when something does not work on a host, or it could not be looked at (V(failed)), or also when something is not

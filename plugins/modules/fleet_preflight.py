@@ -13,30 +13,13 @@ version_added: "1.0.0"
 description:
   - Makes a table (host, verdict, check, what was found and what to do) out of what M(gpu_fleet.nim.gpu_host_preflight) returned
     on every host, the worst first, and prints it on standard output. Checks that passed are counted; the JSON has them all.
-  - Runs once for the whole play, on the controller, and connects to no host. A host that could not be reached, or whose
-    look failed, is a row, and counts as refused.
+  - A host that could not be judged counts as refused.
 author:
   - The gpu_fleet.nim authors (@gpu-fleet)
 extends_documentation_fragment:
+  - gpu_fleet.nim.fleet_table
   - gpu_fleet.nim.attributes.info
-attributes:
-  check_mode:
-    details: In check mode O(output) is not written.
-  platform:
-    platforms: all
 options:
-  variable:
-    description: Name of the variable under which M(gpu_fleet.nim.gpu_host_preflight) was registered on the hosts.
-    type: str
-    required: true
-  format:
-    description: V(table) for people, V(json) for programs.
-    type: str
-    choices: [table, json]
-    default: table
-  output:
-    description: File on the controller that gets the rows as JSON as well.
-    type: path
   fail_on_refusal:
     description: Fail when something cannot work on a host, or a host could not be judged.
     type: bool

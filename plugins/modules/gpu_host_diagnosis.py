@@ -27,41 +27,12 @@ author:
   - The gpu_fleet.nim authors (@gpu-fleet)
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
+  - gpu_fleet.nim.resources
+  - gpu_fleet.nim.resources.health
 attributes:
   check_mode:
     details: In check mode O(bundle) is not written.
 options:
-  nvidia_driver:
-    description: Options of M(gpu_fleet.nim.nvidia_driver); not looked at when left out, like all others.
-    type: dict
-  nvidia_driver_reload:
-    description: Options of M(gpu_fleet.nim.nvidia_driver_reload).
-    type: dict
-  docker_engine:
-    description: Options of M(gpu_fleet.nim.docker_engine).
-    type: dict
-  docker_daemon:
-    description: Options of M(gpu_fleet.nim.docker_daemon).
-    type: dict
-  docker_group:
-    description: Options of M(gpu_fleet.nim.docker_group).
-    type: dict
-  nvidia_container_toolkit:
-    description: Options of M(gpu_fleet.nim.nvidia_container_toolkit).
-    type: dict
-  ngc_login:
-    description: Options of M(gpu_fleet.nim.ngc_login).
-    type: dict
-  nim_image:
-    description: Options of M(gpu_fleet.nim.nim_image).
-    type: dict
-  nim_service:
-    description: Options of M(gpu_fleet.nim.nim_service); its C(models) are those that are diagnosed.
-    type: dict
-  nim_health:
-    description: Options of M(gpu_fleet.nim.nim_health), as M(gpu_fleet.nim.gpu_host_plan) takes them; every service of
-      C(nim_service) is judged in any case.
-    type: dict
   failure_signatures:
     description: Texts of the user's own that explain a failure, as for M(gpu_fleet.nim.nim_health).
     type: list

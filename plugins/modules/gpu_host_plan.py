@@ -23,39 +23,8 @@ description:
     given resources are planned.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
-options:
-  nvidia_driver:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_driver).
-    type: dict
-  nvidia_driver_reload:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_driver_reload).
-    type: dict
-  docker_engine:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_engine).
-    type: dict
-  docker_daemon:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_daemon).
-    type: dict
-  docker_group:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_group).
-    type: dict
-  nvidia_container_toolkit:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_container_toolkit).
-    type: dict
-  ngc_login:
-    description: What is wanted, with the options of M(gpu_fleet.nim.ngc_login).
-    type: dict
-  nim_image:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nim_image).
-    type: dict
-  nim_service:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nim_service).
-    type: dict
-  nim_health:
-    description:
-      - Services that must be ready, with the options C(models) and C(failure_signatures) of M(gpu_fleet.nim.nim_health). One that is not ready is a
-        change that waits for it.
-    type: dict
+  - gpu_fleet.nim.resources
+  - gpu_fleet.nim.resources.health
 seealso:
   - module: gpu_fleet.nim.gpu_host_info
   - module: gpu_fleet.nim.fleet_plan

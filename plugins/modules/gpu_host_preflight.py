@@ -27,34 +27,8 @@ description:
     some, exactly those are judged.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
+  - gpu_fleet.nim.resources
 options:
-  nvidia_driver:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_driver).
-    type: dict
-  nvidia_driver_reload:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_driver_reload).
-    type: dict
-  docker_engine:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_engine).
-    type: dict
-  docker_daemon:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_daemon).
-    type: dict
-  docker_group:
-    description: What is wanted, with the options of M(gpu_fleet.nim.docker_group).
-    type: dict
-  nvidia_container_toolkit:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nvidia_container_toolkit).
-    type: dict
-  ngc_login:
-    description: What is wanted, with the options of M(gpu_fleet.nim.ngc_login).
-    type: dict
-  nim_image:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nim_image).
-    type: dict
-  nim_service:
-    description: What is wanted, with the options of M(gpu_fleet.nim.nim_service).
-    type: dict
   fail_on_refusal:
     description:
       - Fail when something would keep a run from working, before it touches anything. A GPU that is not fit for service is no

@@ -20,6 +20,7 @@ description:
   - An image that is on the host and not pinned yet, because somebody pulled or loaded it, is pinned as it is.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
+  - gpu_fleet.nim.registry
 attributes:
   check_mode:
     support: full
@@ -96,21 +97,6 @@ options:
     type: str
     choices: [missing, newer, never]
     default: missing
-  registry_mirrors:
-    description:
-      - 'Where to pull from in place of a registry, for example C({"nvcr.io": "mirror.example:5000/ngc"}).'
-      - Registries and mirrors are hosts with optional port and path, without scheme. The longest match wins.
-    type: dict
-    default: {}
-  api_key:
-    description:
-      - NGC API key for C(nvcr.io), in place of the login that is stored in the Docker configuration of O(docker_user).
-      - It is never sent to another registry.
-    type: str
-  docker_user:
-    description: User of the host whose Docker configuration holds the logins at registries.
-    type: str
-    default: root
   retries:
     description: Tries of a pull in all, when the network, the registry or the daemon fails for a moment. The pauses grow.
     type: int

@@ -16,25 +16,13 @@ description:
     exist, a limit, the network and TLS are told apart.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
+  - gpu_fleet.nim.registry
 options:
   image:
     description: Image reference with a tag or a digest.
     type: str
     required: true
     aliases: [name]
-  api_key:
-    description:
-      - NGC API key for C(nvcr.io), in place of the login that is stored in the Docker configuration of O(docker_user).
-      - It is never sent to another registry.
-    type: str
-  docker_user:
-    description: User of the host whose Docker configuration holds the logins at registries.
-    type: str
-    default: root
-  registry_mirrors:
-    description: Where to ask in place of a registry; see M(gpu_fleet.nim.nim_image).
-    type: dict
-    default: {}
   architecture:
     description: Architecture to look for, as image manifests name it, for example V(amd64) or V(arm64). By default the host's.
     type: str

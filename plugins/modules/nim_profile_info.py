@@ -18,6 +18,7 @@ description:
     stays on the host. No other module does that to look at something.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes.info
+  - gpu_fleet.nim.registry
 options:
   image:
     description: Image reference with a tag or a digest.
@@ -59,17 +60,6 @@ options:
     description: Seconds after which the listing is ended. Some images start their engine for it.
     type: int
     default: 300
-  api_key:
-    description: NGC API key for C(nvcr.io), in place of the login that is stored in the Docker configuration of O(docker_user).
-    type: str
-  docker_user:
-    description: User of the host whose Docker configuration holds the logins at registries.
-    type: str
-    default: root
-  registry_mirrors:
-    description: Where to ask in place of a registry; see M(gpu_fleet.nim.nim_image).
-    type: dict
-    default: {}
 seealso:
   - module: gpu_fleet.nim.nim_image_info
   - module: gpu_fleet.nim.nim_service
