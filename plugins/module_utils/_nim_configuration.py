@@ -18,7 +18,8 @@ from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
 from ._nim_models import NimModel
 from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER
 from ._nim_service_state import ImageState
-from ._nim_unit import source, spec_hash
+from ._nim_unit import spec_hash
+from ._nim_unit_program import program
 
 NAME_LABEL = "io.gpu-fleet.nim.name"
 IMAGE_LABEL = "io.gpu-fleet.nim.image"
@@ -125,7 +126,7 @@ WantedBy=nim.target multi-user.target
 def wrapper_text() -> str:
     """The program that the units run, with a Python that is there whatever Ansible was told to use."""
     python = sys.executable if sys.executable.startswith(("/usr/bin/", "/usr/libexec/")) else "/usr/bin/python3"
-    return "#!%s\n%s" % (python, source())
+    return "#!%s\n%s" % (python, program())
 
 
 @dataclass(frozen=True)

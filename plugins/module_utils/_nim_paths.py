@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from ._nim_unit import KEY_PIPES
+from ._nim_unit_key import KEY_PIPES
 
 UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIGURATION_DIRECTORY = "/etc/nim"

@@ -22,7 +22,8 @@ from ._nim_service_checks import (
     check_port,
 )
 from ._nim_service_state import RESOURCE, HostState, ImageState, ServiceState
-from ._nim_unit import FETCHED, arguments_with_key
+from ._nim_unit import FETCHED
+from ._nim_unit_key import arguments_with_key
 from ._resource import Change, Disruption
 
 Json = t.Dict[str, t.Any]

@@ -43,7 +43,7 @@ from ._nim_paths import (
 from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
 from ._nim_silence import why_silent
-from ._nim_unit import SPEC_LABEL
+from ._nim_unit_docker import SPEC_LABEL
 from ._untrusted import json_object, whole_number
 from ._verdict import REFUSED, Verdict
 

@@ -5,7 +5,7 @@
 # Written to hosts as /usr/local/libexec/nim/nim-unit by gpu_fleet.nim.nim_service; changes made there are overwritten.
 """Run one NIM container for systemd: ``nim-unit run NAME`` is the main process of ``nim-NAME.service``.
 
-This file is a program of its own: it is copied to the host as it is, so it uses the standard library only.
+This file and its parts are put on the host as one program (see _nim_unit_program), so they use the standard library only.
 
 A container that already runs what is wanted is adopted, so that neither a restart of Docker nor the death of this
 program makes a model load again. The container's end ends this program, and systemd starts it again.
@@ -19,13 +19,10 @@ had never been ready.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
-import importlib.util
 import json
 import os
-import re
 import ssl
 import subprocess
 import sys
@@ -33,12 +30,28 @@ import time
 import typing as t
 import urllib.parse
 
+from ._nim_unit_docker import (
+    POLL_SECONDS,
+    BadConfigurationError,
+    DockerAwayError,
+    StartFailedError,
+    complaint,
+    create_container,
+    daemon_answers,
+    daemon_is_stopped,
+    docker,
+    inspect,
+    is_running,
+    label_of,
+    remove_container,
+    say,
+    start_container,
+)
+from ._nim_unit_key import KEY_PIPES, KEY_SHELL, KeyPipe, arguments_with_key, read_key
+
 EX_TEMPFAIL = 75
 EX_MAINTENANCE = 77
 EX_CONFIG = 78
-
-#: Label that says what a container runs; a container with another value is replaced.
-SPEC_LABEL = "io.gpu-fleet.nim.spec"
 
 # systemd sets these where a unit has RuntimeDirectory=, StateDirectory= or ConfigurationDirectory=.
 CONFIGURATION = os.environ.get("CONFIGURATION_DIRECTORY", "/etc/nim")
@@ -48,163 +61,15 @@ RUNTIME = os.environ.get("RUNTIME_DIRECTORY", "/run/nim")
 #: What is noted when all files of a model were fetched, and when they have served since.
 FETCHED = ("complete", "proven")
 
-#: Seconds between two questions to a daemon that is away, and to a service that is not ready.
-POLL_SECONDS = 1.0
+#: Seconds between two questions to a service that is not ready.
 READY_SECONDS = 1.0
-#: Seconds after which a docker command counts as hanging; a stop has its own limit.
-COMMAND_SECONDS = 120.0
 #: Pause before the start that follows n failures in a row: 5, 10, 20, 40, then 60 seconds.
 BACKOFF_FIRST = 5.0
 BACKOFF_MOST = 60.0
 #: Seconds that a service must serve before its start counts as a good one.
 STEADY_SECONDS = 30.0
 
-#: How a container gets the NGC key: through a pipe that is mounted here and read once by a shell, which then becomes the
-#: image's own program. A variable of the container would be kept by Docker and containerd in files of their own.
-KEY_TARGET = "/run/secrets/ngc_api_key"
-#: Directory of these pipes below the runtime directory.
-KEY_PIPES = "keys"
-KEY_SHELL = "/bin/sh"
-KEY_SCRIPT = 'IFS= read -r NGC_API_KEY <%s || exit 1; export NGC_API_KEY; exec "$@"' % KEY_TARGET
-#: Seconds within which the shell must have asked for it.
-KEY_SECONDS = 60.0
-
-_AWAY_TEXTS = (
-    "cannot connect to the docker daemon",
-    "is the docker daemon running",
-    "error during connect",
-    "connection refused",
-    "connection reset",
-    "unexpected eof",
-    "shutting down",
-    "broken pipe",
-)
-
 Json = t.Dict[str, t.Any]
-
-
-class DockerAwayError(Exception):
-    """The daemon does not answer; what is to be done later is unknown until it does."""
-
-
-class BadConfigurationError(Exception):
-    """No repetition can help."""
-
-
-class StartFailedError(Exception):
-    """This attempt failed; the next one may succeed."""
-
-
-def source() -> str:
-    """The text of this file, also where it is imported from an archive."""
-    spec = importlib.util.find_spec(__name__)
-    loader: t.Any = spec.loader if spec else None
-    text = loader.get_source(__name__) if loader else None
-    if not text:
-        raise RuntimeError("The source of %s is not available." % __name__)
-    return str(text)
-
-
-def say(text: str) -> None:
-    """One line for the journal."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-#: The command line's own pointers to its help, and what it adds to an error of the daemon.
-_BESIDE = re.compile(r"(?:(?:See|Run|Usage:) +'?docker |Error: failed to start containers)", re.IGNORECASE)
-
-
-def complaint(text: str) -> str:
-    """Why a docker command failed, in one line.
-
-    An error of the daemon may have several: what a runtime or a hook printed stands behind its first one.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not _BESIDE.match(line.strip())]
-    for number, line in enumerate(lines):
-        if line.startswith("Error response from daemon"):
-            return " ".join(lines[number:])[:2000]
-    return lines[-1] if lines else "no message"
-
-
-def docker(*arguments: str, seconds: float = COMMAND_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run a docker command to its end.
-
-    Raises:
-        DockerAwayError: When it hangs or there is no such program (as in the middle of an upgrade).
-    """
-    try:
-        return subprocess.run(
-            ["docker", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise DockerAwayError("docker %s: no answer after %d seconds" % (arguments[0], seconds)) from None
-    except OSError as error:
-        raise DockerAwayError("docker cannot be run: %s" % error.strerror) from error
-
-
-def daemon_answers() -> bool:
-    with contextlib.suppress(DockerAwayError):
-        return docker("version", "--format", "{{.Server.Version}}", seconds=20).returncode == 0
-    return False
-
-
-def daemon_is_stopped() -> bool:
-    """Whether systemd has Docker down.
-
-    A docker command must not be tried then: a restart of this unit asks for Docker too, its socket listens at once, but
-    the daemon is not started before this unit's stop has ended (systemd.unit(5), Before=).
-    """
-    try:
-        shown = subprocess.run(
-            ["systemctl", "show", "--property=LoadState,ActiveState", "docker.service"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            timeout=20,
-            check=False,
-        ).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return "LoadState=loaded" in shown and ("ActiveState=inactive" in shown or "ActiveState=failed" in shown)
-
-
-def is_away(text: str) -> bool:
-    lowered = text.lower()
-    return any(known in lowered for known in _AWAY_TEXTS)
-
-
-def inspect(container: str) -> Json | None:
-    """``docker inspect`` of a container, None when there is none.
-
-    Raises:
-        DockerAwayError: When there is no answer.
-    """
-    done = docker("inspect", "--type", "container", container)
-    if done.returncode == 0:
-        try:
-            return t.cast(Json, json.loads(done.stdout)[0])
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise DockerAwayError("docker inspect answered nonsense: %s" % error) from error
-    if "no such" in done.stderr.lower():
-        return None
-    raise DockerAwayError(complaint(done.stderr))
-
-
-def label_of(container: Json) -> str:
-    return str(((container.get("Config") or {}).get("Labels") or {}).get(SPEC_LABEL, ""))
-
-
-def is_running(container: Json) -> bool:
-    return bool((container.get("State") or {}).get("Running"))
 
 
 def write_atomically(path: str, content: str) -> None:
@@ -247,14 +112,6 @@ def says_ready(address: str) -> bool:
         connection.close()
 
 
-def arguments_with_key(launch: Json, pipe: str) -> list[str]:
-    """Arguments of ``docker create`` for a container whose shell takes the NGC key out of a pipe and becomes its program."""
-    arguments = [str(word) for word in launch["options"]]
-    arguments += ["--mount=type=bind,source=%s,target=%s,readonly" % (pipe, KEY_TARGET)]
-    arguments += ["--entrypoint=" + KEY_SHELL, str(launch["image"]), "-c", KEY_SCRIPT, "nim"]
-    return arguments + [str(word) for word in launch["command"]]
-
-
 class Unit:
     """One NIM service."""
 
@@ -263,7 +120,7 @@ class Unit:
         self.configuration = os.path.join(CONFIGURATION, name + ".json")
         self.key_file = os.path.join(CONFIGURATION, "ngc.env")
         self.secret_file = os.path.join(CONFIGURATION, name + ".env")
-        self.key_pipe = os.path.join(RUNTIME, KEY_PIPES, name)
+        self.pipe = KeyPipe(os.path.join(RUNTIME, KEY_PIPES, name))
         self.runtime_file = os.path.join(RUNTIME, name + ".json")
         self.stop_file = os.path.join(RUNTIME, name + ".stop")
         self.marker_file = os.path.join(STATE, "state", name + ".download.json")
@@ -377,14 +234,14 @@ class Unit:
         if self.watching:
             return self.ended(container)
         self.back_off()
-        self.remove(self.container, container)
+        remove_container(self.container, container, self.stop_timeout)
         self.download()
         self.start()
         return self.watch()
 
     def is_as_wanted(self, container: Json) -> bool:
         """Whether a container runs what is wanted, and does not wait for a key that nobody will give it any more."""
-        return label_of(container) == self.spec and not os.path.lexists(self.key_pipe)
+        return label_of(container) == self.spec and not self.pipe.exists()
 
     def back_off(self) -> None:
         failures = self.failures()
@@ -394,43 +251,6 @@ class Unit:
             # Why the last one failed stays to be read.
             self.note("back_off", failures, str(read_json(self.runtime_file).get("detail") or ""))
             time.sleep(seconds)
-
-    def remove(self, name: str, container: Json | None) -> None:
-        if container is None:
-            return
-        if is_running(container):
-            say("%s runs something else and is replaced" % name)
-            docker("stop", "-t", str(self.stop_timeout), name, seconds=self.stop_timeout + 60)
-        done = docker("rm", "-f", name)
-        if done.returncode != 0 and "no such" not in done.stderr.lower():
-            if is_away(done.stderr) or not daemon_answers():
-                raise DockerAwayError(complaint(done.stderr))
-            raise StartFailedError("the old container %s cannot be removed: %s" % (name, complaint(done.stderr)))
-
-    def create(self, name: str, arguments: t.Sequence[str]) -> None:
-        command = ["create", "--name", name, "--pull=never", "--restart=no"]
-        command += ["--label", "%s=%s" % (SPEC_LABEL, self.spec), *arguments]
-        for last_try in (False, True):
-            done = docker(*command)
-            if done.returncode == 0:
-                return
-            if is_away(done.stderr) or not daemon_answers():
-                raise DockerAwayError(complaint(done.stderr))
-            if last_try:
-                raise BadConfigurationError("docker create: %s" % complaint(done.stderr))
-            if "already in use" in done.stderr.lower():
-                docker("rm", "-f", name)
-            else:
-                # The daemon may have been restarted between the two questions: only a repeated no is a no.
-                time.sleep(POLL_SECONDS)
-
-    def launch(self, name: str) -> None:
-        done = docker("start", name)
-        if done.returncode == 0:
-            return
-        if is_away(done.stderr) or not daemon_answers():
-            raise DockerAwayError(complaint(done.stderr))
-        raise StartFailedError("docker start: %s" % complaint(done.stderr))
 
     def secret_arguments(self) -> list[str]:
         """Docker reads the secret variables from their file, so they are in no argument list."""
@@ -446,13 +266,7 @@ class Unit:
     # -- the NGC key ------------------------------------------------------------------------------------
 
     def key(self) -> str:
-        """The NGC key of the host, empty when it has none."""
-        with contextlib.suppress(OSError), open(self.key_file, encoding="utf-8") as stream:
-            for line in stream:
-                name, _separator, value = line.strip().partition("=")
-                if name == "NGC_API_KEY":
-                    return value
-        return ""
+        return read_key(self.key_file)
 
     def launch_with_key(self, name: str, launch: Json) -> bool:
         """Create and start a container whose program finds the NGC key in its environment.
@@ -464,65 +278,25 @@ class Unit:
         Returns:
             False, and there is no container, when the image has no shell.
         """
-        arguments = [*self.secret_arguments(), *arguments_with_key(launch, self.key_pipe)]
-        self.make_key_pipe(int(launch["uid"]))
-        # Where this is cut off the pipe stays: it tells that the container, if it came to run, waits for the key in vain.
-        self.create(name, arguments)
+        arguments = [*self.secret_arguments(), *arguments_with_key(launch, self.pipe.path)]
+        self.pipe.make(int(launch["uid"]))
+        create_container(name, self.spec, arguments)
         try:
-            self.launch(name)
+            start_container(name)
         except StartFailedError as error:
             if '"%s"' % KEY_SHELL not in str(error):
                 raise
             say("%s gets no NGC key: its image has no %s" % (name, KEY_SHELL))
-            self.remove(name, inspect(name))
-            self.remove_key_pipe()
+            remove_container(name, inspect(name), self.stop_timeout)
+            self.pipe.remove()
             return False
-        self.hand_over_key(name)
-        self.remove_key_pipe()
-        return True
-
-    def remove_key_pipe(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.key_pipe)
-
-    def make_key_pipe(self, uid: int) -> None:
-        """A named pipe that only the container's user can read, where only root can reach it."""
-        directory = os.path.dirname(self.key_pipe)
         try:
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.key_pipe)
-            os.mkfifo(self.key_pipe, 0o400)
-            os.chown(self.key_pipe, uid, -1)
-        except OSError as error:
-            raise StartFailedError("%s cannot be made: %s" % (self.key_pipe, error.strerror)) from error
-
-    def hand_over_key(self, name: str) -> None:
-        """Write the key into the pipe as soon as the container's shell reads it."""
-        end = time.monotonic() + KEY_SECONDS
-        while time.monotonic() < end:
-            try:
-                # Without a reader there is ENXIO instead of a wait (fifo(7)).
-                pipe = os.open(self.key_pipe, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    # Nothing would tell the next run that this container waits.
-                    self.remove(name, inspect(name))
-                    raise StartFailedError("%s cannot be opened: %s" % (self.key_pipe, error.strerror)) from error
-            else:
-                # A reader that has gone is found out like any other end.
-                with contextlib.suppress(BrokenPipeError), open(pipe, "w", encoding="utf-8") as stream:
-                    stream.write(self.key() + "\n")
-                return
-            # A daemon that is away does not keep a container from reading.
-            with contextlib.suppress(DockerAwayError):
-                container = inspect(name)
-                if container is None or not is_running(container):
-                    # Why it ended is found out by whoever waits for it.
-                    return
-            time.sleep(0.1)
-        self.remove(name, inspect(name))
-        raise StartFailedError("%s did not take the NGC key within %d seconds" % (name, KEY_SECONDS))
+            self.pipe.hand_over(self.key(), name)
+        except StartFailedError:
+            remove_container(name, inspect(name), self.stop_timeout)
+            raise
+        self.pipe.remove()
+        return True
 
     # -- the container ----------------------------------------------------------------------------------
 
@@ -533,9 +307,9 @@ class Unit:
         launch = self.config.get("key_in_service")
         if not isinstance(launch, dict) or not self.key() or not self.launch_with_key(self.container, launch):
             # One of an earlier start says nothing about this container.
-            self.remove_key_pipe()
-            self.create(self.container, [*self.secret_arguments(), *self.create_arguments])
-            self.launch(self.container)
+            self.pipe.remove()
+            create_container(self.container, self.spec, [*self.secret_arguments(), *self.create_arguments])
+            start_container(self.container)
         say("%s started" % self.container)
         if self.stopping():
             # The stop came before there was a container to stop.
@@ -658,17 +432,17 @@ class Unit:
         plan = self.config.get("download")
         running = inspect(self.downloader)
         if not isinstance(plan, dict) or not self.key():
-            self.remove(self.downloader, running)
+            remove_container(self.downloader, running, self.stop_timeout)
             return
         marker = read_json(self.marker_file)
         filled = self.cache_has_files()
         if filled and marker.get("key") == plan["key"] and marker.get("status") in FETCHED:
-            self.remove(self.downloader, running)
+            remove_container(self.downloader, running, self.stop_timeout)
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.
         brought = filled and not marker
         if running is None or not is_running(running) or not self.is_as_wanted(running):
-            self.remove(self.downloader, running)
+            remove_container(self.downloader, running, self.stop_timeout)
             if self.stopping():
                 raise StartFailedError("stopped")
             if not brought:
@@ -686,7 +460,7 @@ class Unit:
             if running is None:
                 raise StartFailedError("%s was removed" % self.downloader)
             code = self.wait(self.downloader, probe=False) if is_running(running) else running["State"]["ExitCode"]
-        self.remove(self.downloader, inspect(self.downloader))
+        remove_container(self.downloader, inspect(self.downloader), self.stop_timeout)
         if code == 0 and self.cache_has_files():
             say("%s has fetched the model" % self.downloader)
             self.mark("complete")

@@ -17,7 +17,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     UNIT_DIRECTORY,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import SPEC_LABEL
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit_docker import SPEC_LABEL
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
 from fake_host import FakeHost
 

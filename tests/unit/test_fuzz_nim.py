@@ -11,7 +11,7 @@ import time
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_unit
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_unit, _nim_unit_docker
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients import RECORD, read_record
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -239,7 +239,7 @@ def test_the_wrapper_of_the_units(configuration: str, word: str) -> None:
     (_FOLDER / "run.json").write_bytes(encodable(word))
     try:
         unit.load()
-    except _nim_unit.BadConfigurationError as error:
+    except _nim_unit_docker.BadConfigurationError as error:
         assert str(error)
         return
     assert isinstance(unit.create_arguments, list)

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import signal
 import stat
 import subprocess
@@ -17,9 +18,10 @@ import time
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_unit
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_unit_docker, _nim_unit_key
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit_program import PARTS, program
 
-LABEL = _nim_unit.SPEC_LABEL
+LABEL = _nim_unit_docker.SPEC_LABEL
 KEY = "nvapi-unit-test-key"
 
 DOCKER = """\
@@ -134,7 +136,7 @@ class Machine:
         (self.bin / "download-code").write_text("0")
         (self.bin / "calls").write_text("")
         self.wrapper = root / "nim-unit"
-        self.wrapper.write_text("#!%s\n%s" % (sys.executable, _nim_unit.source()))
+        self.wrapper.write_text("#!%s\n%s" % (sys.executable, program()))
         self.wrapper.chmod(0o755)
         self.running: list[subprocess.Popen[str]] = []
 
@@ -497,7 +499,7 @@ def test_the_key_goes_to_the_download_and_not_to_the_service(machine: Machine) -
 def test_what_the_shell_in_a_container_does_with_the_key(machine: Machine) -> None:
     pipe = machine.root / "pipe"
     pipe.write_text(KEY + "\n")
-    script = _nim_unit.KEY_SCRIPT.replace(_nim_unit.KEY_TARGET, str(pipe))
+    script = _nim_unit_key.KEY_SCRIPT.replace(_nim_unit_key.KEY_TARGET, str(pipe))
     words = ["-c", script, "nim", "/bin/sh", "-c", 'printf "%s|" "$NGC_API_KEY" "$@"', "x", "two words", "$HOME"]
     done = subprocess.run(["/bin/sh", *words], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout == KEY + "|two words|$HOME|"
@@ -732,9 +734,14 @@ def test_files_that_never_served_are_looked_at_again(machine: Machine) -> None:
 
 
 def test_the_source_is_whole_and_stands_on_its_own() -> None:
-    text = _nim_unit.source()
+    text = program()
     assert text.startswith("# SPDX-FileCopyrightText")
     assert "from ." not in text
+    # Nothing of a part is lost: what it defines is defined once.
+    for part in PARTS:
+        for name, thing in vars(part).items():
+            if getattr(thing, "__module__", "") == part.__name__:
+                assert len(re.findall(r"(?m)^(?:def|class) %s\b" % name, text)) == 1, name
     compile(text, "nim-unit", "exec")
 
 
@@ -760,4 +767,4 @@ def test_the_source_is_whole_and_stands_on_its_own() -> None:
     ],
 )
 def test_why_a_docker_command_failed(text: str, line: str) -> None:
-    assert _nim_unit.complaint(text) == line
+    assert _nim_unit_docker.complaint(text) == line
