@@ -402,11 +402,22 @@ def test_services_with_secrets_print_fingerprints(serving: Machine) -> None:
     assert KEY not in answer
 
 
+def documented_options(name: str) -> dict[str, t.Any]:
+    """Options of a module, those of its documentation fragments included."""
+    documentation = yaml.safe_load(importlib.import_module(MODULES + name).DOCUMENTATION)
+    found = {}
+    for fragment in documentation["extends_documentation_fragment"]:
+        name, _dot, part = fragment[len("gpu_fleet.nim.") :].partition(".")
+        texts = importlib.import_module(MODULES.replace(".modules.", ".doc_fragments.") + name).ModuleDocFragment
+        found.update(yaml.safe_load(getattr(texts, part.upper() or "DOCUMENTATION")).get("options") or {})
+    return {**found, **documentation["options"]}
+
+
 @pytest.mark.parametrize("name", CHAIN)
 def test_options_are_those_of_the_modules(name: str) -> None:
     """Names, types, defaults and choices; those that have no part in a plan are left out."""
     left_out = {"progress_interval", "resume", "prepare_reboot", "reboot_reason", "host_name", "wait"}
-    documented = yaml.safe_load(importlib.import_module(MODULES + name).DOCUMENTATION)["options"]
+    documented = documented_options(name)
 
     def compare(options: dict[str, t.Any], specification: dict[str, t.Any]) -> None:
         assert set(options) - left_out == set(specification)
