@@ -417,13 +417,17 @@ class _Entry:
             found.append(text)
         return tuple(found)
 
-    def _ulimits(self) -> dict[str, str]:
-        given = self.value("ulimits")
+    def _entries(self, option: str, remedy: str) -> t.Iterator[tuple[t.Any, t.Any, str]]:
+        """Key, value and path of each entry of an option that is a dictionary."""
+        given = self.value(option)
         if not isinstance(given, dict):
-            raise self.bad("ulimits", "must be a dictionary", "write for example {nofile: 65536}")
-        found = {}
+            raise self.bad(option, "must be a dictionary", remedy)
         for key, value in given.items():
-            path = "%s.ulimits.%s" % (self.path, key)
+            yield key, value, "%s.%s.%s" % (self.path, option, key)
+
+    def _ulimits(self) -> dict[str, str]:
+        found = {}
+        for key, value, path in self._entries("ulimits", "write for example {nofile: 65536}"):
             if key not in _ULIMIT_NAMES:
                 raise _refuse(path, value, "no such limit", "use one of " + ", ".join(_ULIMIT_NAMES))
             text = "" if isinstance(value, bool) else str(value)
@@ -436,12 +440,8 @@ class _Entry:
         return found
 
     def _environment(self) -> dict[str, str]:
-        given = self.value("environment")
-        if not isinstance(given, dict):
-            raise self.bad("environment", "must be a dictionary", "write NAME: value pairs")
         found = {}
-        for key, value in given.items():
-            path = "%s.environment.%s" % (self.path, key)
+        for key, value, path in self._entries("environment", "write NAME: value pairs"):
             if not isinstance(key, str) or not _ENVIRONMENT_NAME.match(key):
                 raise _refuse(path, "...", "is no name of a variable", "use letters, digits and underscores")
             if key in OWNED_ENVIRONMENT:

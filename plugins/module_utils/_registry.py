@@ -210,16 +210,7 @@ class RegistryClient:
         Raises:
             FleetError: As :meth:`resolve`.
         """
-        name = str(reference)
-        answer = self._ask(reference.repository, "blobs/" + digest, name, {})
-        if "sha256:" + hashlib.sha256(answer.body).hexdigest() != digest:
-            raise FleetError(
-                "registry_error",
-                "A part of %s does not have the digest %s that its manifest names; look for a proxy that changes what "
-                "passes through it." % (name, digest),
-                image=name,
-            )
-        return answer.body
+        return self._blob(reference.repository, digest, str(reference), "A part").body
 
     def compressed_sizes(self, reference: ImageReference) -> t.Dict[str, int]:
         """Bytes to download for each architecture on offer; empty where the image has no index.
@@ -272,15 +263,18 @@ class RegistryClient:
         return computed, self._json(answer, name)
 
     def _blob_json(self, repository: str, digest: str, name: str) -> t.Dict[str, t.Any]:
+        return self._json(self._blob(repository, digest, name, "The configuration"), name)
+
+    def _blob(self, repository: str, digest: str, name: str, what: str) -> Answer:
         answer = self._ask(repository, "blobs/" + digest, name, {})
         if "sha256:" + hashlib.sha256(answer.body).hexdigest() != digest:
             raise FleetError(
                 "registry_error",
-                "The configuration of %s does not have the digest %s that its manifest names; look for a proxy that "
-                "changes what passes through it." % (name, digest),
+                "%s of %s does not have the digest %s that its manifest names; look for a proxy that changes what passes "
+                "through it." % (what, name, digest),
                 image=name,
             )
-        return self._json(answer, name)
+        return answer
 
     @staticmethod
     def _json(answer: Answer, name: str) -> t.Dict[str, t.Any]:
