@@ -424,6 +424,16 @@ def test_a_gpu_that_is_not_fit(serving: Machine) -> None:
     assert ("memory_repair", "", "row_remap_pending") in bad(found)
 
 
+def test_a_count_is_served_by_the_gpus_that_are_fit(serving: Machine) -> None:
+    unfit(serving, "remapped_row_pending", "Yes")
+    found = judge(serving.host, models(llama(gpus=1)), serving.api)
+    assert bad(found) == [] and warned(found) == [("memory_repair", "row_remap_pending")]
+    found = judge(serving.host, models(llama(gpus=2)), serving.api)
+    assert ("gpu_health", "llama", "row_remap_pending") in bad(found)
+    refused = one(judge(serving.host, models(llama(gpus=3)), serving.api), "gpus", "llama")
+    assert "not fit for service (has bad memory that is only taken out of use by a reset" in refused.remedy
+
+
 def warned(found: list[Verdict]) -> list[tuple[str, str]]:
     return [(verdict.check, verdict.reason) for verdict in found if verdict.verdict == WARNING]
 
