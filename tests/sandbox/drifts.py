@@ -723,6 +723,17 @@ _MODELS = (
         undo="docker rename my-llama nim-llama",
     ),
     _drift(
+        "a docker-proxy that has outlived its container",
+        "systemctl stop nim-llama\n"
+        "setsid docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port 8000 -container-ip 172.17.0.250 -container-port 8000 "
+        "3>/dev/null </dev/null >/dev/null 2>&1 &\n"
+        "echo $! > /tmp/proxy; sleep 1; kill -0 $(cat /tmp/proxy)",
+        "nim_service, port_in_use, error",
+        refused=True,
+        undo="kill $(cat /tmp/proxy)",
+        restarts="llama",
+    ),
+    _drift(
         "a NIM that hangs",
         "kill -STOP $(docker inspect --format '{{.State.Pid}}' nim-llama)",
         "nim_service, nim-llama.service, restart_nim",
