@@ -367,7 +367,7 @@ def _silent(host: Host, model: NimModel, service: ServiceState) -> str:
     """Why a service that has been ready serves no more. Only the first question costs time where all is well."""
     if model.state != "started" or not service.running or not service.alive or service.phase != "ready":
         return ""
-    pid = whole_number((service.inspected.get("State") or {}).get("Pid"))
+    pid = int((service.inspected.get("State") or {}).get("Pid") or 0)
     return why_silent(host, str(service.configuration.get("ready_url") or ""), pid)
 
 

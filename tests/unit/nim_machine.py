@@ -102,7 +102,7 @@ class FakeApi:
                 return {
                     "Id": entry["Id"],
                     "Name": entry["Names"][0],
-                    "State": {"Running": entry["State"] == "running"},
+                    "State": {"Running": entry["State"] == "running", "Pid": 812},
                     "HostConfig": self.host_config.get(entry["Names"][0].lstrip("/"), {}),
                     **self.inspected.get(entry["Names"][0].lstrip("/"), {}),
                 }
