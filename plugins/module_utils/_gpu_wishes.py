@@ -12,10 +12,13 @@ from dataclasses import replace
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory
 from ._gpu_placement import Wish
-from ._nim_family import needs_download
+from ._host import Host
+from ._nim_downloads import needs_download
 from ._nim_models import GpuRequest, NimModel
+from ._nim_process_state import wanted_gpus
 from ._nim_profile_checks import memory_mib, require_profile
 from ._nim_profiles import Match, Profile, match_profile
+from ._wanted_images import ImageUser
 
 
 def names_profile(model: NimModel) -> bool:
@@ -162,3 +165,15 @@ def requested_count(gpus: GpuRequest | None, there: int) -> int | None:
     if gpus is None or isinstance(gpus, int):
         return gpus
     return there if gpus == "all" else len(gpus)
+
+
+def gpus_of(host: Host, users: t.Sequence[ImageUser], gpus: t.Sequence[Gpu]) -> list[Gpu]:
+    """GPUs that the models which run an image name or have; all of the host where that is not known of one of them."""
+    found: t.Dict[str, Gpu] = {}
+    for user in users:
+        names = user.named or (wanted_gpus(host, user.model) if user.model else ())
+        seen = [gpu for gpu in (named_gpu(name, gpus) for name in names) if gpu is not None]
+        if not names or len(seen) != len(names) or user.gpus not in (None, len(names)):
+            return list(gpus)
+        found.update((gpu.uuid, gpu) for gpu in seen)
+    return list(found.values()) or list(gpus)

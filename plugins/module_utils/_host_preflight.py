@@ -19,6 +19,7 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import KERNEL_LINES, gpu_health
+from ._gpu_wishes import gpus_of
 from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, plan_host
 from ._kernel_log import read_kernel_log
@@ -31,7 +32,6 @@ from ._options import CHAIN
 from ._registry import RegistryClient
 from ._sleeping_docker import SleepingDocker, sleeps
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst
-from ._wanted_images import gpus_of
 
 Options = t.Mapping[str, t.Any]
 

@@ -16,6 +16,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._nim_downloads import needs_download
 from ._nim_models import NimModel
 from ._options import MINIMUM_DOCKER_VERSION
 
@@ -37,10 +38,6 @@ _ENV_1X = "INFERENCE_MICROSERVICE_LLM_NIM_VERSION"
 
 #: Oldest Docker Engine that NVIDIA documents for a family; of the others nothing is known.
 OLDEST_ENGINE = {"1.x": MINIMUM_DOCKER_VERSION, "2.x": "24.0"}
-
-#: A model that comes from somewhere else than NGC, or must not be fetched at all, needs no download with the NGC key.
-_FOREIGN_SOURCES = ("NIM_MODEL_NAME", "NIM_MODEL_PATH", "NIM_REPOSITORY_OVERRIDE")
-_OFFLINE = ("NIM_DISABLE_MODEL_DOWNLOAD", "HF_HUB_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -178,18 +175,6 @@ class Family:
         elif model.lora_directory and self.key == "1.x":
             command.append("--lora")
         return DownloadStep(tuple(command), {})
-
-
-def needs_download(model: NimModel) -> bool:
-    """Whether files of the model may have to come from NGC."""
-    if model.weights_directory:
-        return False
-    environment = {**model.environment, **model.secret_environment}
-    if any(environment.get(name, "").lower() in ("1", "true", "yes", "on") for name in _OFFLINE):
-        return False
-    return not any(
-        environment.get(name, "") and not environment[name].startswith("ngc://") for name in _FOREIGN_SOURCES
-    )
 
 
 def detect_family(

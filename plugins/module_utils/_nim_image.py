@@ -21,7 +21,7 @@ from ._dockerd import version_tuple
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
 from ._gpu import Gpu, GpuInventory, observe_gpus
-from ._gpu_wishes import check_named_profile, device_ids
+from ._gpu_wishes import check_named_profile, device_ids, gpus_of
 from ._host import Host
 from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress
 from ._image_record import RECORD_LOCK, PinnedImage, update_record
@@ -35,7 +35,7 @@ from ._registry_image import RegistryImage, image_architecture
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
 from ._resource import Change, Resource
-from ._wanted_images import WantedImage, gpus_of
+from ._wanted_images import WantedImage
 
 _TOOLKIT_CONFIGURATION = "/etc/nvidia-container-runtime/config.toml"
 

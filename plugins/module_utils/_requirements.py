@@ -20,12 +20,11 @@ from dataclasses import dataclass
 
 from ._driver_branches import BRANCHES, FIRST_INSTALLABLE, Branch, branch_of_version, branch_supports
 from ._errors import FleetError
+from ._untrusted import GO_TRUE
 
 PREFIX = "NVIDIA_REQUIRE_"
 #: Tegra only; the toolkit keeps it apart from the others.
 _JETPACK = "NVIDIA_REQUIRE_JETPACK"
-#: What Go's strconv.ParseBool takes for true.
-GO_TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
 #: In the order in which libnvidia-container tries them: an operator counts when it is the beginning of one of these.
 _OPERATORS = ("=", "!=", "<", "<=", ">", ">=")
 #: NVML brands that libnvidia-container (``driver.c``) knows by name; all others, H100 and H200 among them, are "Unknown".

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 Json = t.Dict[str, t.Any]
 
+#: What Go's strconv.ParseBool takes for true.
+GO_TRUE = frozenset(("1", "t", "T", "TRUE", "true", "True"))
+
 
 def parse_json(text: str | bytes, **options: t.Any) -> t.Any:
     """As ``json.loads``, with one kind of error.

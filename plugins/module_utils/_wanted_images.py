@@ -10,14 +10,10 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._gpu import Gpu
-from ._gpu_wishes import named_gpu
-from ._host import Host
 from ._image_reference import ImageReference
-from ._nim_family import needs_download
+from ._nim_downloads import needs_download
 from ._nim_models import parse_models, parse_size
-from ._nim_process_state import wanted_gpus
-from ._requirements import GO_TRUE
+from ._untrusted import GO_TRUE
 
 
 @dataclass(frozen=True)
@@ -150,15 +146,3 @@ def wanted_images(raw: t.Any, variable: str = "nim_models") -> t.List[t.Dict[str
             image["gpu_names"] = list(model.gpus)
         images.append(image)
     return images
-
-
-def gpus_of(host: Host, users: t.Sequence[ImageUser], gpus: t.Sequence[Gpu]) -> t.List[Gpu]:
-    """GPUs that the models which run an image name or have; all of the host where that is not known of one of them."""
-    found: t.Dict[str, Gpu] = {}
-    for user in users:
-        names = user.named or (wanted_gpus(host, user.model) if user.model else ())
-        seen = [gpu for gpu in (named_gpu(name, gpus) for name in names) if gpu is not None]
-        if not names or len(seen) != len(names) or user.gpus not in (None, len(names)):
-            return list(gpus)
-        found.update((gpu.uuid, gpu) for gpu in seen)
-    return list(found.values()) or list(gpus)

@@ -40,15 +40,22 @@ class Expressions:
     """
 
     _WHOLE = re.compile(r"\s*\{\{(.*)\}\}\s*\Z", re.S)
+    #: Most are one name, which needs no engine at all.
+    _NAME = re.compile(r"\s*\{\{\s*([a-z_][a-z0-9_]*)\s*\}\}\s*\Z")
 
     def __init__(self) -> None:
         self.environment = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701  # no HTML is made here
         self.environment.filters.update({"bool": _bool, "gpu_fleet.nim.wanted_images": wanted_images})
         self.environment.globals["lookup"] = _lookup
+        self.names: dict[str, str] = {}
         self.known: dict[str, tuple[frozenset[str], t.Callable[..., t.Any]] | None] = {}
 
     def learn(self, template: t.Any) -> None:
-        if not isinstance(template, str) or template in self.known:
+        if not isinstance(template, str) or template in self.known or template in self.names:
+            return
+        name = self._NAME.match(template)
+        if name and name.group(1) not in ("true", "false", "none"):
+            self.names[template] = name.group(1)
             return
         found = self._WHOLE.match(template)
         self.known[template] = None
@@ -68,6 +75,9 @@ class Expressions:
         """
         if _is_literal(template):
             return template
+        name = self.names.get(template) if isinstance(template, str) else None
+        if name is not None and name in variables:
+            return self.render(variables[name], variables)
         known = self.known.get(template) if isinstance(template, str) else None
         if known is None:
             raise NotPlainError

@@ -8,11 +8,11 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_downloads import needs_download
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import (
     Family,
     detect_family,
     family_of_image,
-    needs_download,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NimModel, parse_models
 
