@@ -106,7 +106,7 @@ unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
 .PHONY: fuzz
 fuzz: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Every parser with fifty times as much damaged input as `make unit`
 	@PYTHONPATH=.build HYPOTHESIS_PROFILE=fuzz $(BIN)/pytest -n 2 tests/unit/test_fuzz_*.py tests/unit/test_requirements.py \
-	  tests/unit/test_untrusted.py tests/unit/test_generated_inventories.py
+	  tests/unit/test_untrusted.py tests/unit/test_generated_inventories.py tests/unit/test_redaction_properties.py
 
 .PHONY: sanity
 sanity: .venv/.stamp ## ansible-test sanity, without ignores

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""The text of daemon.json: parsed strictly, edited in place, redacted; and what the daemon needs to take a key over.
+"""The text of daemon.json: parsed strictly and edited in place; and what the daemon needs to take a key over.
 
 Which keys a SIGHUP reaches: dockerd's reference, "Configuration reload behavior", and moby ``daemon/reload*.go``; keys that
 a SIGHUP does not reach are ignored by it without a word.
@@ -204,12 +204,6 @@ def set_value(text: str, path: Path, value: t.Any) -> str:
         if index == 0:
             return text[: member.start] + text[members[1].start :]
         return text[: members[index - 1].end] + text[member.end :]
-
-
-def redact(text: str) -> str:
-    """Proxy passwords and tokens of log drivers made unreadable, for diffs and messages."""
-    text = re.sub(r'(://)[^/@\s"]+@', r"\1***@", text)
-    return re.sub(r'(?i)("[^"\n]*(?:token|secret|password)[^"\n]*"\s*:\s*)"[^"\n]*"', r'\1"***"', text)
 
 
 # -- merging --------------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import json
 import os.path
 import typing as t
 
-from ._daemon_json import parse, redact
+from ._daemon_json import parse
 from ._docker_daemon_planner import PENDING, DaemonPlanner
 from ._docker_restart import RESTART_TIMEOUT, daemon_log, restart_docker
 from ._docker_restart_risk import restart_blocked
 from ._dockerd import UNIT, DaemonState
 from ._errors import FleetError
 from ._host import Host
+from ._redaction import scrub
 from ._resource import Change, Resource
 
 #: The file as it was before the last change.
@@ -102,7 +103,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
         raise FleetError(
             "daemon_config_rejected",
             "Changing %s failed: dockerd would refuse it: %s. The file was left as it is; correct the wanted options."
-            % (state.path, redact(cause).rstrip(".")),
+            % (state.path, scrub(cause).rstrip(".")),
             file=state.path,
         )
 

@@ -23,7 +23,6 @@ from ._daemon_json import (
     merge,
     parse,
     read,
-    redact,
 )
 from ._docker_api import DockerApi, Json
 from ._docker_restart_risk import observe_running, restart_blocked
@@ -42,6 +41,7 @@ from ._dockerd import (
 )
 from ._errors import FleetError
 from ._host import Host
+from ._redaction import scrub, scrub_data
 from ._resource import Change, Disruption, FileDiff, Planner
 from ._systemd import unit_properties
 from ._untrusted import json_object, strings, whole_number
@@ -297,7 +297,7 @@ class DaemonPlanner(Planner[DaemonState]):
                     % (
                         key,
                         state.path,
-                        redact(", ".join(flags[key])),
+                        scrub(", ".join(flags[key])),
                         " or ".join(state.unit_files) or UNIT,
                     ),
                     key=key,
@@ -432,7 +432,7 @@ class DaemonPlanner(Planner[DaemonState]):
                         "reload": reload,
                         "restart": state.answers and any(edit in restart_edits for edit in stage),
                     },
-                    FileDiff(state.path, redact(text or ""), redact(after)),
+                    FileDiff(state.path, scrub(text or ""), scrub(after)),
                 )
             )
             text = after
@@ -463,8 +463,8 @@ class DaemonPlanner(Planner[DaemonState]):
         return Change(
             self.name,
             "running daemon",
-            json.loads(redact(json.dumps(before))) or None,
-            json.loads(redact(json.dumps(after))) or list(state.pending),
+            scrub_data(before) or None,
+            scrub_data(after) or list(state.pending),
             why,
             Disruption.RESTART_DOCKER,
             "daemon_restart",
@@ -489,5 +489,4 @@ def _read_pending(host: Host, main_pid: int) -> t.Tuple[t.Tuple[str, ...], str]:
 
 def _printable(document: Json, stage: t.Sequence[t.Tuple[Path, t.Any]]) -> Json:
     found = {dotted(path): get_value(document, path) for path, dummy in stage}
-    text = redact(json.dumps({key: value for key, value in found.items() if value is not ABSENT}))
-    return t.cast(Json, json.loads(text))
+    return t.cast(Json, scrub_data({key: value for key, value in found.items() if value is not ABSENT}))

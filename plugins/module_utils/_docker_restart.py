@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ._daemon_json import redact
 from ._docker_api import DockerApi
 from ._dockerd import SOCKET_UNIT, UNIT, DaemonState
 from ._errors import FleetError
 from ._host import CommandResult, Host
+from ._redaction import scrub
 
 #: Seconds for a restarted daemon to answer.
 RESTART_TIMEOUT = 90.0
@@ -86,5 +86,5 @@ def daemon_log(host: Host) -> str:
     for line in reversed(lines):
         if "level=error" in line or "level=fatal" in line or line.startswith(("failed to", "unable to")):
             found = re.search(r'msg="((?:[^"\\]|\\.)*)"', line)
-            return redact(found.group(1).replace('\\"', '"') if found else line).rstrip(".")
+            return scrub(found.group(1).replace('\\"', '"') if found else line).rstrip(".")
     return "its log says nothing; see 'journalctl -u docker'"

@@ -12,6 +12,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ._errors import FleetError
 from ._host import Host
+from ._redaction import scrub
 from ._resource import Change, OnChange, Resource, converge
 
 S = t.TypeVar("S")
@@ -21,7 +22,9 @@ def fail(module: AnsibleModule, error: FleetError) -> t.NoReturn:
     """End the module with the sentence, the reason and the facts of an expected error."""
     facts = dict(error.facts)
     changes = facts.pop("changes", [])
-    module.fail_json(msg=error.message, reason=error.reason, changed=bool(changes), changes=changes, **facts)
+    facts = {name: scrub(value) if isinstance(value, str) else value for name, value in facts.items()}
+    # What tools and daemons said may hold the password of a proxy or of a mirror.
+    module.fail_json(msg=scrub(error.message), reason=error.reason, changed=bool(changes), changes=changes, **facts)
     raise AssertionError("fail_json returned")
 
 

@@ -44,7 +44,7 @@ from ._nim_process_state import (
 )
 from ._nim_ready import RECORD_DIRECTORY, read_record, record_path
 from ._nim_watch import Failure, Watch
-from ._redaction import host_secrets, scrub
+from ._redaction import Redactor, known_secrets
 from ._xid_errors import XID_FATAL
 
 Json = t.Dict[str, t.Any]
@@ -95,7 +95,7 @@ class HealthCheck:
         self.api = api
         self.targets = list(targets)
         self.book = SignatureBook(signatures)
-        self.secrets: list[str] = []
+        self.redactor = Redactor()
         self.kernel_read = 0.0
 
     def run(
@@ -122,7 +122,7 @@ class HealthCheck:
         watches = [Watch.load(target, kept.get(target.name), now, self.book) for target in self.targets]
         for watch in watches:
             watch.strict = strict
-        self.secrets = host_secrets(self.host)
+        self.redactor = known_secrets(self.host, homes=False).redactor()
         began = self.host.monotonic()
         while True:
             pending = [watch for watch in watches if not watch.done]
@@ -231,7 +231,7 @@ class HealthCheck:
             watch.foretell(told, now)
         gpus: set[str] | None = None
         for event in kernel_events(lines):
-            line = scrub(event.text, self.secrets)
+            line = self.redactor.text(event.text)
             if event.kind == OUT_OF_MEMORY_KILL and event.container in containers:
                 watch.foretell(Match(OUT_OF_MEMORY, line, source=KERNEL), now)
             elif event.kind == XID:
@@ -265,7 +265,7 @@ class HealthCheck:
             lines = journal_lines(self.host, CONTAINER_FIELD, watch.instance.partition("@")[0])
             if lines:
                 watch.forget_log()
-                watch.take_lines(lines, now, self.secrets, running=False)
+                watch.take_lines(lines, now, self.redactor, running=False)
             return
         if container.instance != watch.log_instance:
             # The first look may have met what an earlier start left behind.
@@ -275,7 +275,7 @@ class HealthCheck:
         watch.log_read = now
         # By its id: the name may be another container's a moment later.
         lines, watch.cursor = read_log(self.host, container.id, watch.cursor, since=container.started)
-        watch.take_lines(lines, now, self.secrets, running=container.running)
+        watch.take_lines(lines, now, self.redactor, running=container.running)
         if watch.phase == "download" and watch.free_at_start:
             free = self.host.free_bytes(watch.target.cache_directory)
             watch.downloaded = max(watch.downloaded, watch.free_at_start - free)
@@ -297,7 +297,7 @@ class HealthCheck:
         if not lines:
             return
         told = [part for line in lines for part in message_of(line).splitlines() if part.strip()]
-        watch.explain([scrub(line, self.secrets)[:500] for line in told])
+        watch.explain([self.redactor.text(line)[:500] for line in told])
 
     def _confirm(self, watch: Watch, container: ContainerState, *, record: bool) -> None:
         """The service is ready: who answers, which version, and does it really complete."""
@@ -339,7 +339,7 @@ class HealthCheck:
             else:
                 completion = complete(target, model, target.completion)
                 # Everybody may read the record.
-                completion["note"] = scrub(completion["note"], self.secrets) if completion["note"] else None
+                completion["note"] = self.redactor.text(completion["note"]) if completion["note"] else None
         if record:
             self._write_record(target, container, {"seconds_to_ready": seconds, "completion": completion})
         if completion is not None and not completion.get("ok"):

@@ -19,7 +19,7 @@ from ._health_target import HealthTarget
 from ._nim_endpoints import HttpAnswer
 from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
 from ._nim_process_state import UNSTEADY_ENDS, ContainerState, UnitState, Word
-from ._redaction import scrub
+from ._redaction import Redactor
 from ._untrusted import real_number
 
 Json = t.Dict[str, t.Any]
@@ -150,7 +150,7 @@ class Watch:
         self.cursor, self.window, self.percent = "", [], None
         self.doom, self.doom_since, self.hint = None, 0.0, None
 
-    def take_lines(self, lines: t.Sequence[str], now: float, secrets: t.Sequence[str], *, running: bool = True) -> None:
+    def take_lines(self, lines: t.Sequence[str], now: float, redactor: Redactor, *, running: bool = True) -> None:
         """Follow the log: phase, percentage, known texts, and the lines that are shown when it fails.
 
         Args:
@@ -166,7 +166,7 @@ class Watch:
             percent = percent_of(message)
             if percent is not None and self.phase in ("download", "build", "loading", "graphs"):
                 self.percent = percent
-            self.window += [scrub(part, secrets)[:500] for part in message.splitlines() if part.strip()]
+            self.window += [redactor.text(part)[:500] for part in message.splitlines() if part.strip()]
         if lines:
             match = self.book.find("\n".join(self.window), deciding=running)
             if match is not None and running:

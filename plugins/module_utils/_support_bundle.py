@@ -73,6 +73,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "system/failed-units.txt": ("systemctl", "list-units", "--failed", "--all", "--no-pager", "--plain"),
     "system/uptime.txt": ("uptime",),
 }
+#: Variables as systemd shows them: with blanks inside they stand in quotes.
+_VARIABLES = re.compile(r'"(?:\\.|[^"\\])*"|\S+')
 _PACKAGES = re.compile(
     r"nvidia|cuda|docker|containerd|runc|libnvidia|linux-image|linux-headers|dkms|kernel|^xserver-xorg-video-nv"
 )
@@ -198,12 +200,16 @@ class SupportBundle:
         for line in shown.splitlines():
             key, separator, value = line.partition("=")
             if key == "Environment":
-                value = " ".join(self.redactor.environment(value.split(" ")))
+                value = " ".join(self._variable(found) for found in _VARIABLES.findall(value))
             lines.append(key + separator + value)
         self.add_text("units/%s.properties" % unit, "\n".join(lines))
         self._run("units/%s.txt" % unit, ["systemctl", "cat", "--no-pager", unit])
         argv = ["journalctl", "--no-pager", "--quiet", "--output=short-iso-precise", "--lines=%d" % LOG_LINES]
         self._run("journal/%s.log" % unit, [*argv, "--unit", unit], log=True)
+
+    def _variable(self, word: str) -> str:
+        quote = '"' if word.startswith('"') else ""
+        return quote + self.redactor.environment([word.strip('"') if quote else word])[0] + quote
 
     def _container(self, name: str) -> None:
         try:

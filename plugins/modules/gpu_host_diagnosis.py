@@ -125,7 +125,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import secrets_of
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._own_signatures import parse_signatures
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor, known_secrets
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import known_secrets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import SHORTEST_BLANKED, SupportBundle, wrap
 
@@ -142,10 +142,10 @@ def main() -> None:
     try:
         wanted = module.resources()
         signatures = parse_signatures(module.params["failure_signatures"], option="failure_signatures")
-        secrets = set(known_secrets(host))
+        given: set[str] = set()
         for name, options in wanted.items():
-            secrets |= secrets_of(name, options)
-        redactor = Redactor(secrets)
+            given |= secrets_of(name, options)
+        redactor = known_secrets(host).redactor(given)
         found = diagnose(host, wanted, signatures=signatures, redactor=redactor)
         findings = [finding.as_dict() for finding in found.ordered()]
         answer = {"worst": found.worst, "findings": findings, "models": redactor.structure(found.models)}

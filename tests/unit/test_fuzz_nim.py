@@ -41,7 +41,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reloa
     REBOOT_MARKER,
     read_marker,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor, scrub
 from fake_host import FakeHost
 from fuzzing import broken_json, damaged, encodable, json_text, mutated, only_told, texts, values
 from hypothesis import given
@@ -101,7 +101,7 @@ def test_log_lines(given_lines: list[str]) -> None:
                 found = BOOK.find(text, source=source, deciding=deciding)
                 assert found is None or found.signature.cause
         watch = Watch.load(HealthTarget("a"), None, 0.0)
-        watch.take_lines(given_lines, 1.0, ["secret-secret"])
+        watch.take_lines(given_lines, 1.0, Redactor(["secret-secret"]))
         assert sum(map(len, watch.window)) <= 1_000_000
         watch.line(2.0)
 

@@ -203,12 +203,15 @@ def test_container_that_ends_with_code_0_fails_at_once(world: World, nim: Nim) -
     world.unit("a")
     world.box("a")
     world.files["/etc/nim/ngc.env"] = b"NGC_API_KEY=legacykey0123456789\n"
+    world.files["/etc/nim/a.env"] = b"SHADE=7\nCOLOUR=r3d\nTINT=gr3y\n"
+    world.files["/etc/docker/daemon.json"] = b'{"proxies": {"http-proxy": "http://ops:p@ss/w0rd@proxy:3128"}}'
     world.log("a", "== NVIDIA Inference Microservice LLM NIM ==")
 
     def end() -> None:
         world.log(
             "a",
             json.dumps({"level": "None", "message": "", "exc_info": "ManifestDownloadError: x\nAuthentication Error"}),
+            "settings SHADE=7, COLOUR=r3d; paint it gr3y over p@ss/w0rd",
             "tried key legacykey0123456789 and NGC_API_KEY=other-secret",
         )
         world.end("a", ExitCode=0)
@@ -224,6 +227,8 @@ def test_container_that_ends_with_code_0_fails_at_once(world: World, nim: Nim) -
     )
     assert failure.signature == "nim-08"
     assert "Authentication Error" in failure.lines
+    # Secrets of any length, the user's own and those of proxies.
+    assert failure.lines[-2] == "settings SHADE=***, COLOUR=***; paint it *** over ***"
     assert failure.lines[-1] == "tried key *** and NGC_API_KEY=***"
     assert world.clock - world.start <= 12
     assert "legacykey" not in json.dumps(outcome.resume)

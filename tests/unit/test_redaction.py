@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import host_secrets, scrub
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import known_secrets, scrub
 from fake_host import FakeHost
 
 
@@ -14,7 +14,7 @@ def test_scrub() -> None:
     host = FakeHost()
     key = "plainlegacykey12345"
     host.files["/etc/nim/ngc.env"] = ("NGC_API_KEY=%s\n" % key).encode()
-    secrets = host_secrets(host)
+    secrets = known_secrets(host, homes=False).values
     login = base64.b64encode(("$oauthtoken:" + key).encode()).decode()
     for text in (
         "x nvapi-AbCdEf_123-456 y",

@@ -195,7 +195,9 @@ def test_known_secrets_of_a_host() -> None:
             "/etc/systemd/system/docker.service.d/proxy.conf": b"Environment=HTTPS_PROXY=http://a:bcdef@p:1\n",
         }
     )
-    found = known_secrets(host)
+    known = known_secrets(host)
+    found = known.values
+    assert sorted(known.names) == ["DB_PASS", "NGC_API_KEY"]
     for secret in ("the-ngc-key", "pass=word word", "other-registry-pw", login, "identity-1", "ops:pr@xy", "a:bcdef"):
         assert secret in found
     assert not any("0123" in secret for secret in found)

@@ -85,7 +85,7 @@ def host() -> FakeHost:
         commands={
             "nvidia-smi -q -x": "<nvidia_smi_log/>",
             "dpkg-query *": "ii  nvidia-utils 580\nii  vim 9\nii  docker-ce 5:29\n",
-            "systemctl show nim-llama.service": "LoadState=loaded\nEnvironment=HOME=/root MY_TOKEN=abc\n",
+            "systemctl show nim-llama.service": 'LoadState=loaded\nEnvironment=HOME=/root MY_TOKEN=abc "DB_PASS=one two" TZ=UTC\n',
             "systemctl show docker.service": "LoadState=loaded\n",
             "systemctl show *": "LoadState=not-found\n",
             "systemctl cat *": "[Service]\nEnvironment=HTTPS_PROXY=http://ops:proxy-password@proxy:3128\n",
@@ -106,7 +106,7 @@ def unpacked(content: bytes) -> dict[str, str]:
 
 
 def test_content_without_any_secret(host: FakeHost) -> None:
-    bundle = SupportBundle(host, Redactor(known_secrets(host)), t.cast(t.Any, Docker()))
+    bundle = SupportBundle(host, known_secrets(host).redactor(), t.cast(t.Any, Docker()))
     bundle.add_data("plan.json", {"changes": [{"from": KEY}]})
     bundle.collect(["llama", "gone"])
     found = unpacked(bundle.archive("gpu01-now"))
@@ -146,7 +146,8 @@ def test_content_without_any_secret(host: FakeHost) -> None:
         "Config": {"Env": ["NGC_API_KEY=***", "NIM_X=1", "ODD=***"]},
         "Args": ["--token", "***"],
     }
-    assert "MY_TOKEN=***" in found["gpu01-now/units/nim-llama.service.properties"]
+    shown = found["gpu01-now/units/nim-llama.service.properties"]
+    assert 'Environment=HOME=/root MY_TOKEN=*** "DB_PASS=***" TZ=UTC' in shown
     assert found["gpu01-now/system/packages.txt"].splitlines() == ["ii  docker-ce 5:29", "ii  nvidia-utils 580"]
     assert "usb" not in found["gpu01-now/system/kernel.log"]
     assert "Xid" in found["gpu01-now/system/kernel.log"]
@@ -166,7 +167,7 @@ def test_nothing_is_written_on_the_host(host: FakeHost, monkeypatch: pytest.Monk
 
 
 def test_a_host_without_docker_still_gives_a_bundle(host: FakeHost) -> None:
-    bundle = SupportBundle(host, Redactor(known_secrets(host)), t.cast(t.Any, Docker(up=False)))
+    bundle = SupportBundle(host, known_secrets(host).redactor(), t.cast(t.Any, Docker(up=False)))
     bundle.collect(["llama"])
     found = unpacked(bundle.archive("x"))
     assert "no daemon" in found["x/docker/info.json"]
