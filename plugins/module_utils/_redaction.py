@@ -31,48 +31,45 @@ SHORTEST_SECRET = 6
 #: A shorter one is masked where it is a word of its own; one that is shorter still, or an ordinary word or number, only where
 #: its name stands before it.
 SHORTEST_WORD = 4
-_ORDINARY = re.compile(
-    r"(?:true|false|none|null|auto|info|warn|error|debug|trace|host|root|user|test|data|main|local|https?|chat|json|text|path"
+_ORDINARY = (
+    r"(?i)(?:true|false|none|null|auto|info|warn|error|debug|trace|host|root|user|test|data|main|local|https?|chat|json|text|path"
     r"|file|name|model|start|stop|ready|nvme|cuda|gpus|docker|from|with|port|type|size|load|image|mode|exit|code|time|line"
-    r"|done|fail|state|unit|[0-9]+)\Z",
-    re.I,
+    r"|done|fail|state|unit|[0-9]+)\Z"
 )
 
 # -- names ------------------------------------------------------------------------------------------
 
-#: Names that say that their value is secret, as part of an expression (case does not matter).
+#: Names that say that their value is secret, as part of an expression (case does not matter). Expressions are compiled when they
+#: are needed first: most looks at a host mask nothing.
 _TELLING = (
     r"[\w.-]{0,64}(?:key(?!s\b|board|ring|word|error|gen)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential"
     r"|authorization)[\w.-]*"
     # PWD alone is a directory, and what passes in lower case is mostly a step of a computation.
     r"|(?-i:[A-Z0-9_]{0,64}_(?:PASS|PWD|AUTH|PAT|PIN)(?![A-Za-z0-9])[A-Z0-9_]*)"
 )
-_NAME_OF_SECRET = re.compile(_TELLING + r"|.*(?:^|_)(?:AUTH|PASS|PWD|PAT|PIN|CERT_DATA)(?:_|$).*", re.I)
+_NAME_OF_SECRET = r"(?i)" + _TELLING + r"|.*(?:^|_)(?:AUTH|PASS|PWD|PAT|PIN|CERT_DATA)(?:_|$).*"
 #: Names that only sound so: of facts, of Docker's options, and of files.
-_HARMLESS = re.compile(
-    r"key_?(?:state|safe|file|url|path|id|in_service)|.*fingerprint|max_tokens|tokenizer|secret_environment"
-    r"|.*[_.-](?:file|path|dir|directory|type|name|count|size|length|limit)",
-    re.I,
+_HARMLESS = (
+    r"(?i)key_?(?:state|safe|file|url|path|id|in_service)|.*fingerprint|max_tokens|tokenizer|secret_environment"
+    r"|.*[_.-](?:file|path|dir|directory|type|name|count|size|length|limit)"
 )
 #: Variables of a container whose value is no secret whatever it looks like, unless the name says so.
-_PLAIN_VARIABLES = re.compile(
-    r"(?:NVIDIA|CUDA|NCCL|NV|VLLM|TRTLLM|TORCH|PYTORCH|LIBRARY|LD|OMPI|OMP|UCX|HOME|PATH|PYTHON|LANG|LC|SHELL|TERM|PWD|USER|HOSTNAME|TZ)(?:_|\Z)|PATH\Z"
-)
-_PASSWORD = re.compile(r"secret|passw|passphrase", re.I)
-_UUID = re.compile(r"(?:GPU-|MIG-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.I)
-_ONE_WORD = re.compile(r"[A-Za-z0-9+/_=.~:!@#$%^&*-]{12,}\Z")
-_USER_AND_PASSWORD = re.compile(r"([^\s:]+:)(?!\d+\Z).+\Z", re.S)
+_PLAIN_VARIABLES = r"(?:NVIDIA|CUDA|NCCL|NV|VLLM|TRTLLM|TORCH|PYTORCH|LIBRARY|LD|OMPI|OMP|UCX|HOME|PATH|PYTHON|LANG|LC|SHELL|TERM|PWD|USER|HOSTNAME|TZ)(?:_|\Z)|PATH\Z"
+_ALSO_NUMBERS = r"(?i)secret|passw|passphrase"
+_UUID = r"(?i)(?:GPU-|MIG-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z"
+_ONE_WORD = r"[A-Za-z0-9+/_=.~:!@#$%^&*-]{12,}\Z"
+_LOGIN = r"(?s)([^\s:]+:)(?!\d+\Z).+\Z"
 _LOGIN_OPTIONS = ("-u", "--user", "--proxy-user", "-U", "--proxy-userpwd", "--userpwd")
 
 
 def is_name_of_secret(name: str) -> bool:
     """Whether a value that stands under this name is secret."""
-    return bool(_NAME_OF_SECRET.match(name)) and not _HARMLESS.fullmatch(name)
+    return bool(re.match(_NAME_OF_SECRET, name)) and not re.fullmatch(_HARMLESS, name)
 
 
 def looks_secret(value: str) -> bool:
     """Whether a value could be a key: one word of some length with both letters and digits that is no path, name or UUID."""
-    if not _ONE_WORD.match(value) or value.startswith(("/", "sha256:", "http")) or _UUID.match(value):
+    if not re.match(_ONE_WORD, value) or value.startswith(("/", "sha256:", "http")) or re.match(_UUID, value):
         return False
     digits, letters = len(re.findall(r"\d", value)), len(re.findall(r"[A-Za-z]", value))
     # Versions and names such as llama-3.1-8b-instruct have few digits or many separators.
@@ -200,7 +197,9 @@ class Redactor:
             for start in range(0, len(form) - _PIECE + 1, _PIECE)
         ]
         short = (secret for secret in known if SHORTEST_WORD <= len(secret) < SHORTEST_SECRET)
-        short = (form for secret in short if not _ORDINARY.match(secret) for form in (secret, json.dumps(secret)[1:-1]))
+        short = (
+            form for secret in short if not re.match(_ORDINARY, secret) for form in (secret, json.dumps(secret)[1:-1])
+        )
         words = sorted(set(short), key=lambda form: (-len(form), form))
         self._words = re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, words))) if words else None
         self._declared = frozenset(name for name in names if name.strip())
@@ -228,7 +227,9 @@ class Redactor:
         quotes = [groups.get(kind) or "" for kind in ("quote", "escaped", "deeper")]
         kept = "".join([groups.get("keep") or "", *quotes])
         name = groups.get("name")
-        if found.group(0)[len(kept) :] == MASK or (name and name not in self._declared and _HARMLESS.fullmatch(name)):
+        if found.group(0)[len(kept) :] == MASK or (
+            name and name not in self._declared and re.fullmatch(_HARMLESS, name)
+        ):
             return found.group(0)
         self.count += 1
         return kept + MASK
@@ -253,7 +254,7 @@ class Redactor:
         found = []
         for variable in variables:
             name, separator, value = variable.partition("=")
-            plain = _PLAIN_VARIABLES.match(name) or name.startswith("NIM_")
+            plain = re.match(_PLAIN_VARIABLES, name) or name.startswith("NIM_")
             if value and (self._tells(name) or (not plain and looks_secret(value))):
                 self.count += 1
                 value = MASK
@@ -279,7 +280,7 @@ class Redactor:
         before = ""
         for word in words:
             option = before.lstrip("-") if before.startswith("-") and "=" not in before else ""
-            login = _USER_AND_PASSWORD.match(word) if before in _LOGIN_OPTIONS else None
+            login = re.match(_LOGIN, word) if before in _LOGIN_OPTIONS else None
             if option and word and (self._tells(option) or option.split("-")[-1] in ("pass", "pwd")):
                 self.count += 1
                 found.append(MASK)
@@ -306,7 +307,7 @@ class Redactor:
         if self._tells(key) and value not in ("", None) and not isinstance(value, (bool, dict)):
             if isinstance(value, (list, tuple)):
                 return [MASK if isinstance(entry, str) else self.structure(entry) for entry in value]
-            if isinstance(value, str) or key in self._declared or _PASSWORD.search(key):
+            if isinstance(value, str) or key in self._declared or re.search(_ALSO_NUMBERS, key):
                 self.count += 1
                 return MASK
         return self.structure(value)
