@@ -15,6 +15,7 @@ from ._nim_family import detect_family
 from ._nim_image import NimImages
 from ._registry import RegistryClient
 from ._registry_image import image_architecture
+from ._sleeping_docker import look_at_docker
 
 #: Refusals that answer the question "may this host have the image", rather than fail to ask it.
 REGISTRY_REASONS = frozenset(
@@ -54,6 +55,8 @@ def look_up(
         registry_mirrors=registry_mirrors,
         api_key=api_key,
         docker_user=docker_user,
+        # Only how it reaches registries is asked.
+        api=look_at_docker(host),
         client=client,
     )
     wanted = resource.wanted[0].reference
