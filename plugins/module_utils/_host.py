@@ -137,10 +137,24 @@ class Host:
     # -- reading ----------------------------------------------------------------------------------
 
     def read_bytes(self, path: str) -> bytes | None:
-        """Content of a file, or None when there is no such file."""
+        """Content of a file, or None when there is no such file.
+
+        Raises:
+            FleetError: ``unreadable``, also of a pipe or a device: a user who puts one into the place of a file must not keep
+                root waiting or fill its memory.
+        """
         try:
-            with open(path, "rb") as stream:
-                return stream.read()
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            kind = os.fstat(descriptor).st_mode
+            if stat.S_ISREG(kind):
+                with open(descriptor, "rb") as stream:
+                    return stream.read()
+            os.close(descriptor)
+            if stat.S_ISDIR(kind):
+                return None
+            raise FleetError(
+                "unreadable", "Reading %s failed: it is no file; remove what is in its place." % path, path=path
+            )
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:

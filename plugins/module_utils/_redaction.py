@@ -370,6 +370,8 @@ class Secrets(t.NamedTuple):
         return Redactor({*self.values, *more}, self.names)
 
 
+#: Bytes; no such file is longer.
+_LARGEST = 2**20
 #: Where proxies with a password are configured, and directories of such files.
 _PROXIES = (
     "/etc/docker/daemon.json",
@@ -462,6 +464,8 @@ def docker_secrets(text: str | None) -> list[str]:
 
 def _read(host: Host, path: str) -> str | None:
     try:
-        return host.read_text(path)
+        found = host.stat(path)
+        # Users' own files are among them.
+        return host.read_text(path) if found is not None and found.size <= _LARGEST else None
     except FleetError:
         return None

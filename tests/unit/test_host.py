@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import pytest
@@ -30,3 +31,17 @@ def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path: pathlib.Path) -
             Host().write_file(str(tmp_path / path), "x", mode=0o644)
         assert caught.value.reason == "write_failed"
         assert wrong in caught.value.message
+
+
+def test_what_is_no_file_keeps_nobody_waiting(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        with pytest.raises(FleetError, match="it is no file") as caught:
+            Host().read_bytes(str(tmp_path / name))
+        assert caught.value.reason == "unreadable"
+    (tmp_path / "file").write_text("content")
+    assert Host().read_text(str(tmp_path / "file")) == "content"
+    assert Host().read_bytes(str(tmp_path)) is None
+    assert Host().read_bytes(str(tmp_path / "none")) is None
+    assert Host().read_text("/proc/self/status")

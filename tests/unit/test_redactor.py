@@ -204,6 +204,14 @@ def test_known_secrets_of_a_host() -> None:
     assert docker_secrets(None) == docker_secrets("[]") == docker_secrets('{"auths": []}') == []
 
 
+def test_what_users_put_into_their_homes_keeps_nobody_from_a_diagnosis() -> None:
+    host = FakeHost()
+    host.files["/etc/passwd"] = b"a:x:1:1::/home/a:/bin/sh\nb:x:2:2::/home/b:/bin/sh\n"
+    host.files["/home/a/.docker/config.json"] = json.dumps({"auths": {"x": {"password": "p" * 2**20}}}).encode()
+    host.files["/home/b/.docker/config.json"] = json.dumps({"auths": {"x": {"password": "hunter22"}}}).encode()
+    assert known_secrets(host).values == ("hunter22",)
+
+
 def test_a_short_value_does_not_mask_words() -> None:
     assert Redactor(["on", "true", "$oauthtoken"]).text("on is true for $oauthtoken") == "on is true for $oauthtoken"
 
