@@ -129,10 +129,10 @@ IN_CONTAINER: tuple[Situation, ...] = (
     waits("nim-14", "nim-14", environment={"NIM_LOG_LEVEL": "VERBOSE"}),
     waits("nim-15a", "nim-15a", environment={"STANDIN_OPEN_FILES": "9999"}, options={"ulimits": {"nofile": 256}}),
     quotes("nim-15b", environment={"STANDIN_FAIL_TEXT": "I/O error (os error 24)"}),
-    quotes("nim-16a"),
+    quotes("nim-16c", environment={"STANDIN_FAIL_TEXT": "I/O error (os error 28)"}),
     waits(
-        "nim-16c",
-        "nim-16c",
+        "nim-16a",
+        "nim-16a",
         prepare="mkdir -p @DIR && mount -t tmpfs -o size=1m,uid=1000,gid=1000 tmpfs @DIR",
         mend="umount @DIR",
     ),
@@ -153,7 +153,9 @@ IN_CONTAINER: tuple[Situation, ...] = (
     quotes("eng-27b"),
     quotes("eng-28a"),
     # The kernel does it, and says so in its log.
-    waits("eng-28c", "eng-28b", environment={"STANDIN_ALLOCATE_MIB": "500"}, memory=120),
+    waits("out-of-memory", "eng-28b", environment={"STANDIN_ALLOCATE_MIB": "500"}, memory=120),
+    # Somebody does it, and nothing is said anywhere.
+    waits("eng-28c", "eng-28c", order="docker kill nim-@NAME"),
     quotes("eng-29"),
     waits(
         "eng-30a",
@@ -199,6 +201,8 @@ IN_CONTAINER: tuple[Situation, ...] = (
     quotes("host-51"),
     # -- what Docker, the toolkit and the registry say, where it cannot be brought about
     quotes("eng-28b"),
+    # Printed in a mode of the toolkit that only Jetson boards use.
+    quotes("host-42b"),
     quotes("host-45b"),
     quotes("host-54"),
     quotes("host-55"),
@@ -257,6 +261,7 @@ LAST: tuple[Situation, ...] = (
         order="true",
         kernel="NVRM: Xid (PCI:%s): 79, pid=4711, name=python3, GPU has fallen off the bus.",
         reasons=("start_failed",),
+        says=("Xid 79 on GPU", "the GPU has fallen off the bus", "reboot the host"),
     ),
 )
 
@@ -291,13 +296,11 @@ DAEMON = "/etc/docker/daemon.json"
 HOOK = "/usr/bin/nvidia-container-runtime-hook"
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
 DRIVER = "/proc/driver/nvidia-standin"
-UNLOAD = (
-    "systemctl stop nvidia-persistenced; for m in nvidia_uvm nvidia_drm nvidia_modeset nvidia; do rmmod $m; done; true"
-)
+UNLOAD = "systemctl stop nvidia-fabricmanager nvidia-persistenced; for m in nvidia_uvm nvidia_drm nvidia_modeset nvidia; do rmmod $m; done; true"
 
 
 def broken(name: str, failure: str, breaks: str, mend: str, **rest: Any) -> Situation:
-    order = "(%s; %s) >&2; %s" % (STOP, breaks, RESTART)
+    order = "(%s; %s) >&2 && (%s)" % (STOP, breaks, RESTART)
     return Situation(name, failure, order=order, mend="%s; %s" % (STOP, mend), **rest)
 
 
@@ -310,9 +313,19 @@ def daemon_json(change: str) -> str:
 DAEMON_BACK = "mv /root/daemon.json %s; %s" % (DAEMON, DOCKER)
 AWAY, BACK = "mv %s /root/library" % LIBRARY, "rm -f %s %s9*; mv /root/library %s" % (LIBRARY, LIBRARY[:-1], LIBRARY)
 OTHER = "%s && touch %s.1 && ln -s %s.1 %s" % (AWAY, LIBRARY[:-1] + "999", LIBRARY[:-1] + "999", LIBRARY)
-LOAD = "modprobe nvidia; modprobe nvidia_uvm; systemctl start nvidia-persistenced"
+LOAD = "modprobe nvidia; modprobe nvidia_uvm; systemctl start nvidia-persistenced nvidia-fabricmanager"
+
+#: The image as if it had been built for a driver that comes later; the old way alone asks for that.
+NEWER = (
+    'cp /etc/nim/@NAME.json /root/ && python3 -c \'import json; p = "/etc/nim/@NAME.json"; d = json.load(open(p));'
+    ' d["create"].insert(0, "--env=NVIDIA_REQUIRE_CUDA=cuda>=99.0"); json.dump(d, open(p, "w"))\''
+)
 
 SPARK = "nvcr.io/nim/meta/llama-3.1-8b-instruct-dgx-spark:1.0.0-variant"
+PULL = (
+    "(. /etc/nim/ngc.env && echo $NGC_API_KEY | docker login --username '$oauthtoken' --password-stdin nvcr.io)"
+    " && docker pull --quiet --platform linux/arm64 %s && docker logout nvcr.io"
+) % SPARK
 
 #: By the way in which containers get their GPUs (nim_gpu_injection).
 ON_HOST: dict[str, tuple[Situation, ...]] = {
@@ -320,6 +333,7 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
         broken(
             "host-40", "host-40", "mv %s /root/hook && %s" % (HOOK, DOCKER), "mv /root/hook %s; %s" % (HOOK, DOCKER)
         ),
+        broken("host-42a", "host-42a", NEWER, "cp /root/@NAME.json /etc/nim/@NAME.json"),
         broken("host-43", "host-43", AWAY, BACK),
         broken("host-44", "host-44", UNLOAD, LOAD),
         broken("host-45a", "host-45a", OTHER, BACK),
@@ -361,11 +375,13 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
         broken(
             "host-58a",
             "host-58a",
-            "docker pull --quiet --platform linux/arm64 %s && cp /etc/nim/@NAME.json /root/ && sed -i"
+            "%s && cp /etc/nim/@NAME.json /root/ && sed -i"
             ' "s#nvcr.io/nim/[^\\"]*@sha256:[0-9a-f]*#$(docker image inspect --format \'{{.Id}}\' %s)#g" /etc/nim/@NAME.json'
-            % (SPARK, SPARK),
+            % (PULL, SPARK),
             "cp /root/@NAME.json /etc/nim/@NAME.json",
         ),
+        # NVSwitches, and nobody who sets them up; host-50b stands beside it, host-50c comes later.
+        broken("fabric", "host-50a", "systemctl stop nvidia-fabricmanager", "systemctl start nvidia-fabricmanager"),
         broken("host-41", "host-41", daemon_json('d.pop("runtimes")'), DAEMON_BACK),
         broken("host-49", "host-49", daemon_json('d["runtimes"]["nvidia"]["path"] = "runc"'), DAEMON_BACK),
         # The same as above in the words of the toolkit's newer way.
@@ -378,7 +394,7 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
             "host-47",
             "host-47",
             "systemctl mask --runtime --now nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
-            " mkdir /root/cdi; mv /etc/cdi/* /var/run/cdi/* /root/cdi/",
+            " mkdir /root/cdi; mv $(ls -d /etc/cdi/* /var/run/cdi/*) /root/cdi/",
             "systemctl unmask --runtime nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
             " systemctl start nvidia-cdi-refresh.path nvidia-cdi-refresh.service; rm -rf /root/cdi",
         ),
@@ -452,11 +468,6 @@ REFUSALS: tuple[Refusal, ...] = (
 #: Failures of the reference that have no text to recognise: one that only a person may call harmless in one version, and a
 #: status of the registry, which is a reason of its own (REFUSALS).
 WITHOUT_SIGNATURE = {"nim-20", "reg-65"}
-#: Those that the sandbox can neither bring about nor quote in a container, and the tests that have them.
-ELSEWHERE = {
-    "host-42a": "molecule/driver_requirement: refused before the pull",
-    "host-42b": "molecule/driver_requirement: refused before the pull",
-}
 
 #: In the order in which they are played.
 SITUATIONS = (*IN_CONTAINER, *WITH_KEY, *(situation for table in ON_HOST.values() for situation in table), *LAST)

@@ -447,6 +447,53 @@ def apply(spec, edits):
         )
 
 
+# -- what an image asks of the driver ----------------------------------------------------------------------------------
+
+
+def unsatisfied(environment, chosen):
+    """The first alternative of a NVIDIA_REQUIRE_* variable of which none holds for a GPU (libnvidia-container, dsl.c).
+
+    Asked in the old way only: nothing evaluates these variables when GPUs are given by CDI.
+    """
+    if environment.get("NVIDIA_DISABLE_REQUIRE", "").lower() in ("1", "t", "true"):
+        return ""
+    program = "/usr/bin/nvidia-smi"
+    asked = [program, "--version"] if os.path.exists(program) else ["true"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    cuda = re.search(r"^CUDA Version\s*: ([\d.]+)", told, re.MULTILINE)
+    facts = {"driver": library_version(), "cuda": cuda.group(1) if cuda else ""}
+    for name, wanted in sorted(environment.items()):
+        alternatives = wanted.split() if name.startswith("NVIDIA_REQUIRE_") else []
+        for gpu in chosen:
+            known = ("quadro", "tesla", "nvs", "grid", "geforce", "titan")
+            brand = gpu.get("brand", "").lower()
+            facts["brand"] = brand if brand in known else "unknown"
+            if alternatives and not any(all(holds(term, facts) for term in one.split(",")) for one in alternatives):
+                return alternatives[0]
+    return ""
+
+
+def holds(term, facts):
+    name, operator, value = re.match(r"(\w+)([<>!=]+)(.*)", term).groups()
+    if not facts.get(name):
+        return True
+    if name == "brand":
+        return (facts[name] == value.lower()) is (operator == "=")
+    have, wanted = ([int(part) for part in text.split(".")] for text in (facts[name], value))
+    while have[-1:] == [0]:
+        have.pop()
+    while wanted[-1:] == [0]:
+        wanted.pop()
+    return {
+        "=": have == wanted,
+        "!=": have != wanted,
+        "<": have < wanted,
+        "<=": have <= wanted,
+        ">": have > wanted,
+        ">=": have >= wanted,
+    }[operator]
+
+
 # -- the hooks ---------------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +531,14 @@ def prestart(arguments):
                 "nvidia-container-cli: initialization error: load library failed: libnvidia-ml.so.1: cannot open shared object file: no such file or directory",
                 file=sys.stderr,
             )
+        return 1
+    condition = unsatisfied(environment_of(spec), chosen)
+    if condition:
+        print(
+            "nvidia-container-cli: requirement error: unsatisfied condition: %s, please update your driver to a newer"
+            " version, or use an earlier cuda container" % condition,
+            file=sys.stderr,
+        )
         return 1
     script = "set -e\n"
     for node in edits["deviceNodes"] + [node_of("/dev/nvidia" + gpu["minor"]) for gpu in chosen]:

@@ -152,6 +152,7 @@ FAILURES = {
         " driver combination",
     ),
     "host-58a": ("start", 255, "exec /opt/nim/start_server.sh: exec format error"),
+    "host-42b": ("engine", 1, "unsatisfied condition: cuda>=13.0 (cuda=12.6)"),
     "host-45b": ("engine", 1, "Failed to initialize NVML: Driver/library version mismatch"),
     "host-46": ("engine", 1, "nvidia-container-cli: device error: 9: unknown device"),
     "host-54": (
