@@ -48,7 +48,7 @@ PHASE_WORDS = {
     "graphs": "capturing CUDA graphs",
     "serving": "starting the server",
     "settling": "answering, but it ended soon after it was ready before; watching whether it stays",
-    "silent": "it was ready before and does not say so now: busy, or hung",
+    "silent": "silent: busy or hung",
     "ready": "ready",
 }
 #: Characters of a line that are looked at.
