@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os.path
@@ -59,19 +60,24 @@ class Apt(PackageManager):
             timeout=TRANSACTION_TIMEOUT,
         )
 
+    def _known(self) -> t.Iterator[t.List[str]]:
+        """Name, version, architecture and state of everything that dpkg knows.
+
+        Never by name: resources that ask for different packages ask the same then, and a plan asks once.
+        """
+        fields = "${Package}\\t${Version}\\t${Architecture}\\t${db:Status-Abbrev}\\n"
+        for line in self.host.run(["dpkg-query", "-W", "-f=" + fields]).stdout.splitlines():
+            found = line.split("\t")
+            if len(found) == 4 and len(found[3]) >= 2:
+                yield found
+
     def installed(self, *patterns: str) -> t.Dict[str, Package]:
-        result = self.host.run(
-            ["dpkg-query", "-W", "-f=${Package}\\t${Version}\\t${Architecture}\\t${db:Status-Abbrev}\\n", *patterns]
-        )
         found: t.Dict[str, Package] = {}
         native = {"x86_64": "amd64", "aarch64": "arm64"}.get(self.host.machine(), "")
-        for line in result.stdout.splitlines():
-            fields = line.split("\t")
-            if len(fields) != 4 or not fields[1]:
-                continue
-            name, version, architecture, status = fields
+        wanted = re.compile("|".join(map(fnmatch.translate, patterns or ("*",))))
+        for name, version, architecture, status in self._known():
             # Second letter: n and c are "not installed" and "only configuration files left".
-            if len(status) < 2 or status[1] in "nc":
+            if not version or status[1] in "nc" or not wanted.match(name):
                 continue
             if name in found and architecture != native:
                 continue
@@ -79,13 +85,7 @@ class Apt(PackageManager):
         return found
 
     def interrupted(self) -> t.List[str]:
-        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${db:Status-Abbrev}\\n"])
-        names = []
-        for line in result.stdout.splitlines():
-            name, dummy, status = line.partition("\t")
-            if len(status) >= 2 and (status[1] in "HUFWt" or status[2:3] == "R"):
-                names.append(name)
-        return names
+        return [name for name, dummy, dummy, status in self._known() if status[1] in "HUFWt" or status[2:3] == "R"]
 
     def available(self, *names: str) -> t.Dict[str, t.List[Available]]:
         if not names:

@@ -65,12 +65,12 @@ def test_install_never_removes_unasked(host: FakeHost, apt: Apt) -> None:
 
 def _whole(host: FakeHost, *_: object) -> str:
     """A tool that finishes what was interrupted."""
-    host.commands["dpkg-query -W *"] = "half\tii \n"
+    host.commands["dpkg-query -W *"] = "half\t1\tall\tii \n"
     return ""
 
 
 def test_install_finishes_an_interrupted_run_first(host: FakeHost, apt: Apt) -> None:
-    host.commands.update({"dpkg-query -W *": "half\tiU \n", "dpkg *": _whole, "apt-get *": ""})
+    host.commands.update({"dpkg-query -W *": "half\t1\tall\tiU \n", "dpkg *": _whole, "apt-get *": ""})
     apt.install({"a": None})
     assert [call[0] for call in host.calls] == ["dpkg-query", "dpkg", "dpkg-query", "apt-get"]
     assert "a" in host.calls[-1]
@@ -81,6 +81,7 @@ def _interrupted(host: FakeHost, *packages: tuple[str, str, str]) -> None:
 
     def query(_host: FakeHost, argv: tuple[str, ...], *_: object) -> str:
         form = argv[2][3:].replace("\\t", "\t").replace("\\n", "\n").replace("${db:Status-Abbrev}", "${Status}")
+        form = form.replace("${Architecture}", "all")
         fields = ("${Package}", "${Status}", "${Version}")
         lines = [form] * len(packages)
         for field, number in zip(fields, range(3)):
@@ -151,13 +152,13 @@ def test_words_that_sound_like_a_lock_are_none(host: FakeHost, apt: Apt) -> None
 
 
 def test_repair_waits_for_another_tool(host: FakeHost, apt: Apt) -> None:
-    host.commands["dpkg-query -W *"] = "half\tiU \n"
+    host.commands["dpkg-query -W *"] = "half\t1\tall\tiU \n"
     answers = [(2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")] * 3
     host.commands["dpkg *"] = lambda *call: answers.pop(0) if answers else _whole(*call)
     before = host.clock
     apt.repair()
     assert host.clock - before == 6
-    host.commands["dpkg-query -W *"] = "half\tiU \n"
+    host.commands["dpkg-query -W *"] = "half\t1\tall\tiU \n"
     host.commands["dpkg *"] = (2, "", "dpkg: error: dpkg frontend lock was locked by another process with pid 7")
     with pytest.raises(FleetError) as caught:
         apt.repair()
@@ -371,3 +372,12 @@ def test_indexed(host: FakeHost, apt: Apt) -> None:
     host.files["/var/lib/apt/lists/download.docker.com_linux_ubuntu_dists_noble_stable_binary-amd64_Packages"] = b""
     assert apt.repository_state(FLAT).indexed
     assert apt.repository_state(REPOSITORY).indexed
+
+
+def test_whoever_asks_for_packages_asks_the_same(host: FakeHost, apt: Apt) -> None:
+    host.commands["dpkg-query -W *"] = DPKG
+    assert sorted(apt.installed("docker*", "held", "gone")) == ["docker.io", "held"]
+    assert list(apt.installed("hal?")) == ["half"]
+    assert apt.installed("docker") == {}
+    assert apt.interrupted() == ["half", "broken", "waiting"]
+    assert len(host.calls) == 4 and len(set(host.calls)) == 1
