@@ -71,6 +71,8 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
         for name in ("nvidia_uvm", *reversed([entry for entry in UNLOAD_ORDER if entry in state.modules])):
             if name not in ("nvidia",):
                 host.run(["modprobe", name], timeout=LOAD_TIMEOUT)
+        # What an earlier boot was for has been reached; a later one may be allowed its reboot again.
+        host.remove(REBOOT_MARKER)
         start_clients(host)
         self._need_fabric(host)
 

@@ -451,3 +451,13 @@ def test_stop_order_is_the_documented_one() -> None:
         "nvidia-persistenced.service",
     ]
     assert [unit for unit in CLIENT_UNITS if unit in order] == order
+
+
+def test_a_module_that_loads_only_after_its_reboot_ends_the_record_of_it(world: DriverWorld) -> None:
+    """The boot had not loaded it; what kept it away was mended by hand, and the role runs again."""
+    outdated(world)
+    run(world, prepare_reboot=True)
+    world.files["/proc/sys/kernel/random/boot_id"] = b"boot-2\n"
+    outcome, _resource = run(world)
+    assert outcome.state.loaded_version == "580.95.05"
+    assert REBOOT_MARKER not in world.files
