@@ -309,12 +309,9 @@ class Apt(PackageManager):
         was being unpacked; others of the same transaction were unpacked already, and most often have the same one.
         Packages that are unpacked are not named: apt cannot put those in place again ("No file name for").
         """
-        result = self.host.run(["dpkg-query", "-W", "-f=${Package}\\t${db:Status-Abbrev}\\t${Version}\\n"])
         own: t.Dict[str, str] = {}
         unpacked: t.List[str] = []
-        for line in result.stdout.splitlines():
-            name, dummy, rest = line.partition("\t")
-            status, dummy, version = rest.partition("\t")
+        for name, version, dummy, status in self._known():
             if status[1:2] == "H" or status[2:3] == "R":
                 own[name] = version
             elif status[1:2] == "U":
