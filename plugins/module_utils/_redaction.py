@@ -54,7 +54,10 @@ _HARMLESS = (
     r"|.*[_.-](?:file|path|dir|directory|type|name|count|size|length|limit)"
 )
 #: Variables of a container whose value is no secret whatever it looks like, unless the name says so.
-_PLAIN_VARIABLES = r"(?:NVIDIA|CUDA|NCCL|NV|VLLM|TRTLLM|TORCH|PYTORCH|LIBRARY|LD|OMPI|OMP|UCX|HOME|PATH|PYTHON|LANG|LC|SHELL|TERM|PWD|USER|HOSTNAME|TZ)(?:_|\Z)|PATH\Z"
+_PLAIN_VARIABLES = (
+    r"(?:NVIDIA|CUDA|NCCL|NV|VLLM|TRTLLM|TORCH|PYTORCH|LIBRARY|LD|OMPI|OMP|UCX|HOME|PATH|PYTHON|LANG|LC|SHELL|TERM|PWD"
+    r"|USER|HOSTNAME|TZ)(?:_|\Z)|PATH\Z"
+)
 _ALSO_NUMBERS = r"(?i)secret|passw|passphrase"
 _UUID = r"(?i)(?:GPU-|MIG-)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z"
 _ONE_WORD = r"[A-Za-z0-9+/_=.~:!@#$%^&*-]{12,}\Z"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import typing as t
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from zipimport import zipimporter
 
 #: ``ansible_collections.<namespace>.<name>``: others are left to Python.
@@ -46,5 +46,6 @@ class CompiledOnce:
 
 def compile_once() -> None:
     """From now on."""
-    if CompiledOnce not in sys.meta_path:
-        sys.meta_path.insert(0, CompiledOnce)
+    if CompiledOnce not in sys.meta_path and PathFinder in sys.meta_path:
+        # Right before Python's own: whatever others have put in front stays there.
+        sys.meta_path.insert(sys.meta_path.index(PathFinder), CompiledOnce)
