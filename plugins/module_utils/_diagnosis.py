@@ -15,6 +15,7 @@ import typing as t
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
+from ._failure_causes import xid_signature
 from ._failure_signatures import Signature
 from ._findings import FAILED, NOTED, WARNED, Diagnosis, Finding
 from ._gpu import GpuInventory, observe_gpus
@@ -24,7 +25,7 @@ from ._gpu_loss import REMEDY as LOST_REMEDY
 from ._health_target import HealthTarget, parse_targets
 from ._host import Host
 from ._host_plan import HostPlan, Options, plan_host
-from ._kernel_log import OUT_OF_MEMORY, XID, KernelEvent, KernelLine, kernel_events, read_kernel_log, xid_signature
+from ._kernel_log import OUT_OF_MEMORY, XID, KernelEvent, KernelLine, kernel_events, read_kernel_log
 from ._nim_health import HealthCheck, Outcome
 from ._nim_log import PHASE_WORDS
 from ._nim_paths import MAINTENANCE_FILE

@@ -11,6 +11,8 @@ import typing as t
 from dataclasses import dataclass
 
 from ._failure_signatures import EXIT_CODES, OUT_OF_MEMORY, SIGNATURES, Signature
+from ._kernel_log import KernelEvent
+from ._xid_errors import UNKNOWN_XID, XID_ERRORS
 
 #: Where a text stands: in a container's log, in what Docker or the unit's main process said, in the kernel log.
 CONTAINER = "container"
@@ -118,3 +120,10 @@ def _line_at(text: str, position: int) -> str:
     begin = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
     return text[begin : len(text) if end < 0 else end].strip()
+
+
+def xid_signature(event: KernelEvent) -> Signature:
+    """The cause and remedy of an Xid by its number."""
+    meaning = XID_ERRORS.get(event.number, UNKNOWN_XID)
+    cause = "Xid %d on GPU %s: %s" % (event.number, event.bdf, meaning.cause)
+    return Signature("host-52", "", "host", cause, meaning.remedy)

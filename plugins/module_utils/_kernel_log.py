@@ -10,11 +10,10 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._failure_signatures import Signature
 from ._gpu import normalise_bdf
 from ._host import Host
 from ._untrusted import json_object, whole_number
-from ._xid_errors import UNKNOWN_XID, XID_ERRORS, XID_LINE
+from ._xid_errors import XID_LINE
 
 #: Lines of the kernel log that are read at most.
 MOST_LINES = 2000
@@ -116,13 +115,6 @@ def kernel_events(lines: t.Iterable[KernelLine]) -> list[KernelEvent]:
                 )
             )
     return events
-
-
-def xid_signature(event: KernelEvent) -> Signature:
-    """The cause and remedy of an Xid by its number."""
-    meaning = XID_ERRORS.get(event.number, UNKNOWN_XID)
-    cause = "Xid %d on GPU %s: %s" % (event.number, event.bdf, meaning.cause)
-    return Signature("host-52", "", "host", cause, meaning.remedy)
 
 
 def gpu_addresses(host: Host) -> dict[str, str]:

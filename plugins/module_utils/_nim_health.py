@@ -14,7 +14,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._failure_causes import KERNEL, Match, SignatureBook
+from ._failure_causes import KERNEL, Match, SignatureBook, xid_signature
 from ._failure_signatures import OUT_OF_MEMORY, PORT_SIGNATURES, Signature
 from ._health_target import HealthTarget
 from ._host import Host
@@ -25,7 +25,6 @@ from ._kernel_log import (
     gpu_addresses,
     kernel_events,
     read_kernel_log,
-    xid_signature,
 )
 from ._nim_endpoints import ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
 from ._nim_gpus import gpus_of_services

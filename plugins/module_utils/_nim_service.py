@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import typing as t
 from dataclasses import replace
 from functools import partial
@@ -93,7 +93,7 @@ class NimService(Resource[HostState]):
         self.api = api or DockerApi()
         self._work = ServiceWork(self.api, self.key)
         #: For the secrets of models that have no file with a key of its own yet.
-        self._secret_key = secrets.token_hex(32)
+        self._secret_key = os.urandom(32).hex()
         if injection not in GPU_INJECTIONS:
             raise FleetError(
                 "invalid_option",

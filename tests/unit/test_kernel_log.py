@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_causes import xid_signature
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import KERNEL_LINES
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import (
     gpu_addresses,
     kernel_events,
     read_kernel_log,
-    xid_signature,
 )
 from fake_host import FakeHost
 
