@@ -284,7 +284,7 @@ class Redactor:
         for word in words:
             option = before.lstrip("-") if before.startswith("-") and "=" not in before else ""
             login = re.match(_LOGIN, word) if before in _LOGIN_OPTIONS else None
-            if option and word and (self._tells(option) or option.split("-")[-1] in ("pass", "pwd")):
+            if option and word and (self._tells(option) or option.rpartition("-")[2] in ("pass", "pwd")):
                 self.count += 1
                 found.append(MASK)
             elif login:
@@ -439,7 +439,7 @@ def _logins_in_urls(text: str | None) -> list[str]:
     found: list[str] = []
     for pair in re.findall(r"(?i)[a-z][a-z0-9+.-]{1,20}://([^\s:@/\"']*:[^\s\"']+)@", text or ""):
         # A comma or a semicolon may begin another URL.
-        for login in {pair, re.split(r"@[^@]*://", pair)[0]}:
+        for login in (pair, re.split(r"@[^@]*://", pair)[0]):
             found += [login, urllib.parse.unquote(login)]
     return found
 
