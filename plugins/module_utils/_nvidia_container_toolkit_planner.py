@@ -75,6 +75,7 @@ class ToolkitState:
         driver_version: Version of the loaded kernel module; empty when none is loaded.
         nvidia_smi: Path of nvidia-smi on the host.
         daemon: Docker's configuration, wanted and live.
+        hook_missing: Whether the toolkit's hook, which dockerd looks for when it starts, is not there.
         hook_newer_than_daemon: Whether dockerd was started before the toolkit's hook was there in its present form.
         validation: The record of the last smoke test that passed.
     """
@@ -92,6 +93,7 @@ class ToolkitState:
     driver_version: str = ""
     nvidia_smi: t.Optional[str] = None
     daemon: DaemonState = field(default_factory=DaemonState)
+    hook_missing: bool = False
     hook_newer_than_daemon: bool = False
     validation: t.Mapping[str, t.Any] = field(default_factory=dict)
 
@@ -225,6 +227,7 @@ class ToolkitPlanner(Planner[ToolkitState]):
             driver_version=(host.read_text("/sys/module/nvidia/version") or "").strip(),
             nvidia_smi=host.which("nvidia-smi"),
             daemon=daemon,
+            hook_missing=self.injection == "gpus" and not host.exists(HOOK),
             hook_newer_than_daemon=self.injection == "gpus" and _hook_newer(host, daemon.main_pid),
             validation=_read_validation(host),
         )
@@ -428,7 +431,8 @@ class ToolkitPlanner(Planner[ToolkitState]):
             return []
         if any(change.disruption is Disruption.RESTART_DOCKER for change in planned):
             return []
-        if not (state.hook_newer_than_daemon or not state.packages) or self.validated(state):
+        # Without the hook dockerd was started without it, whatever of the toolkit is there.
+        if not state.hook_missing and (not state.hook_newer_than_daemon or self.validated(state)):
             return []
         return [
             Change(

@@ -14,7 +14,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_conta
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive, parse_gpu_list
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import spec_is_for
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import HOOK, spec_is_for
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from docker_fakes import CONFIG
@@ -88,6 +88,20 @@ def test_gpus_flag_needs_a_daemon_that_is_younger_than_the_toolkit(machine: Mach
     assert machine.whats(injection="gpus") == ["GPU driver of the running daemon", "GPU container"]
     assert machine.dockerd.restarts == 1
     assert machine.dockerd.running["id-other"]["State"]["StartedAt"] == "early"
+    assert not machine.run(injection="gpus").changed
+
+
+@pytest.mark.parametrize("missing", [tk.PACKAGES, tk.PACKAGES[:2], tk.PACKAGES[1:2]])
+def test_a_hook_that_comes_back_needs_a_younger_daemon(machine: Machine, missing: tuple[str, ...]) -> None:
+    """However much of the toolkit is left, and whatever was proved before it went."""
+    machine.ready()
+    assert machine.whats(injection="gpus") == ["GPU container"]
+    for name in missing:
+        del machine.apt.packages[name]
+    del machine.host.files[HOOK]
+    whats = machine.whats(injection="gpus")
+    assert whats[-2:] == ["GPU driver of the running daemon", "GPU container"], whats
+    assert machine.dockerd.restarts == 1
     assert not machine.run(injection="gpus").changed
 
 

@@ -9,6 +9,7 @@ import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import HOOK
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from docker_fakes import CONFIG, FakeApt, FakeDockerd
@@ -60,6 +61,7 @@ class Machine:
     def _installed(self, name: str, version: str) -> None:
         if name == "nvidia-container-toolkit-base":
             self.host.files["/usr/bin/nvidia-container-runtime"] = b""
+            self.host.files[HOOK] = b""
             self.units = version >= "1.18"
             self.host.files.setdefault(tk.CONFIG, (CONFIG_TOML % "auto").encode())
             self._refresh()
