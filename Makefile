@@ -117,11 +117,12 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions at every step, a real dnf on RPM look-alikes, slow starts
+test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, every known failure, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
-	@$(BIN)/pytest -n 2 -v tests/full
+	@$(BIN)/pytest -v tests/full/test_failure_signatures.py
+	@$(BIN)/pytest -n 2 -v tests/full --ignore tests/full/test_failure_signatures.py
 
 # The baseline's collections, and the same ansible-core as in .venv.
 .build/bench-venv/.stamp: tests/benchmarks/requirements.txt requirements-dev.txt

@@ -124,7 +124,7 @@ IN_CONTAINER: tuple[Situation, ...] = (
         "nim-13",
         "nim-13",
         order="nsenter --mount --target $(docker inspect --format '{{.State.Pid}}' nim-@NAME)"
-        " busybox mount -o remount,bind,ro /opt/nim/.cache && " + GIVE,
+        " busybox mount -o remount,bind,ro none /opt/nim/.cache && " + GIVE,
     ),
     waits("nim-14", "nim-14", environment={"NIM_LOG_LEVEL": "VERBOSE"}),
     waits("nim-15a", "nim-15a", environment={"STANDIN_OPEN_FILES": "9999"}, options={"ulimits": {"nofile": 256}}),
@@ -271,7 +271,14 @@ STRANGER = (
     " (s.send_response(200), s.end_headers()))); h.HTTPServer((str(), @PORT), H).serve_forever()"
 )
 WITH_KEY: tuple[Situation, ...] = (
-    Situation("nim-17", "nim-17", environment={"STANDIN_LOAD_SECONDS": "60"}, order="docker stop nim-@NAME", seconds=6),
+    Situation(
+        "nim-17",
+        "nim-17",
+        environment={"STANDIN_LOAD_SECONDS": "60"},
+        # A program that has only just been started hears no signal yet.
+        order="until docker logs nim-@NAME 2>&1 | grep -q Initializing; do sleep 0.2; done; docker stop nim-@NAME",
+        seconds=6,
+    ),
     quotes("nim-18a", environment={"STANDIN_FAIL_END": "1", "STANDIN_FAIL_TEXT": "Captured NIM_LLM_PID: 0"}),
     quotes(
         "nim-18b", environment={"STANDIN_FAIL_END": "1", "STANDIN_FAIL_TEXT": "x has no NIM_LLM process to terminate"}
