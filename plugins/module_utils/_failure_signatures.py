@@ -689,6 +689,8 @@ SIGNATURES: tuple[Signature, ...] = (
 
 #: Those that say that a port is taken, but not by whom.
 PORT_SIGNATURES = ("host-53a", "host-53b")
+#: What a completion finds out, whose answer knows more than the log.
+CHAT_SIGNATURE = "eng-32"
 
 #: Exit codes that mean something by themselves when no text does.
 EXIT_CODES: dict[int, Signature] = {

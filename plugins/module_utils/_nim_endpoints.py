@@ -25,6 +25,8 @@ Json = t.Dict[str, t.Any]
 #: Seconds for one health request, and for one completion on a model that may still warm up.
 PROBE_TIMEOUT = 3.0
 COMPLETION_TIMEOUT = 60.0
+#: How the note of a completion begins that was refused for want of one.
+NO_CHAT_TEMPLATE = "the model has no chat template"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def complete(target: HealthTarget, model: str, how: str) -> Json:
         note = None
         if refused:
             note = (
-                "the model has no chat template; it answers on /v1/completions"
+                NO_CHAT_TEMPLATE + "; it answers on /v1/completions"
                 if "chat template" in refused.lower() or "chat_template" in refused.lower()
                 else "it answers on /v1/completions; on /v1/chat/completions: %s" % refused
             )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._failure_causes import KERNEL, Match, SignatureBook, xid_signature
-from ._failure_signatures import OUT_OF_MEMORY, PORT_SIGNATURES, Signature
+from ._failure_signatures import CHAT_SIGNATURE, OUT_OF_MEMORY, PORT_SIGNATURES, Signature
 from ._health_target import HealthTarget
 from ._host import Host
 from ._kernel_log import OUT_OF_MEMORY as OUT_OF_MEMORY_KILL
@@ -26,7 +26,7 @@ from ._kernel_log import (
     kernel_events,
     read_kernel_log,
 )
-from ._nim_endpoints import ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
+from ._nim_endpoints import NO_CHAT_TEMPLATE, ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
 from ._nim_gpus import gpus_of_services
 from ._nim_log import CONTAINER_FIELD, RUN_FIELD, journal_lines, message_of, phase_of, read_log
 from ._nim_process_state import (
@@ -249,12 +249,33 @@ class HealthCheck:
         if failure is not None and failure.signature in PORT_SIGNATURES:
             holder = port_holder(self.host, watch.target.port)
             if holder:
-                held = "port %d is held by %s" % (watch.target.port, holder)
+                publisher = self._publisher(watch.target.port) if "docker-proxy" in holder else ""
+                held = "port %d is held by %s%s" % (
+                    watch.target.port,
+                    holder,
+                    " of container %s" % publisher if publisher else "",
+                )
                 watch.failure = dataclasses.replace(
                     failure,
                     sentence="%s; %s." % (failure.sentence.rstrip("."), held),
                     what="%s (%s)" % (failure.what, held),
                 )
+
+    def _publisher(self, port: int) -> str:
+        """Name of the container that publishes a port; Docker's proxy listens in its stead."""
+        try:
+            running = self.api.containers(all=False)
+        except FleetError:
+            # It only says more about a failure that is known already.
+            return ""
+        return next(
+            (
+                str(entry["Names"][0]).lstrip("/")
+                for entry in running
+                if entry.get("Names") and any(one.get("PublicPort") == port for one in entry.get("Ports") or ())
+            ),
+            "",
+        )
 
     def _follow_log(self, watch: Watch, name: str, container: ContainerState | None, now: float) -> None:
         if container is None or (container.running and now - watch.log_read < LOG_SECONDS):
@@ -353,6 +374,8 @@ class HealthCheck:
                 if target.completion == "chat" and "/v1/completions" in str(completion.get("note"))
                 else "see 'journalctl CONTAINER_NAME=%s'" % target.container,
             )
+            if watch.failure is not None and str(completion.get("note")).startswith(NO_CHAT_TEMPLATE):
+                watch.failure = dataclasses.replace(watch.failure, signature=CHAT_SIGNATURE)
             return
         watch.result = {
             "name": target.name,

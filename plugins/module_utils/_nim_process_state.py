@@ -170,6 +170,8 @@ class ContainerReader(t.Protocol):
 
     def container(self, name: str) -> Json | None: ...
 
+    def containers(self, all: bool = True) -> list[Json]: ...
+
 
 def port_holder(host: Host, port: int) -> str:
     """Who listens on a TCP port, as "docker-proxy (pid 812)"; empty when it cannot be told."""

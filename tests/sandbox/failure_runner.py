@@ -298,8 +298,7 @@ def problems(situation: Situation, seen: Seen) -> list[str]:
         found.append("the reason is %s" % result.get("reason"))
     if (result.get("signature") or "") != situation.failure:
         found.append("it was recognised as %s" % result.get("signature"))
-    elif situation.failure and not situation.kernel:
-        # What the kernel says of a GPU has cause and remedy by its number: the situation knows them.
+    elif situation.failure and not situation.own_words:
         signature = SIGNATURES[situation.failure]
         found += ["%r is not said" % text for text in (signature.cause, signature.remedy) if text not in message]
     found += ["%r is not said" % text for text in situation.says if text not in message]

@@ -39,6 +39,7 @@ class Situation:
         kernel: What the kernel says then of the model's GPU, with its PCI address in place of ``%s``.
         memory: MiB of main memory that the container gets right before the order.
         world: Name of a method of the world's controls with its arguments; calls on the same files exclude each other.
+        own_words: Cause and remedy are those in ``says``: they are more exact than what is known of the failure.
         ready: It must become ready nevertheless.
         mend: Shell commands afterwards.
         seconds: From the line that decides, or from the order where there is none, to the end of the wait.
@@ -56,6 +57,7 @@ class Situation:
     memory: int = 0
     kernel: str = ""
     world: tuple[str, dict[str, Any]] | None = None
+    own_words: bool = False
     ready: bool = False
     mend: str = ""
     seconds: float = 5.0
@@ -176,7 +178,8 @@ IN_CONTAINER: tuple[Situation, ...] = (
         environment={"STANDIN_NO_CHAT_TEMPLATE": "1"},
         options={"completion": "chat"},
         reasons=("completion_failed",),
-        says=("/v1/completions",),
+        says=("no chat template", "it answers on /v1/completions", "use a model with a chat template"),
+        own_words=True,
         seconds=6,
     ),
     quotes("eng-33a", environment={"STANDIN_FAIL_TEXT": "RuntimeError: NCCL error"}),
@@ -261,6 +264,7 @@ LAST: tuple[Situation, ...] = (
         order="true",
         kernel="NVRM: Xid (PCI:%s): 79, pid=4711, name=python3, GPU has fallen off the bus.",
         reasons=("start_failed",),
+        own_words=True,
         says=("Xid 79 on GPU", "the GPU has fallen off the bus", "reboot the host"),
     ),
 )

@@ -84,6 +84,7 @@ class World(FakeHost):
         self.kernel: list[tuple[float, str]] = []
         self.events: list[tuple[float, t.Callable[[], None]]] = []
         self.docker_down = False
+        self.published: list[dict[str, t.Any]] = []
         self.commands = {
             "systemctl show *": self.systemctl,
             "docker logs *": self.docker_logs,
@@ -128,6 +129,9 @@ class World(FakeHost):
         if self.docker_down:
             raise FleetError("docker_unavailable", "Asking Docker failed: no daemon listens there.")
         return self.boxes.get(name)
+
+    def containers(self, all: bool = True) -> list[dict[str, t.Any]]:
+        return self.published
 
     def log(self, name: str, *lines: str) -> None:
         for line in lines:

@@ -109,7 +109,7 @@ def test_chat_that_was_asked_for_is_explained_with_the_endpoint_that_works(world
     world.box("a")
     outcome, dummy = check(world, [{"name": "a", "port": nim.port, "completion": "chat"}])
     failure = outcome.failures[0][1]
-    assert failure.reason == "completion_failed"
+    assert (failure.reason, failure.signature) == ("completion_failed", "eng-32")
     assert "(the model has no chat template; it answers on /v1/completions); ask it there and set" in failure.sentence
 
 

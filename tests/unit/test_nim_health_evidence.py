@@ -189,6 +189,12 @@ def test_a_taken_port_is_explained_with_its_holder(world: World, nim: Nim) -> No
     failure = outcome.failures[0][1]
     assert failure.signature == "host-53a"
     assert failure.sentence.endswith("port %d is held by docker-proxy (pid 812)." % nim.port)
+    world.published = [
+        {"Names": ["/other"], "Ports": [{"PublicPort": nim.port + 1, "Type": "tcp"}, {"PrivatePort": nim.port}]},
+        {"Names": ["/old-nim"], "Ports": [{"PublicPort": nim.port, "Type": "tcp"}]},
+    ]
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].sentence.endswith("docker-proxy (pid 812) of container old-nim.")
 
 
 def test_another_server_beside_a_running_container_is_known_by_its_process(world: World, nim: Nim) -> None:
