@@ -294,7 +294,7 @@ class HealthCheck:
             watch.phase, watch.phase_since = "starting", now
         watch.log_read = now
         # By its id: the name may be another container's a moment later.
-        lines, watch.cursor = read_log(self.host, container.id, watch.cursor, since=container.started)
+        lines, watch.cursor = read_log(self.host, container.id, watch.cursor, since=container.speaks_since)
         watch.take_lines(lines, now, self.redactor, running=container.running)
         if watch.phase == "download" and watch.free_at_start:
             free = self.host.free_bytes(watch.target.cache_directory)

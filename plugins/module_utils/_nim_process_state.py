@@ -70,6 +70,10 @@ def observe_units(host: Host, units: t.Sequence[str]) -> dict[str, UnitState]:
     return {unit: found.get(unit, UnitState()) for unit in units}
 
 
+#: Docker notes that a container has started when its program may have said its first words already.
+EARLY_SECONDS = 2.0
+
+
 @dataclass(frozen=True)
 class ContainerState:
     """A container as the engine tells it; times are seconds since the epoch."""
@@ -86,6 +90,14 @@ class ContainerState:
     @property
     def running(self) -> bool:
         return self.status == "running"
+
+    @property
+    def speaks_since(self) -> float | None:
+        """From when on its log is that of its present run; what an earlier run said ends with that run's end."""
+        if self.started is None:
+            return None
+        earlier = self.finished if self.finished is not None and self.finished < self.started else 0.0
+        return max(self.started - EARLY_SECONDS, earlier)
 
     @property
     def instance(self) -> str:

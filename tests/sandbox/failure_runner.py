@@ -170,8 +170,8 @@ class Theatre:
     def breaks(self, situations: Sequence[Situation], injection: str) -> dict[str, Seen]:
         """One model that runs; the host is broken in one way after the other, the unit starts again, health is asked."""
         self.injection = injection
-        # The sandbox's runtime gives way where a host lacks the right to raise limits; runc does not.
-        model = self.model(Situation("victim", options={} if injection == "runtime" else {"ulimits": {}}), 0)
+        # The sandbox's hosts cannot raise limits.
+        model = self.model(Situation("victim", options={"ulimits": {}}), 0)
         self.deploy([model])
         found = {}
         for situation in situations:

@@ -377,13 +377,6 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
     ),
     "runtime": (
         broken(
-            "nim-08",
-            "nim-08",
-            "rm -rf @DIR/* /var/lib/nim/state/@NAME.*",
-            "true",
-            world=("set_key", {"state": "expired"}),
-        ),
-        broken(
             "host-58a",
             "host-58a",
             "%s && cp /etc/nim/@NAME.json /root/ && sed -i"
@@ -399,6 +392,14 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
         broken("newer-43", "host-43", AWAY, BACK),
         broken("newer-44", "host-44", UNLOAD, LOAD),
         broken("newer-45b", "host-45b", OTHER, BACK),
+        # The last: its files are gone then.
+        broken(
+            "nim-08",
+            "nim-08",
+            "rm -rf @DIR/* /var/lib/nim/state/@NAME.*",
+            "true",
+            world=("set_key", {"state": "expired"}),
+        ),
     ),
     "cdi": (
         broken(

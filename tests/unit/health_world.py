@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 import time
 import typing as t
@@ -150,7 +151,9 @@ class World(FakeHost):
         if lines is None:
             return 1, "", "Error response from daemon: No such container"
         # Docker hands the two streams of a container out separately.
-        stamped = ["%s %s" % (stamp(when, index), line) for index, (when, line) in enumerate(lines)]
+        since = argv[argv.index("--since") + 1] if "--since" in argv else "0"
+        begin = float(since) if re.match(r"[0-9.]+\Z", since) else 0.0
+        stamped = ["%s %s" % (stamp(when, index), line) for index, (when, line) in enumerate(lines) if when >= begin]
         return 0, "\n".join(stamped[::2]), "\n".join(stamped[1::2])
 
     def journalctl(self, _host: FakeHost, argv: tuple[str, ...], _in: t.Any, _env: t.Any) -> str:

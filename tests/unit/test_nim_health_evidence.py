@@ -11,7 +11,8 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_signatures import Signature
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
-from health_world import Nim, World, check, word
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import EARLY_SECONDS
+from health_world import Nim, World, check, stamp, word
 
 #: Seconds within which a line that decides must end the wait.
 AT_ONCE = 5.0
@@ -169,6 +170,21 @@ def test_a_service_that_is_ready_costs_no_look_at_the_kernel(world: World, nim: 
     assert not [call for call in world.calls if "--dmesg" in call or call[0] == "dmesg"]
 
 
+def test_what_was_said_before_docker_noted_the_start_counts(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    world.clock += 60
+    # Of the run before this one, and of this one.
+    world.logs["nim-a"] = [
+        (world.clock - 2, "EngineDeadError"),
+        (world.clock - 1, "Error 802: system not yet initialized"),
+    ]
+    world.box("a", FinishedAt=stamp(world.clock - 2, 500_000_000))
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "host-50c"
+    assert "EngineDeadError" not in outcome.failures[0][1].lines
+
+
 # -- Docker and the port --------------------------------------------------------------------------
 
 
@@ -231,7 +247,7 @@ def test_the_log_begins_where_the_container_was_started(world: World, starting: 
     world.at(3, lambda: world.end("a", ExitCode=1))
     starting()
     reads = [call for call in world.calls if call[:2] == ("docker", "logs")]
-    assert reads[0][-3:] == ("--since", "%.6f" % world.start, "c" * 64)
+    assert reads[0][-3:] == ("--since", "%.6f" % (world.start - EARLY_SECONDS), "c" * 64)
 
 
 # -- strictly, without waiting ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ TOGETHER = (
     ("nim-01", "out-of-memory", "eng-34a", "umbrella-first", "hangs", "requests-fail"),
 )
 #: One after the other on a host that is made unfit.
-UNFIT = {"gpus": ("host-40", "host-45a", "host-53b"), "runtime": ("nim-08", "host-58a")}
+UNFIT = {"gpus": ("host-40", "host-45a", "host-53b"), "runtime": ("host-58a", "nim-08")}
 LLAMA = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
 
 
