@@ -38,12 +38,13 @@ def observe_running(api: DockerApi, version: t.Tuple[int, ...]) -> t.Tuple[Runni
     """Running containers; ``--rm`` is looked up only for engines that remove such containers when they restart."""
     found = []
     for entry in api.containers(all=False):
-        names = entry.get("Names") or [entry["Id"][:12]]
+        identifier = str(entry.get("Id") or "")
+        names = entry.get("Names") or [identifier[:12]]
         auto_remove = False
-        if version < (24, 0, 8):
-            details = api.container(entry["Id"]) or {}
+        if identifier and version < (24, 0, 8):
+            details = api.container(identifier) or {}
             auto_remove = bool((details.get("HostConfig") or {}).get("AutoRemove"))
-        found.append(RunningContainer(entry["Id"], names[0].lstrip("/"), auto_remove=auto_remove))
+        found.append(RunningContainer(identifier, names[0].lstrip("/"), auto_remove=auto_remove))
     return tuple(found)
 
 

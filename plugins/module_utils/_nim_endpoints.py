@@ -62,7 +62,8 @@ def http_request(
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         return HttpAnswer(response.status, response.read(1_000_000).decode("utf-8", "replace"))
-    except (OSError, http.client.HTTPException):
+    # An address that is none, in a broken file of ours, cannot be encoded as a name.
+    except (OSError, http.client.HTTPException, UnicodeError):
         return None
     finally:
         connection.close()

@@ -214,6 +214,8 @@ def _refuse(path: str, value: t.Any, problem: str, remedy: str) -> FleetError:
         shown = repr(value) if isinstance(value, str) and value != "..." else str(value)
     if len(shown) > 120:
         shown = shown[:117] + "..."
+    # A key that is none may hold anything, and a mistake is told in one line.
+    path = _CONTROL.sub("?", path)
     return FleetError("invalid_option", "%s = %s: %s; %s." % (path, shown, problem, remedy), option=path)
 
 

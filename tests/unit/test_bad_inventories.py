@@ -236,6 +236,8 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"nim_registry_mirrors": {"nvcr.io": "m y"}}, "nim_registry_mirrors['nvcr.io']", "'m y'", "mirror.example:5000"),
     # -- one model
     (model(pport=8000), M + ".pport", "...", "known options are"),
+    (model(**{"po\nrt": 8000}), M + ".po?rt", "...", "known options are"),
+    (model(ulimits={"no\nfile": 1}), M + ".ulimits.no?file", "1", "use one of"),
     (without("name"), M + ".name", "None", "set it, for example llama3"),
     (without("image"), M + ".image", "None", "set it, for example nvcr.io/"),
     (model(name="llama 3"), M + ".name", "'llama 3'", "letters, digits"),

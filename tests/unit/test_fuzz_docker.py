@@ -29,7 +29,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state i
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import configured_mode
 from fake_host import FakeHost
 from fuzzing import broken_json, damaged, encodable, json_text, mutated, only_told, texts, values
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 PATH = "/etc/docker/daemon.json"
@@ -206,6 +206,7 @@ IMAGE = {
 
 
 @given(mutated(INFO, 3), mutated(LISTED, 3), mutated(CONTAINER, 3), mutated(IMAGE, 3), values)
+@example(INFO, [{}], CONTAINER, IMAGE, None)
 def test_docker_that_answers_anything(
     info: t.Any, listed: t.Any, container: t.Any, image: t.Any, version: t.Any
 ) -> None:
@@ -241,6 +242,7 @@ def test_docker_that_answers_anything(
 
 
 @given(values | broken_json({"name": "llama", "gpus": ["GPU-1"], "ready_url": "http://127.0.0.1:1/v1"}))
+@example('{"name": "llama", "gpus": ["GPU-1"], "ready_url": "http://127..0.0.1:1/v1"}')
 def test_services_whose_files_were_broken(content: t.Any) -> None:
     text = content if isinstance(content, str) else json_text(content)
     host = FakeHost({"/etc/nim/llama.json": encodable(text), "/run/nim/llama.json": encodable(text)})
