@@ -239,8 +239,11 @@ _DRIVER = (
     ),
     _drift(
         "another driver installed behind the running one",
+        # Else how often it fails meanwhile is a matter of speed.
+        "systemctl stop nvidia-cdi-refresh.path\n"
         "apt-get -qq install --allow-change-held-packages --allow-downgrades -o Dir::Etc::preferencesparts=/nowhere "
-        "$(dpkg-query -W -f '${Package} ${Version}\\n' | awk '$2 ~ /^580.95.05-0/ {print $1 \"=580.65.06-0ubuntu1\"}')",
+        "$(dpkg-query -W -f '${Package} ${Version}\\n' | awk '$2 ~ /^580.95.05-0/ {print $1 \"=580.65.06-0ubuntu1\"}')\n"
+        "systemctl start nvidia-cdi-refresh.path",
         "nvidia_driver, driver packages, unload_driver",
         "nvidia_driver, package holds, none",
         "nvidia_driver_reload, kernel module nvidia, later",
@@ -827,7 +830,7 @@ _MODELS = (
         "a service stopped under maintenance",
         "touch /var/lib/nim/maintenance; systemctl stop nim-llama",
         "nim_service, nim-llama.service, none",
-        undo="rm /var/lib/nim/maintenance; systemctl start nim-llama",
+        undo="rm /var/lib/nim/maintenance; systemctl start nim-llama" + _READY,
         restarts="llama",
     ),
 )
