@@ -99,10 +99,10 @@ def _drift(
     return Drift(name, breaks, plan, frozenset(restarts.split()), refused, undo, notes, first)
 
 
-#: What heals by itself has done so when the command ends.
+#: What heals by itself has done so when the command ends; an end soon after another one is forgotten, too.
 _READY = (
     "\nsleep 1; for each in $(seq 300); do curl -fs http://127.0.0.1:8000/v1/health/ready >/dev/null "
-    "&& grep -q '\"ready\"' /run/nim/llama.json && exit 0; sleep 0.2; done; exit 1"
+    '&& grep -q \'"ready".*"unsteady": 0\' /run/nim/llama.json && exit 0; sleep 0.2; done; exit 1'
 )
 #: A reload that the daemon has finished when the command ends.
 _RELOAD = "systemctl reload docker; sleep 1\n"
