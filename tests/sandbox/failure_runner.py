@@ -120,10 +120,12 @@ class Theatre:
             "nim_models": models + gone,
             "nim_wait": False,
             "nim_gpu_injection": self.injection,
+            "nvidia_container_toolkit_cdi": self.injection == "cdi",
             "ngc_api_key": self.key,
         }
         inventory = {"gpu_hosts": {"hosts": {self.host.name: {}}, "vars": variables}}
-        options = ["--tags", "nim", "--limit", self.host.name]
+        options = ["--tags", "nvidia_container_toolkit,docker,nim" if self.injection == "cdi" else "nim"]
+        options += ["--limit", self.host.name]
         self.fleet.site(*options, inventory=inventory, environment={"NGC_API_KEY": self.key})
 
     def command(self, text: str, model: Json) -> str:

@@ -382,7 +382,7 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
             "%s && cp /etc/nim/@NAME.json /root/ && sed -i"
             ' "s#nvcr.io/nim/[^\\"]*@sha256:[0-9a-f]*#$(docker image inspect --format \'{{.Id}}\' %s)#g" /etc/nim/@NAME.json'
             % (PULL, SPARK),
-            "cp /root/@NAME.json /etc/nim/@NAME.json",
+            "cp /root/@NAME.json /etc/nim/@NAME.json; docker image rm %s" % SPARK,
         ),
         # NVSwitches, and nobody who sets them up; host-50b stands beside it, host-50c comes later.
         broken("fabric", "host-50a", "systemctl stop nvidia-fabricmanager", "systemctl start nvidia-fabricmanager"),
@@ -406,7 +406,7 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
             "host-47",
             "host-47",
             "systemctl mask --runtime --now nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
-            " mkdir /root/cdi; mv $(ls -d /etc/cdi/* /var/run/cdi/*) /root/cdi/",
+            " mkdir -p /root/cdi; mv $(ls -d /etc/cdi/* /var/run/cdi/*) /root/cdi/; " + DOCKER,
             "systemctl unmask --runtime nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
             " systemctl start nvidia-cdi-refresh.path nvidia-cdi-refresh.service; rm -rf /root/cdi",
         ),
