@@ -147,7 +147,8 @@ def _members(text: str, start: int) -> t.Tuple[t.List[_Member], int]:
 
 
 def _indentation(text: str) -> str:
-    found = re.search(r"\n([ \t]+)\"", text)
+    # Also none: what is inserted into such a file must not look like its style to the next run.
+    found = re.search(r"\n([ \t]*)\"", text)
     return found.group(1) if found else "  "
 
 
