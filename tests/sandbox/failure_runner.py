@@ -231,7 +231,7 @@ class Theatre:
         assert places, "no process of nim-%s is seen from here" % name
         old = pathlib.Path("/sys/fs/cgroup/memory")
         if not old.is_dir():
-            own = next(iter(places.values())).split("::", 1)[1].splitlines()[0]
+            own = sorted(places.values())[0].split("::", 1)[1].splitlines()[0]
             pathlib.Path("/sys/fs/cgroup" + own, "memory.max").write_text("%dM" % mebibytes)
             yield
             return
