@@ -147,7 +147,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             try:
                 if all(boolean(render(_condition(condition))) for condition in part.when):
                     options[resource] = {name: render(value) for name, value in part.options.items()}
-            except (AnsibleError, TypeError):
+            except (AnsibleError, TypeError, RecursionError):
                 # The message may quote a template with a secret in it.
                 raise AnsibleActionFail(
                     "The variables of role %s that %s needs cannot be resolved; gpu_fleet.nim.validate_inventory says "

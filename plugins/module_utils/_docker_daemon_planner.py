@@ -121,6 +121,10 @@ class DaemonPlanner(Planner[DaemonState]):
                 refuse("options", key, "not a key of daemon.json", "keys are lower case with hyphens")
             if key in ("runtimes", "features", "log-opts", "default-ulimits") and not isinstance(value, dict):
                 refuse("options.%s" % key, value, "not a mapping", "dockerd takes a mapping here")
+            if key == "exec-opts" and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+                refuse(
+                    "options.exec-opts", value, "not a list of texts", "write for example [native.cgroupdriver=systemd]"
+                )
             if key in ("live-restore", "debug") and not isinstance(value, bool):
                 refuse("options.%s" % key, value, "not a boolean", "write true or false")
         for name, runtime in self.wanted.get("runtimes", {}).items():
@@ -255,8 +259,10 @@ class DaemonPlanner(Planner[DaemonState]):
                 Change(
                     self.name,
                     "running daemon",
-                    {dotted(one.path): None if one.live is ABSENT else one.live for one in untold_reload},
-                    {dotted(one.path): None if one.wanted is ABSENT else one.wanted for one in untold_reload},
+                    scrub_data({dotted(one.path): None if one.live is ABSENT else one.live for one in untold_reload}),
+                    scrub_data(
+                        {dotted(one.path): None if one.wanted is ABSENT else one.wanted for one in untold_reload}
+                    ),
                     "%s has it, but the daemon was not told" % state.path,
                     Disruption.RELOAD,
                     "daemon_reload",

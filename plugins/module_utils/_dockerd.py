@@ -263,7 +263,8 @@ def live_gpu_settings(state: DaemonState) -> t.List[t.Tuple[Path, t.Any]]:
         found.append((("runtimes", "nvidia"), {"path": program}))
         if state.info.get("DefaultRuntime") == "nvidia":
             found.append((("default-runtime",), "nvidia"))
-    if state.answers and is_live(("features", "cdi"), True, state):
+    # Newer engines have CDI on by themselves: without the runtime it says nothing of a file that is gone.
+    if found and is_live(("features", "cdi"), True, state):
         found.append((("features", "cdi"), True))
     return found
 

@@ -13,6 +13,7 @@ from ._host import Host
 from ._host_services import state_of
 from ._nim_health import HealthCheck
 from ._nim_process_state import ContainerReader, read_word
+from ._nim_ready import asked_otherwise
 from ._own_signatures import parse_signatures
 from ._resource import Change
 
@@ -36,4 +37,7 @@ def unready(
             state = state_of(model, read_word(host, target.name).failures)
             why = str(model["message"] or "the run waits for it").rstrip(".")
             changes.append(Change("nim_health", target.unit, state, "ready", why))
+        elif asked_otherwise(host, api, target):
+            why = "it has not been asked for a completion of this kind yet"
+            changes.append(Change("nim_health", target.unit, "ready", "completion: " + target.completion, why))
     return changes

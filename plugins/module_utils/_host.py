@@ -152,6 +152,9 @@ class Host:
             os.close(descriptor)
             if stat.S_ISDIR(kind):
                 return None
+            if os.path.realpath(path) == os.devnull:
+                # The usual way to switch a file off.
+                return b""
             raise FleetError(
                 "unreadable", "Reading %s failed: it is no file; remove what is in its place." % path, path=path
             )

@@ -95,7 +95,7 @@ def find_listeners(
     published = [
         (str(port.get("IP") or "0.0.0.0"), int(port["PublicPort"]), str(entry["Names"][0]).lstrip("/"))  # noqa: S104 - compared, not bound
         for entry in containers
-        if entry.get("State") == "running" and entry.get("Names")
+        if entry.get("State") in ("running", "paused") and entry.get("Names")
         for port in entry.get("Ports") or []
         if port.get("PublicPort") in ports and port.get("Type") == "tcp"
     ]

@@ -58,7 +58,8 @@ def certainly_ready(host: Host, api: ContainerReader, target: HealthTarget) -> b
         return False
     known = read_record(host, target, container)
     completion = known.get("completion")
-    if not known or (completion is not None and not (isinstance(completion, dict) and completion.get("ok"))):
+    completes = isinstance(completion, dict) and completion.get("ok")
+    if not known or not (completes or target.completion == "none"):
         return False
     answer = http_request(target, "/v1/health/ready")
     if answer is None or answer.status != 200:
@@ -67,3 +68,15 @@ def certainly_ready(host: Host, api: ContainerReader, target: HealthTarget) -> b
         models = ask_models(target)
         return models is None or set(target.expected) <= set(models)
     return True
+
+
+def asked_otherwise(host: Host, api: ContainerReader, target: HealthTarget) -> bool:
+    """Whether a service that was looked at properly was not asked for the kind of completion that is wanted now."""
+    if target.completion in ("", "none"):
+        return False
+    try:
+        container = parse_container(api.container(target.container))
+    except FleetError:
+        return False
+    known = read_record(host, target, container) if container is not None else {}
+    return bool(known) and known.get("asked") != target.completion

@@ -82,8 +82,8 @@ def _ask(scheme: str, address: str, port: int, path: str) -> int:
         return _MUTE
     except OSError:
         return _CLOSED
-    except http.client.HTTPException:
-        # Somebody talks, in whatever language.
+    except (http.client.HTTPException, UnicodeError):
+        # Somebody talks, in whatever language; or our own file has a broken address, which is no sign of silence.
         return 200
     finally:
         connection.close()

@@ -91,7 +91,11 @@ def read_json(path: str) -> Json:
 
 def says_ready(address: str) -> bool:
     """Whether a service answers on its health address with 200, within two seconds."""
-    url = urllib.parse.urlsplit(address)
+    try:
+        url = urllib.parse.urlsplit(address)
+        port = url.port
+    except ValueError:
+        return False
     if not url.hostname:
         return False
     connection: http.client.HTTPConnection
@@ -100,13 +104,13 @@ def says_ready(address: str) -> bool:
         # The certificate is made out for the name that clients use, not for this address.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=2, context=context)
+        connection = http.client.HTTPSConnection(url.hostname, port, timeout=2, context=context)
     else:
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=2)
+        connection = http.client.HTTPConnection(url.hostname, port, timeout=2)
     try:
         connection.request("GET", url.path or "/")
         return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+    except (OSError, http.client.HTTPException, UnicodeError):
         return False
     finally:
         connection.close()

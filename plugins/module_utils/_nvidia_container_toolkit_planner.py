@@ -237,11 +237,11 @@ class ToolkitPlanner(Planner[ToolkitState]):
 
     @staticmethod
     def _program_missing(state: ToolkitState) -> bool:
-        """Whether the packages say that the runtime is there, and it is not."""
+        """Whether the packages say that the runtime and its hook are there, and they are not."""
         return (
             len(state.packages) == len(PACKAGES)
             and all(package.complete for package in state.packages.values())
-            and not state.daemon.programs.get(RUNTIME_PROGRAM)
+            and (not state.daemon.programs.get(RUNTIME_PROGRAM) or state.hook_missing)
         )
 
     def _packages_good(self, state: ToolkitState) -> bool:
@@ -326,12 +326,14 @@ class ToolkitPlanner(Planner[ToolkitState]):
                 why = "an interrupted installation left it half done"
             else:
                 why = "version %s is wanted" % self.version
-            lost = self._program_missing(state)
-            if lost:
-                why = "its program %s is not there" % RUNTIME_PROGRAM
+            lost = ""
+            if self._program_missing(state):
+                runtime = state.daemon.programs.get(RUNTIME_PROGRAM)
+                lost, program = (PACKAGES[0], HOOK) if runtime else (BASE_PACKAGE, RUNTIME_PROGRAM)
+                why = "its program %s is not there" % program
             for name in PACKAGES:
                 package = state.packages.get(name)
-                if lost and name == BASE_PACKAGE:
+                if name == lost:
                     changes.append(
                         Change(self.name, "package %s" % name, "without its files", target, why, action="packages")
                     )
@@ -431,8 +433,12 @@ class ToolkitPlanner(Planner[ToolkitState]):
             return []
         if any(change.disruption is Disruption.RESTART_DOCKER for change in planned):
             return []
+        # New packages bring a new hook: where no smoke test can prove that the daemon goes on with it, it is started anew.
+        unproven = any(change.action == "packages" for change in planned) and not (
+            self.smoke_test and state.driver_version and state.nvidia_smi
+        )
         # Without the hook dockerd was started without it, whatever of the toolkit is there.
-        if not state.hook_missing and (not state.hook_newer_than_daemon or self.validated(state)):
+        if not state.hook_missing and not unproven and (not state.hook_newer_than_daemon or self.validated(state)):
             return []
         return [
             Change(

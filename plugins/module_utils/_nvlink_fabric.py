@@ -17,13 +17,18 @@ _POLL = 2.0
 _UNIT = "nvidia-fabricmanager.service"
 
 
-def fabric_states(host: Host) -> tuple[str, ...]:
-    """What the GPUs say of the fabric, each answer once; empty where they say nothing."""
+def fabric_states(host: Host) -> tuple[str, ...] | None:
+    """What the GPUs say of the fabric, each answer once.
+
+    Returns:
+        Empty where they have no such state, as before Hopper, with NVSwitches or without; None where nvidia-smi tells of
+        no GPU.
+    """
     try:
         gpus = parse_smi(host.run(["nvidia-smi", "-q", "-x"], timeout=90).stdout)[2]
     except ValueError:
-        return ()
-    return tuple(sorted({gpu.fabric_state for gpu in gpus if gpu.fabric_state}))
+        return None
+    return tuple(sorted({gpu.fabric_state for gpu in gpus if gpu.fabric_state})) if gpus else None
 
 
 def joining(host: Host, inventory: GpuInventory) -> str:
@@ -39,7 +44,7 @@ def joining(host: Host, inventory: GpuInventory) -> str:
     since = whole_number(manager.get("ActiveEnterTimestampMonotonic")) / 1e6 if state == "active" else 0.0
     if state != "activating" and host.monotonic() - since >= FABRIC_TIMEOUT:
         return ""
-    return ", ".join(state for state in fabric_states(host) if state in ("Not Started", "In Progress"))
+    return ", ".join(state for state in fabric_states(host) or () if state in ("Not Started", "In Progress"))
 
 
 def wait_for_fabric(host: Host) -> str:
@@ -47,8 +52,8 @@ def wait_for_fabric(host: Host) -> str:
     deadline = host.monotonic() + FABRIC_TIMEOUT
     while True:
         states = fabric_states(host)
-        if states == ("Completed",):
+        if states in ((), ("Completed",)):
             return ""
         if host.monotonic() >= deadline:
-            return ", ".join(state for state in states if state != "Completed") or "not told"
+            return ", ".join(state for state in states or () if state != "Completed") or "not told"
         host.sleep(_POLL)

@@ -102,7 +102,11 @@ _HOST_PORT = r"[\w.-]+:\d{1,5}(?=[/\s\"',]|\Z)"
 _PLACES = (
     # keys of NGC, Hugging Face, GitHub, GitLab, OpenAI, AWS, Google, Slack, Docker Hub; JSON web tokens
     r"nvapi-[\w-]{6,}",
-    r"\b(?:hf|gh[pousr]|github_pat|glpat|sk|AKIA|ASIA|AIza|xox[abpr]|dckr_pat)[-_]?[A-Za-z0-9_-]{10,}",
+    r"\bhf_[A-Za-z0-9]{8,}",
+    r"\b(?:gh[pousr]_|github_pat_|glpat-|xox[abpr]-|dckr_pat_)[A-Za-z0-9_-]{10,}",
+    r"\bsk-(?=[\w-]*\d)(?:[A-Za-z0-9_]+-){0,3}[A-Za-z0-9_]{12,}",
+    r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b",
+    r"\bAIza[\w-]{30,}",
     r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     # user and password in a URL, also where @ and / are written as they are: up to the last @ that can end them

@@ -124,6 +124,13 @@ def test_what_the_daemon_has_is_only_written(host: FakeHost, dockerd: FakeDocker
     assert "exec-opts" in restarted["why"] and "log-driver" not in restarted["why"]
 
 
+def test_cdi_of_a_new_engine_is_not_written(host: FakeHost, dockerd: FakeDockerd) -> None:
+    """Docker 28.2 and newer have it on by themselves; a fresh host has no daemon.json."""
+    dockerd.live = {"features": {"cdi": True}}
+    converged(host, dockerd, options={"log-opts": {"max-size": "50m"}})
+    assert json.loads(host.files[CONFIG]) == {"log-opts": {"max-size": "50m"}}
+
+
 def test_a_file_that_is_gone_costs_one_restart_and_no_gpu(host: FakeHost, dockerd: FakeDockerd) -> None:
     host.files["/usr/bin/nvidia-container-runtime"] = b""
     gpus = {**NVIDIA, "default-runtime": "nvidia", "features": {"cdi": True}}
@@ -347,6 +354,8 @@ def test_config_file_of_the_command_line(host: FakeHost) -> None:
         ({"options": {"runtimes": {"x": {}}}}, "invalid_option"),
         ({"options": {"runtimes": []}}, "invalid_option"),
         ({"options": {"features": {"cdi": "yes"}}}, "invalid_option"),
+        ({"options": {"exec-opts": None}}, "invalid_option"),
+        ({"options": {"exec-opts": [5]}}, "invalid_option"),
         ({"options": {"live-restore": False}, "live_restore": True}, "invalid_option"),
         ({"options": {"Log Driver": 1}}, "invalid_option"),
         ({"options": {"debug": True}, "absent": ["debug"]}, "invalid_option"),

@@ -40,6 +40,8 @@ def test_what_is_no_file_keeps_nobody_waiting(tmp_path: pathlib.Path) -> None:
         with pytest.raises(FleetError, match="it is no file") as caught:
             Host().read_bytes(str(tmp_path / name))
         assert caught.value.reason == "unreadable"
+    (tmp_path / "off").symlink_to("/dev/null")
+    assert Host().read_bytes(str(tmp_path / "off")) == b""
     (tmp_path / "file").write_text("content")
     assert Host().read_text(str(tmp_path / "file")) == "content"
     assert Host().read_bytes(str(tmp_path)) is None

@@ -8,6 +8,7 @@ import json
 import typing as t
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_drift import unready
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_ready import RECORD_DIRECTORY, certainly_ready
@@ -108,4 +109,16 @@ def test_what_nobody_has_looked_at_properly_is_left_to_the_full_look(
 
 
 def test_another_kind_of_completion_is_for_the_run_that_may_send_one(nim: Nim) -> None:
-    assert looks(served(nim), nim, completion="chat") == (True, True)
+    world = served(nim)
+    assert looks(world, nim, completion="chat") == (False, True)
+    [target] = parse_targets([entry(nim, completion="chat")])
+    assert [change.after for change in unready(world, world, [target], [])] == ["completion: chat"]
+    check(world, [entry(nim, completion="chat")])
+    assert looks(world, nim, completion="chat") == (True, True)
+    assert unready(world, world, [target], []) == []
+
+
+def test_no_completion_is_wanted_any_more(nim: Nim) -> None:
+    world = served(nim)
+    assert looks(world, nim, completion="none") == (True, True)
+    assert unready(world, world, parse_targets([entry(nim, completion="none")]), []) == []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -103,6 +104,37 @@ def test_a_hook_that_comes_back_needs_a_younger_daemon(machine: Machine, missing
     assert whats[-2:] == ["GPU driver of the running daemon", "GPU container"], whats
     assert machine.dockerd.restarts == 1
     assert not machine.run(injection="gpus").changed
+
+
+def test_a_hook_that_was_deleted_is_put_back_once(machine: Machine) -> None:
+    machine.ready()
+    machine.run(injection="gpus")
+    del machine.host.files[HOOK]
+    whats = machine.whats(injection="gpus")
+    assert whats == ["package nvidia-container-toolkit", "GPU driver of the running daemon", "GPU container"]
+    assert HOOK in machine.host.files
+    assert machine.dockerd.restarts == 1
+    assert not machine.run(injection="gpus").changed
+
+
+@pytest.mark.parametrize("left", [(), tk.PACKAGES], ids=["a hook of nobody", "an older version"])
+def test_new_packages_without_a_proof_need_a_younger_daemon(machine: Machine, left: tuple[str, ...]) -> None:
+    machine.ready()
+    for name in tk.PACKAGES:
+        if left:
+            machine.apt.packages[name] = dataclasses.replace(machine.apt.packages[name], version="1.17.8-1")
+        else:
+            del machine.apt.packages[name]
+    machine.host.files["/proc/stat"] = b"btime 1000\n"
+    for pid, ticks in ((4242, 100), (4243, 900000)):
+        fields = ["S"] + ["0"] * 18 + [str(ticks)] + ["0"] * 5
+        machine.host.files["/proc/%d/stat" % pid] = ("%d (dockerd) %s" % (pid, " ".join(fields))).encode()
+    # The hook gets the time of its installation.
+    machine.host.commands["stat -c %Z *"] = lambda *_arguments: "5000\n" if len(machine.apt.packages) == 4 else "0\n"
+    options = {"injection": "gpus", "smoke_test": False, "version": "1.20.0"}
+    assert machine.whats(**options)[-1] == "GPU driver of the running daemon"
+    assert machine.dockerd.restarts == 1
+    assert not machine.run(**options).changed
 
 
 def test_gpus_restart_is_refused_without_live_restore(machine: Machine) -> None:

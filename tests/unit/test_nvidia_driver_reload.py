@@ -384,6 +384,18 @@ def test_the_fabric_is_waited_for(world: DriverWorld, fixtures: pathlib.Path) ->
     assert "In Progress" in caught.value.message
 
 
+def test_gpus_before_hopper_have_no_fabric_to_wait_for(world: DriverWorld, fixtures: pathlib.Path) -> None:
+    """DGX A100: NVSwitches, and "N/A" where a newer GPU tells how far it has joined."""
+    for name, value in (("vendor", b"0x10de\n"), ("class", b"0x068000\n")):
+        world.files["/sys/bus/pci/devices/0000:c0:00.0/" + name] = value
+    outdated(world)
+    answer = (fixtures / "nvidia-smi/h200-x8.xml").read_text().replace("<state>Completed</state>", "<state>N/A</state>")
+    world.commands["nvidia-smi *"] = answer
+    began = world.monotonic()
+    run(world)
+    assert world.monotonic() - began < 20
+
+
 def joining(world: DriverWorld, fixtures: pathlib.Path, rounds: int, age: float = 20.0) -> None:
     """After a boot: Fabric Manager has run for so many seconds, and the GPUs have joined after some looks."""
     for name, value in (("vendor", b"0x10de\n"), ("class", b"0x068000\n")):

@@ -84,6 +84,10 @@ def test_a_part_of_a_known_secret(cut: int) -> None:
         "token eyJhbGciOiJIUzI1.AbCdEf123456.AbCdEf123456",
         "-----BEGIN RSA PRIVATE KEY-----\nAbCdEf123456\nAbCdEf123456\n-----END RSA PRIVATE KEY-----",
         "ghp_AbCdEf123456AbCdEf123456",
+        "glpat-AbCdEf123456AbCdEf",
+        "sk-AbCdEf123456AbCdEf123456",
+        "sk-proj-AbCdEf123456AbCdEf123456",
+        "sk-ant-api03-AbCdEf123456AbCd_Ef123456-AbCdEf123456",
     ],
 )
 def test_what_looks_like_a_secret(text: str) -> None:
@@ -105,6 +109,9 @@ def test_what_looks_like_a_secret(text: str) -> None:
         "KeyError: 'weights'",
         "NVRM: Xid (PCI:0000:01:00): 79, pid=1, GPU has fallen off the bus.",
         "http://127.0.0.1:8000/v1/health/ready",
+        "See 'journalctl -u nim-skyfall-36b-v2.service'; /var/lib/nim/cache/skyfall-36b-v2",
+        "unrecognized arguments: --hf-config-path /x --skip-mm-profiling --skip-tokenizer-init",
+        "ASIA-PACIFIC-GPU-01, hf-transfer 0.1.9, sk-learn-pipeline",
     ],
 )
 def test_what_helps_stays(text: str) -> None:
