@@ -26,6 +26,7 @@ from ._packages import (
     RepositoryState,
     check_url,
     package_manager,
+    plan_hold,
 )
 from ._resource import Change, Disruption, Planner
 from ._systemd import unit_properties
@@ -247,23 +248,8 @@ class EnginePlanner(Planner[EngineState]):
             manager_changes = manager.plan_repository(self.name, repository, state.repository)
         changes = manager_changes + self._package_changes(state, names)
         held = [name for name in (*names, "docker-cli", "containerd") if name in state.packages or name in names]
-        loose = [name for name in held if name not in state.packages or not state.packages[name].held]
-        if self.hold and loose:
-            changes.append(
-                Change(
-                    self.name,
-                    "hold of %s" % ", ".join(loose),
-                    None,
-                    "held",
-                    "an unattended upgrade would restart Docker",
-                    action="hold",
-                )
-            )
-        kept = [name for name in held if name in state.packages and state.packages[name].held]
-        if not self.hold and kept:
-            changes.append(
-                Change(self.name, "hold of %s" % ", ".join(kept), "held", None, "holding is off", action="unhold")
-            )
+        why = "an unattended upgrade would restart Docker"
+        changes += plan_hold(self.name, held, state.packages, hold=self.hold, why=why)
         changes += self._service_changes(state)
         return changes
 

@@ -21,7 +21,7 @@ from ._host import Host
 from ._options import GPU_INJECTIONS, RUNTIME_MODES, TOOLKIT_REPOSITORY
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import compare_debian, matches_version, upstream_version
-from ._packages import Available, Package, Repository, RepositoryState, check_url, package_manager
+from ._packages import Available, Package, Repository, RepositoryState, check_url, package_manager, plan_hold
 from ._resource import Change, Disruption, Planner
 from ._systemd import unit_properties
 from ._untrusted import is_digits, json_object, whole_number
@@ -348,23 +348,8 @@ class ToolkitPlanner(Planner[ToolkitState]):
                             action="packages",
                         )
                     )
-        loose = [name for name in PACKAGES if name not in state.packages or not state.packages[name].held]
-        if self.hold and loose:
-            changes.append(
-                Change(
-                    self.name,
-                    "hold of %s" % ", ".join(loose),
-                    None,
-                    "held",
-                    "an unattended upgrade would change what new containers get",
-                    action="hold",
-                )
-            )
-        kept = [name for name in PACKAGES if name in state.packages and state.packages[name].held]
-        if not self.hold and kept:
-            changes.append(
-                Change(self.name, "hold of %s" % ", ".join(kept), "held", None, "holding is off", action="unhold")
-            )
+        why = "an unattended upgrade would change what new containers get"
+        changes += plan_hold(self.name, PACKAGES, state.packages, hold=self.hold, why=why)
         return changes
 
     def _daemon_why(self, state: ToolkitState, change: Change) -> str:

@@ -253,6 +253,24 @@ class PackageManager(abc.ABC):
 # -- shared by the tools --------------------------------------------------------------------------
 
 
+def plan_hold(
+    resource: str, names: t.Sequence[str], installed: t.Mapping[str, Package], *, hold: bool, why: str
+) -> t.List[Change]:
+    """Holds of packages, those that are yet to be installed included, or their end.
+
+    Args:
+        resource: Name of the resource whose packages they are.
+        why: What an unattended upgrade would do without them.
+    """
+    held = [name for name in names if name in installed and installed[name].held]
+    loose = [name for name in names if name not in held]
+    if hold and loose:
+        return [Change(resource, "hold of %s" % ", ".join(loose), None, "held", why, action="hold")]
+    if not hold and held:
+        return [Change(resource, "hold of %s" % ", ".join(held), "held", None, "holding is off", action="unhold")]
+    return []
+
+
 def sort_newest_first(offers: t.List[Available], compare: t.Callable[[str, str], int]) -> None:
     offers.sort(key=functools.cmp_to_key(lambda left, right: compare(left.version, right.version)), reverse=True)
 

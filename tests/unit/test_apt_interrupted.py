@@ -7,17 +7,12 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import shutil
 import subprocess
 import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
-
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("dpkg", "dpkg-deb", "apt-get"))), reason="only Debian has dpkg and apt"
-)
 
 CONTROL = "Package: %s\nVersion: %s\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n"
 CONFIGURATION = """\
