@@ -108,7 +108,8 @@ class DaemonPlanner(Planner[DaemonState]):
 
     def _check_options(self) -> None:
         def refuse(option: str, value: t.Any, wrong: str, remedy: str) -> t.NoReturn:
-            raise FleetError("invalid_option", "%s = %s: %s; %s." % (option, value, wrong, remedy), option=option)
+            shown = value if not isinstance(value, str) or value.strip() else repr(value)
+            raise FleetError("invalid_option", "%s = %s: %s; %s." % (option, shown, wrong, remedy), option=option)
 
         if self.config_file is not None and not self.config_file.startswith("/"):
             refuse("config_file", self.config_file, "not an absolute path", "write it from the root")

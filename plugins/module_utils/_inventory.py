@@ -90,6 +90,11 @@ def validate(
     return _Check(variables, specs, environment or {}, read_file or (lambda path: None)).run()
 
 
+def _one_line(text: str) -> str:
+    """Text with what would not be seen, or would break the line, written as Python does: keys may be any text."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def _shown(value: t.Any, secret: bool = False) -> str:
     if secret:
         return "(not shown)"
@@ -123,7 +128,7 @@ class _Check:
         self._toolkit()
         self._ngc()
         self._nim()
-        return self.problems
+        return [Problem(_one_line(problem.variable), _one_line(problem.message)) for problem in self.problems]
 
     # -- tools ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._options import NIM_MODEL_OPTIONS
+from ._untrusted import is_digits
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
 OWNED_ENVIRONMENT: dict[str, str] = {
@@ -393,7 +394,7 @@ class _Entry:
         if given is None or given == "":
             return None
         remedy = "write a count, a list of indices or UUIDs, or all"
-        if isinstance(given, str) and given.strip().isdigit():
+        if isinstance(given, str) and is_digits(given.strip()):
             given = int(given)
         if isinstance(given, str):
             if given == "all":
@@ -410,7 +411,7 @@ class _Entry:
         found: list[str] = []
         for entry in given:
             text = "" if isinstance(entry, bool) else str(entry).strip()
-            if text.isdigit():
+            if is_digits(text):
                 text = str(int(text))
             elif not _GPU_UUID.match(text):
                 raise self.bad("gpus", "%r is neither the index nor the UUID of a GPU" % (entry,), remedy)
