@@ -420,6 +420,13 @@ SIGNATURES: tuple[Signature, ...] = (
         "install and register the container toolkit (role nvidia_container_toolkit)",
     ),
     Signature(
+        "host-40b",
+        r'could not select device driver "cdi"',
+        "docker",
+        "Docker's CDI feature is off",
+        "switch it on (nvidia_container_toolkit_cdi), or set nim_gpu_injection to runtime",
+    ),
+    Signature(
         "host-41",
         r"unknown or invalid runtime name: nvidia",
         "docker",

@@ -43,6 +43,7 @@ _SERVICE_NEEDS = {
     "docker_unavailable": ("docker_engine", "docker_daemon"),
     "no_gpu": ("nvidia_driver_reload", "nvidia_driver"),
     "runtime_missing": ("nvidia_container_toolkit", "docker_daemon", "docker_engine"),
+    "cdi_off": ("nvidia_container_toolkit", "docker_daemon", "docker_engine"),
     "image_missing": ("nim_image",),
 }
 

@@ -27,6 +27,7 @@ from ._ngc_login import NgcLogin
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
 from ._nim_service import ENFORCE, WARN, NimService
+from ._nim_service_checks import cdi_problem
 from ._nvidia_driver_planner import DriverPlanner
 from ._options import CHAIN
 from ._registry import RegistryClient
@@ -349,6 +350,12 @@ class _Preflight:
             return ExpectedDriver(installed, "this host has driver %s installed, which is to be loaded" % installed)
         return None
 
+    def _cdi_comes(self) -> bool:
+        """Whether this run switches Docker's CDI feature on, or says by itself why it does not."""
+        toolkit = self.wanted.get("nvidia_container_toolkit") or {}
+        wanted = toolkit.get("cdi") or toolkit.get("injection") == "cdi"
+        return bool(wanted or ((self._daemon_options() or {}).get("features") or {}).get("cdi"))
+
     # -- services ---------------------------------------------------------------------------------------
 
     def _services(self, options: Options) -> None:
@@ -361,7 +368,10 @@ class _Preflight:
             remove_all=options.get("state") == "absent",
             api=self.api,
         )
-        judged = service.preflight(service.observe(self.host))
+        state = service.observe(self.host)
+        if service.injection == "cdi" and state.docker and not state.cdi and not self._cdi_comes():
+            self.found.append(refusal("cdi", FleetError("cdi_off", "Services cannot be set up: " + cdi_problem(state))))
+        judged = service.preflight(state)
         self.services_judged = True
         short = any((verdict.check, verdict.verdict) == ("disk", REFUSED) for verdict in self.found)
         # What models need is counted with their images, as long as those are to be pulled: told once.

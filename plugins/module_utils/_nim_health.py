@@ -14,7 +14,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._failure_causes import KERNEL, Match, SignatureBook, xid_signature
+from ._failure_causes import DOCKER, KERNEL, Match, SignatureBook, xid_signature
 from ._failure_signatures import CHAT_SIGNATURE, OUT_OF_MEMORY, PORT_SIGNATURES, Signature
 from ._health_target import HealthTarget
 from ._host import Host
@@ -28,10 +28,11 @@ from ._kernel_log import (
 )
 from ._nim_endpoints import NO_CHAT_TEMPLATE, ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
 from ._nim_gpus import gpus_of_services
-from ._nim_log import CONTAINER_FIELD, RUN_FIELD, journal_lines, message_of, phase_of, read_log
+from ._nim_log import CONTAINER_FIELD, RUN_FIELD, journal_lines, last_words, message_of, phase_of, read_log
 from ._nim_process_state import (
     ContainerReader,
     ContainerState,
+    Word,
     observe_units,
     parse_container,
     parse_time,
@@ -42,7 +43,7 @@ from ._nim_process_state import (
     wanted_spec,
 )
 from ._nim_ready import RECORD_DIRECTORY, read_record, record_path
-from ._nim_watch import Failure, Watch
+from ._nim_watch import FRESH_SECONDS, Failure, Watch
 from ._redaction import Redactor, known_secrets
 from ._xid_errors import XID_FATAL
 
@@ -53,7 +54,9 @@ POLL_SECONDS = 1.0
 LOG_SECONDS = 1.0
 #: Seconds between two looks once a line has foretold the end, and between two reads of the kernel log.
 DECIDING_POLL_SECONDS = 0.5
-KERNEL_SECONDS = 2.0
+KERNEL_SECONDS = 1.0
+#: Seconds that the kernel's line and Docker's word about a killed container may come after its exit code.
+KILL_SECONDS = 1.5
 #: Polls in a row in which a stranger answers on the port before it counts as one: the service's own container
 #: may be created and published between two looks.
 STRANGER_POLLS = 4
@@ -78,6 +81,11 @@ class Outcome:
     text: str
     resume: Json
     failures: list[tuple[HealthTarget, Failure]]
+
+
+def _id_of(instance: str) -> str:
+    """Id of a container out of what names one of its runs."""
+    return instance.partition("@")[0]
 
 
 class HealthCheck:
@@ -200,7 +208,10 @@ class HealthCheck:
                 watch.decide()
             # A container that is gone has its last lines in the journal only.
             if watch.failure is not None and (container is None or not watch.failure.lines):
-                self._last_words(watch)
+                self._last_words(watch, container, word)
+            if watch.failure is not None and watch.failure.unexplained_kill:
+                ids = [state.id for state in (container, downloader) if state]
+                self._who_killed(watch, {*ids, word.container, _id_of(watch.instance)}, KILL_SECONDS if wait else 0.0)
             self._name_port_holder(watch)
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda pair: self._confirm(pair[0], pair[1], record=record), ready))
@@ -282,7 +293,7 @@ class HealthCheck:
             return
         if watch.instance and container.instance != watch.instance:
             # What the ended container still had to say is in the journal only.
-            lines = journal_lines(self.host, CONTAINER_FIELD, watch.instance.partition("@")[0])
+            lines = journal_lines(self.host, CONTAINER_FIELD, _id_of(watch.instance))
             if lines:
                 watch.forget_log()
                 watch.take_lines(lines, now, self.redactor, running=False)
@@ -300,17 +311,40 @@ class HealthCheck:
             free = self.host.free_bytes(watch.target.cache_directory)
             watch.downloaded = max(watch.downloaded, watch.free_at_start - free)
 
-    def _last_words(self, watch: Watch) -> None:
+    def _who_killed(self, watch: Watch, containers: t.Collection[str], patience: float) -> None:
+        """Ask the witnesses of a kill, who may speak a moment after the exit code.
+
+        Args:
+            containers: Ids of those that may have been killed.
+            patience: Seconds.
+        """
+        end = self.host.monotonic() + patience
+        while True:
+            lines = read_kernel_log(self.host, watch.since - FRESH_SECONDS) or []
+            for event in kernel_events(lines):
+                if event.kind == OUT_OF_MEMORY_KILL and event.container and event.container in containers:
+                    watch.explain(known=Match(OUT_OF_MEMORY, self.redactor.text(event.text), source=KERNEL))
+                    return
+            states = [self._container(identifier)[0] for identifier in sorted(containers) if identifier]
+            if any(state is not None and state.oom_killed for state in states):
+                watch.explain(known=Match(OUT_OF_MEMORY, "", source=DOCKER))
+                return
+            if self.host.monotonic() >= end:
+                return
+            self.host.sleep(DECIDING_POLL_SECONDS)
+
+    def _last_words(self, watch: Watch, container: ContainerState | None, word: Word) -> None:
         """A service that failed before its container said anything: what its wrapper said."""
         failure = watch.failure
         if failure is None or failure.reason in ("unit_missing", "not_running", "maintenance", "wrong_server"):
             return
         lines: list[str] = []
         if watch.target.downloader in failure.what:
-            lines = journal_lines(self.host, "CONTAINER_NAME", watch.target.downloader, of_last=(CONTAINER_FIELD, 1))
+            lines = last_words(self.host, watch.target.downloader, word.container)
         elif failure.reason == "container_ended" and "its container" in failure.what:
             # Where none was started, the name's last lines are those of an earlier one.
-            lines = journal_lines(self.host, "CONTAINER_NAME", watch.target.container, of_last=(CONTAINER_FIELD, 1))
+            identifier = _id_of(watch.instance) or word.container or (container.id if container is not None else "")
+            lines = last_words(self.host, watch.target.container, identifier)
         if not lines and not failure.lines:
             # Why a start failed is said by one run of the unit, and the next one may have begun.
             lines = journal_lines(self.host, "_SYSTEMD_UNIT", watch.target.unit, of_last=(RUN_FIELD, 2))

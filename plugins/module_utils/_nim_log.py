@@ -151,3 +151,19 @@ def journal_lines(
         kept = list(dict.fromkeys(key for key, _text in reversed(entries)))[: of_last[1]]
         entries = [entry for entry in entries if entry[0] in kept]
     return [text for _key, text in entries[-most:]]
+
+
+def last_words(host: Host, name: str, identifier: str) -> list[str]:
+    """The last lines of a container that may be gone.
+
+    Args:
+        identifier: Its id, because earlier ones had its name too; empty where nobody knows it.
+    """
+    if not identifier:
+        return journal_lines(host, "CONTAINER_NAME", name, of_last=(CONTAINER_FIELD, 1))
+    lines = journal_lines(host, CONTAINER_FIELD, identifier)
+    if not lines:
+        # It was silent, or the journal is not done with it yet.
+        host.run(["journalctl", "--sync"], timeout=2)
+        lines = journal_lines(host, CONTAINER_FIELD, identifier)
+    return lines

@@ -136,13 +136,26 @@ def parse_time(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Word:
-    """What the unit's main process left word of: its phase, since when, failed starts and ends soon after ready in a row."""
+    """What the unit's main process left word of: its phase, since when, failed starts and ends soon after ready in a row.
+
+    Attributes:
+        failing_since: When the first of the failed starts failed.
+        container: Id of the container that it made last; empty where there is none, or an older program left word.
+    """
 
     phase: str = ""
     since: float = 0.0
     failures: int = 0
     detail: str = ""
     unsteady: int = 0
+    failing_since: float = 0.0
+    container: str = ""
+
+    @property
+    def ended(self) -> tuple[int | None, bool]:
+        """Exit code of the container whose end it tells (None where it tells none), and whether the kernel killed it."""
+        found = re.match(r"(?:\S+ )?ended with code (\d{1,3})\b( \(out of memory\))?", self.detail)
+        return (int(found.group(1)), bool(found.group(2))) if found else (None, False)
 
 
 def read_word(host: Host, name: str) -> Word:
@@ -155,6 +168,8 @@ def read_word(host: Host, name: str) -> Word:
         failures=failures if isinstance(failures, int) else 0,
         detail=str(found.get("detail") or ""),
         unsteady=unsteady if isinstance(unsteady, int) else 0,
+        failing_since=real_number(found.get("failing_since")),
+        container=str(found.get("container") or ""),
     )
 
 

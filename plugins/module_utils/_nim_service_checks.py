@@ -10,6 +10,7 @@ import ipaddress
 import typing as t
 
 from ._disk_space import FileSystem, Need, check_space
+from ._dockerd import version_tuple
 from ._errors import FleetError
 from ._gpu import Gpu
 from ._gpu_health import gpu_label
@@ -18,6 +19,9 @@ from ._nim_family import BACKEND_PORT_VARIABLE
 from ._nim_models import NimModel, addresses_overlap, container_name, probe_address
 from ._nim_service_state import GpuUser, HostState, ImageState, ports_of
 from ._verdict import REFUSED, Verdict
+
+#: First version of the engine that hands out CDI devices, where its feature is switched on.
+CDI_ENGINE = (25,)
 
 
 def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> tuple[str, str]:
@@ -28,6 +32,8 @@ def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> t
         return "no_gpu", state.gpu_problem
     if injection == "runtime" and "nvidia" not in state.runtimes:
         return "runtime_missing", "Docker has no runtime 'nvidia'; set up the NVIDIA Container Toolkit first."
+    if injection == "cdi" and not state.cdi:
+        return "cdi_off", cdi_problem(state)
     if model.image not in state.images:
         return (
             "image_missing",
@@ -35,6 +41,20 @@ def missing_prerequisite(model: NimModel, state: HostState, injection: str) -> t
         )
     message = unreadable_directory(model, state)
     return ("directory_missing", message) if message else ("", "")
+
+
+def cdi_problem(state: HostState) -> str:
+    """Why Docker, as it runs, hands out no CDI devices, and what to do."""
+    if version_tuple(state.docker_version) < CDI_ENGINE:
+        return (
+            "gpu_injection = cdi, and Docker Engine %s has no CDI; use Engine 25.0 or newer, or set gpu_injection "
+            "(nim_gpu_injection) to runtime." % (state.docker_version or "of this host")
+        )
+    return (
+        "gpu_injection = cdi, and Docker's CDI feature is off; set features.cdi in daemon.json (role "
+        "nvidia_container_toolkit with nvidia_container_toolkit_cdi: true), or set gpu_injection (nim_gpu_injection) to "
+        "runtime."
+    )
 
 
 def unreadable_directory(model: NimModel, state: HostState) -> str:

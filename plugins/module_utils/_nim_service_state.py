@@ -163,6 +163,7 @@ class HostState:
     """One look at everything that the services of a host consist of or depend on.
 
     Attributes:
+        cdi: Whether Docker's CDI feature is on.
         paths: Owner and mode of directories and files that are managed or needed; None when absent.
         files: Content of the files that all services share; None when absent.
         foreign_files: Cache directory -> whether something in it belongs to another user than its model runs as.
@@ -176,6 +177,7 @@ class HostState:
     docker_version: str = ""
     cgroup_driver: str = ""
     runtimes: tuple[str, ...] = ()
+    cdi: bool = False
     gpus: tuple[Gpu, ...] = ()
     gpu_problem: str = ""
     maintenance: bool = False
@@ -273,6 +275,7 @@ def observe_services(
         docker_version=version,
         cgroup_driver=str(info.get("CgroupDriver", "")),
         runtimes=tuple(sorted(info.get("Runtimes") or {})),
+        cdi=bool(info.get("CDISpecDirs")),
         gpus=inventory.gpus if inventory else (),
         gpu_problem=_gpu_problem(inventory) if inventory else "",
         maintenance=host.exists(MAINTENANCE_FILE),

@@ -132,6 +132,8 @@ class Unit:
         self.container = "nim-" + name
         self.downloader = self.container + "-download"
         self.config: Json = {}
+        #: Id of the container that was made or adopted last: of the service, or of the download.
+        self.current = ""
         self.ready = False
         self.ready_since = 0.0
         self.steady = False
@@ -157,7 +159,7 @@ class Unit:
 
     def count(self, what: str) -> int:
         """What was counted of this very specification, in a row: ``failures`` before it was ready, ``unsteady`` ends soon
-        after."""
+        after; ``failing_since`` is the time of the first of those failures."""
         known = read_json(self.runtime_file)
         count = known.get(what, 0)
         return count if known.get("spec") == self.spec and isinstance(count, int) else 0
@@ -166,15 +168,26 @@ class Unit:
         """Starts that failed since the service was ready last."""
         return self.count("failures")
 
-    def note(self, phase: str, failures: int | None = None, detail: str = "", unsteady: int | None = None) -> None:
+    def note(
+        self,
+        phase: str,
+        failures: int | None = None,
+        detail: str = "",
+        unsteady: int | None = None,
+        container: str | None = None,
+    ) -> None:
         """Leave word for whoever watches the start."""
+        now = int(time.time())
+        failed = self.failures() if failures is None else failures
         content = {
             "phase": phase,
-            "since": int(time.time()),
+            "since": now,
             "spec": self.spec,
-            "failures": self.failures() if failures is None else failures,
+            "failures": failed,
+            "failing_since": (self.count("failing_since") or now) if failed else 0,
             "unsteady": self.count("unsteady") if unsteady is None else unsteady,
             "detail": detail,
+            "container": self.current if container is None else container,
         }
         try:
             write_atomically(self.runtime_file, json.dumps(content) + "\n")
@@ -234,6 +247,7 @@ class Unit:
         container = inspect(self.container)
         if container is not None and is_running(container) and self.is_as_wanted(container):
             say("%s %s" % (self.container, "goes on" if self.watching else "runs already and is adopted"))
+            self.current = str(container.get("Id") or "")
             return self.watch()
         if self.watching:
             return self.ended(container)
@@ -253,7 +267,8 @@ class Unit:
             seconds = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** (failures - 1))
             say("%d starts failed in a row: next one in %d seconds" % (failures, seconds))
             # Why the last one failed stays to be read.
-            self.note("back_off", failures, str(read_json(self.runtime_file).get("detail") or ""))
+            known = read_json(self.runtime_file)
+            self.note("back_off", failures, str(known.get("detail") or ""), container=str(known.get("container") or ""))
             time.sleep(seconds)
 
     def secret_arguments(self) -> list[str]:
@@ -284,7 +299,7 @@ class Unit:
         """
         arguments = [*self.secret_arguments(), *arguments_with_key(launch, self.pipe.path)]
         self.pipe.make(int(launch["uid"]))
-        create_container(name, self.spec, arguments)
+        self.current = create_container(name, self.spec, arguments)
         try:
             start_container(name)
         except StartFailedError as error:
@@ -312,7 +327,8 @@ class Unit:
         if not isinstance(launch, dict) or not self.key() or not self.launch_with_key(self.container, launch):
             # One of an earlier start says nothing about this container.
             self.pipe.remove()
-            create_container(self.container, self.spec, [*self.secret_arguments(), *self.create_arguments])
+            arguments = [*self.secret_arguments(), *self.create_arguments]
+            self.current = create_container(self.container, self.spec, arguments)
             start_container(self.container)
         say("%s started" % self.container)
         if self.stopping():
@@ -456,6 +472,7 @@ class Unit:
                 return
             say("%s fetches the model" % self.downloader)
         else:
+            self.current = str(running.get("Id") or "")
             self.note("download")
             say("%s fetches the model already" % self.downloader)
         code = self.wait(self.downloader, probe=False)

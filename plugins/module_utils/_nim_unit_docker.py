@@ -164,13 +164,14 @@ def remove_container(name: str, container: Json | None, stop_timeout: int) -> No
         raise StartFailedError("the old container %s cannot be removed: %s" % (name, complaint(done.stderr)))
 
 
-def create_container(name: str, spec: str, arguments: t.Sequence[str]) -> None:
+def create_container(name: str, spec: str, arguments: t.Sequence[str]) -> str:
+    """Make a container and return its id."""
     command = ["create", "--name", name, "--pull=never", "--restart=no"]
     command += ["--label", "%s=%s" % (SPEC_LABEL, spec), *arguments]
     for last_try in (False, True):
         done = docker(*command)
         if done.returncode == 0:
-            return
+            return done.stdout.strip()
         if is_away(done.stderr) or not daemon_answers():
             raise DockerAwayError(complaint(done.stderr))
         if last_try:
@@ -180,6 +181,7 @@ def create_container(name: str, spec: str, arguments: t.Sequence[str]) -> None:
         else:
             # The daemon may have been restarted between the two questions: only a repeated no is a no.
             time.sleep(POLL_SECONDS)
+    raise AssertionError("the last try returns or raises")
 
 
 def start_container(name: str) -> None:

@@ -15,6 +15,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._failure_causes import DOCKER, KERNEL, Match, SignatureBook, best
+from ._failure_signatures import EXIT_CODES
 from ._health_target import HealthTarget
 from ._nim_endpoints import HttpAnswer
 from ._nim_log import PHASE_WORDS, message_of, percent_of, phase_of
@@ -32,8 +33,11 @@ WINDOW_LINES = 120
 #: Seconds that a line which foretells the end is given for the line that says more, or for the end itself. Together with
 #: the seconds between two looks it must stay below 5.
 DECISION_SECONDS = 1.5
-#: A failed start this many seconds before the first look belongs to the deployment that is waited for.
+#: Failed starts belong to the deployment that is waited for when the first of them was this many seconds before the first
+#: look; those of a service that fails for longer are history.
 FRESH_SECONDS = 60.0
+#: Exit code of a container that was killed.
+KILLED = 137
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Failure:
         lines: The last lines of the log.
         signature: Identifier of the known failure that was recognised.
         match: That failure, and the line in which it was found.
+        exit_code: Of the container, where it is known to have ended.
+        oom_killed: Docker says that the kernel killed it for want of memory.
     """
 
     reason: str
@@ -54,6 +60,15 @@ class Failure:
     lines: tuple[str, ...] = ()
     signature: str | None = None
     match: Match | None = None
+    exit_code: int | None = None
+    oom_killed: bool = False
+
+    @property
+    def unexplained_kill(self) -> bool:
+        """Whether the container was killed and nothing tells by whom."""
+        match = self.match
+        vague = match is None or match.signature.umbrella or match.signature == EXIT_CODES[KILLED]
+        return self.exit_code == KILLED and vague
 
 
 @dataclass
@@ -209,13 +224,30 @@ class Watch:
         elif remedy:
             sentence += "; %s" % remedy
         signature = None if match is None else match.signature.id
-        self.failure = Failure(reason, sentence + ".", what, remedy, tuple(self.window[-TAIL_LINES:]), signature, match)
+        lines = tuple(self.window[-TAIL_LINES:])
+        self.failure = Failure(reason, sentence + ".", what, remedy, lines, signature, match, exit_code, oom_killed)
 
-    def explain(self, lines: t.Sequence[str]) -> None:
-        """Look for the cause of a failure once more, in lines from elsewhere."""
-        if self.failure is not None:
+    def explain(self, lines: t.Sequence[str] | None = None, *, known: Match | None = None) -> None:
+        """Look for the cause of a failure once more.
+
+        Args:
+            lines: From elsewhere, in place of those of the log.
+            known: What has been found out since.
+        """
+        failure = self.failure
+        if failure is None:
+            return
+        if lines is not None:
             self.window = list(lines)
-            self.fail(self.failure.reason, self.failure.what, self.failure.remedy, said=self.failure.what)
+        self.doom = known or self.doom
+        self.fail(
+            failure.reason,
+            failure.what,
+            failure.remedy,
+            exit_code=failure.exit_code,
+            oom_killed=failure.oom_killed,
+            said=failure.what,
+        )
 
     def judge(
         self,
@@ -240,7 +272,8 @@ class Watch:
         first = self.looks == 0
         if first:
             self.base_restarts = 0 if self.strict else unit.restarts
-            fresh = word.phase in ("failed", "back_off") and now - word.since <= FRESH_SECONDS and word.failures == 1
+            failing_since = word.failing_since or (word.since if word.failures == 1 else 0.0)
+            fresh = word.phase in ("failed", "back_off") and now - failing_since <= FRESH_SECONDS
             self.base_failures = 0 if fresh or self.strict else word.failures
         self.looks += 1
         # The count begins anew when the service was ready.
@@ -292,10 +325,13 @@ class Watch:
             detail = word.detail.rstrip(".") or "ended before it was ready"
             if word.failures > 1:
                 detail += " (%d starts in a row have failed)" % word.failures
+            exit_code, oom_killed = word.ended
             self.fail(
                 "container_ended",
                 "did not start: %s%s" % ("its container " if detail.startswith(("ended", "was")) else "", detail),
                 "see 'journalctl -u %s'" % self.target.unit,
+                exit_code=exit_code,
+                oom_killed=oom_killed,
                 said=detail,
             )
         elif unit.load == "not-found":

@@ -304,6 +304,7 @@ RESTART = "systemctl reset-failed nim-@NAME; rm -f /run/nim/@NAME.json; systemct
 STOP = "systemctl stop nim-@NAME; docker rm -f nim-@NAME >/dev/null 2>&1 || true"
 DOCKER = "systemctl reset-failed docker; systemctl restart docker"
 DAEMON = "/etc/docker/daemon.json"
+REFRESH = "/etc/nvidia-container-toolkit/nvidia-cdi-refresh.env"
 HOOK = "/usr/bin/nvidia-container-runtime-hook"
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
 DRIVER = "/proc/driver/nvidia-standin"
@@ -405,11 +406,12 @@ ON_HOST: dict[str, tuple[Situation, ...]] = {
         broken(
             "host-47",
             "host-47",
-            "systemctl mask --runtime --now nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
-            " mkdir -p /root/cdi; mv $(ls -d /etc/cdi/* /var/run/cdi/*) /root/cdi/; " + DOCKER,
-            "systemctl unmask --runtime nvidia-cdi-refresh.path nvidia-cdi-refresh.service;"
-            " systemctl start nvidia-cdi-refresh.path nvidia-cdi-refresh.service; rm -rf /root/cdi",
+            # Each start of the service asks for it to be written anew; somebody has had it written elsewhere.
+            "cp {0} /root/refresh.env; echo NVIDIA_CTK_CDI_OUTPUT_FILE_PATH=/root/elsewhere.yaml >> {0};"
+            " rm -f /etc/cdi/* /var/run/cdi/*".format(REFRESH),
+            "mv /root/refresh.env %s; systemctl restart nvidia-cdi-refresh.service" % REFRESH,
         ),
+        broken("host-40b", "host-40b", daemon_json('d["features"]["cdi"] = False'), DAEMON_BACK),
     ),
 }
 

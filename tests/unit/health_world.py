@@ -129,7 +129,8 @@ class World(FakeHost):
     def container(self, name: str) -> dict[str, t.Any] | None:
         if self.docker_down:
             raise FleetError("docker_unavailable", "Asking Docker failed: no daemon listens there.")
-        return self.boxes.get(name)
+        by_id = (box for box in self.boxes.values() if box["Id"] == name)
+        return self.boxes.get(name) or next(by_id, None)
 
     def containers(self, all: bool = True) -> list[dict[str, t.Any]]:
         return self.published
@@ -192,7 +193,15 @@ def check(
     raise AssertionError("no end")
 
 
-def word(world: World, phase: str, failures: int = 0, detail: str = "", age: float = 0.0, unsteady: int = 0) -> None:
+def word(
+    world: World,
+    phase: str,
+    failures: int = 0,
+    detail: str = "",
+    age: float = 0.0,
+    unsteady: int = 0,
+    **more: t.Any,
+) -> None:
     content = {"phase": phase, "since": int(world.clock - age), "spec": "s", "failures": failures, "detail": detail}
-    content["unsteady"] = unsteady
+    content.update(more, unsteady=unsteady)
     world.files["/run/nim/a.json"] = json.dumps(content).encode()

@@ -56,6 +56,7 @@ class FakeApi:
         self.engine = "26.1.5"
         self.driver = "systemd"
         self.runtimes = {"runc": {}, "nvidia": {}}
+        self.cdi = ["/etc/cdi", "/var/run/cdi"]
         self.list: dict[str, dict[str, t.Any]] = {}
         self.host_config: dict[str, dict[str, t.Any]] = {}
         self.inspected: dict[str, dict[str, t.Any]] = {}
@@ -89,7 +90,7 @@ class FakeApi:
 
     def info(self) -> dict[str, t.Any]:
         self.check()
-        return {"CgroupDriver": self.driver, "Runtimes": self.runtimes}
+        return {"CgroupDriver": self.driver, "Runtimes": self.runtimes, "CDISpecDirs": self.cdi}
 
     def containers(self, all: bool = True, labels: t.Sequence[str] = ()) -> list[dict[str, t.Any]]:
         self.check()

@@ -409,6 +409,21 @@ def test_a_host_that_can_serve(serving: Machine) -> None:
     assert one(found, "service", "llama").message == "Model llama runs, or is being started."
 
 
+def test_cdi_that_nobody_switches_on(serving: Machine) -> None:
+    wanted = models(llama(), gpu_injection="cdi")
+    assert worst(judge(serving.host, wanted, serving.api)) == OK
+    serving.api.cdi = []
+    found = judge(serving.host, wanted, serving.api)
+    assert bad(found) == [("cdi", "", "cdi_off")]
+    assert "nvidia_container_toolkit_cdi: true" in found[0].sentence
+    assert stands_in_the_way(found) == found[:1]
+    for more in (
+        {"nvidia_container_toolkit": {"injection": "cdi"}},
+        {"docker_daemon": {"options": {"features": {"cdi": True}}}},
+    ):
+        assert ("cdi", "", "cdi_off") not in bad(judge(serving.host, {**wanted, **more}, serving.api))
+
+
 def test_a_gpu_that_is_not_fit(serving: Machine) -> None:
     unfit(serving, "remapped_row_pending", "Yes")
     found = judge(serving.host, models(llama(gpus=[0]), nemo(gpus=[1])), serving.api)

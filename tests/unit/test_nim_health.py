@@ -366,6 +366,20 @@ def test_start_that_failed_before_the_first_look(world: World, nim: Nim) -> None
     assert world.clock == world.start
 
 
+@pytest.mark.parametrize("age, fails", [(25, True), (59, True), (61, False)])
+def test_starts_that_failed_since_the_deployment_are_enough(world: World, nim: Nim, age: float, fails: bool) -> None:
+    nim.ready = 503
+    world.unit("a", NRestarts=3)
+    detail = "docker start: unknown or invalid runtime name: nvidia"
+    word(world, "back_off", 3, detail, age=2, failing_since=int(world.clock - age))
+    world.at(20, lambda: (word(world, "starting", 3), world.box("a"), setattr(nim, "ready", 200)))
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.models[0]["ready"] is not fails
+    if fails:
+        assert world.clock == world.start
+        assert "(3 starts in a row have failed): Docker does not know the runtime" in outcome.failures[0][1].sentence
+
+
 def test_older_failures_give_the_next_start_a_chance(world: World, nim: Nim) -> None:
     nim.ready = 503
     world.unit("a", NRestarts=3)

@@ -138,6 +138,53 @@ def test_a_kill_by_the_kernel_inside_a_container_that_lives_on(world: World, sta
     assert "the host ran out of memory" in failure.sentence
 
 
+def test_the_kernel_names_a_killed_container_a_moment_after_its_end(world: World, starting: t.Any) -> None:
+    world.at(9, lambda: world.end("a", ExitCode=137))
+    world.at(9.7, lambda: kernel(world, KILL % ("d" * 64)))
+    world.at(10.3, lambda: kernel(world, KILL % ("c" * 64)))
+    outcome, dummy = starting()
+    failure = outcome.failures[0][1]
+    assert (failure.reason, failure.signature) == ("container_ended", "eng-28b")
+    assert "exit code 137 after 9 s: the host ran out of memory and the kernel killed" in failure.sentence
+    assert world.clock - world.start - 9 <= AT_ONCE
+
+
+def test_docker_names_a_kill_a_moment_after_the_end(world: World, starting: t.Any) -> None:
+    # A word of its shell is no explanation yet.
+    world.at(9, lambda: (world.log("a", "Killed"), world.end("a", ExitCode=137)))
+    world.at(9.9, lambda: world.end("a", ExitCode=137, OOMKilled=True))
+    outcome, dummy = starting()
+    assert outcome.failures[0][1].signature == "eng-28b"
+
+
+def test_a_kill_of_which_nobody_knows_is_said_so_soon(world: World, starting: t.Any) -> None:
+    world.at(9.3, lambda: world.end("a", ExitCode=137))
+    outcome, dummy = starting()
+    assert outcome.failures[0][1].signature == "eng-28c"
+    assert world.clock - world.start - 9.3 <= AT_ONCE - 2
+
+
+def test_an_explained_end_waits_for_no_witness(world: World, starting: t.Any) -> None:
+    world.at(9.3, lambda: (world.log("a", "Unknown RoPE scaling type x"), world.end("a", ExitCode=137)))
+    outcome, dummy = starting()
+    assert outcome.failures[0][1].signature == "eng-30a"
+    assert world.clock - world.start - 9.3 <= 1
+
+
+@pytest.mark.parametrize("name", ["nim-a-download ", ""])
+def test_a_killed_container_that_is_gone(world: World, nim: Nim, name: str) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "back_off", 1, name + "ended with code 137", age=3, container="e" * 64)
+    kernel(world, KILL % ("e" * 64))
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "eng-28b"
+    assert world.clock == world.start
+    world.kernel.clear()
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "eng-28c"
+
+
 def test_a_gpu_that_falls_off_the_bus_ends_it(world: World, starting: t.Any) -> None:
     gpus(world)
     world.at(12, lambda: kernel(world, XID % 79))
@@ -241,6 +288,35 @@ def test_lines_of_an_earlier_container_are_not_shown(world: World, nim: Nim) -> 
     failure = outcome.failures[0][1]
     assert failure.lines == ("Unknown RoPE scaling type x",)
     assert failure.signature == "eng-30a"
+
+
+@pytest.mark.parametrize("name", ["nim-a", "nim-a-download"])
+def test_a_silent_container_is_not_given_the_lines_of_an_earlier_one(world: World, nim: Nim, name: str) -> None:
+    nim.ready = 503
+    world.unit("a")
+    detail = "%sended with code 1" % ("nim-a-download " if "download" in name else "")
+    word(world, "back_off", 1, detail, age=3, container="present")
+    world.journal["CONTAINER_NAME=" + name] = ["ManifestDownloadError: x Authentication Error"]
+    world.journal["CONTAINER_ID_FULL=earlier"] = world.journal["CONTAINER_NAME=" + name]
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature is None
+    world.journal["CONTAINER_ID_FULL=present"] = ["Unknown RoPE scaling type x"]
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "eng-30a"
+
+
+def test_lines_that_the_journal_has_not_written_yet_are_asked_for(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "back_off", 1, "ended with code 1", age=3, container="present")
+
+    def sync(_host: t.Any, _argv: t.Any, _in: t.Any, _env: t.Any) -> str:
+        world.journal["CONTAINER_ID_FULL=present"] = ["Unknown RoPE scaling type x"]
+        return ""
+
+    world.commands = {"journalctl --sync": sync, **world.commands}
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "eng-30a"
 
 
 def test_the_log_begins_where_the_container_was_started(world: World, starting: t.Any) -> None:

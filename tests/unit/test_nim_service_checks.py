@@ -136,6 +136,15 @@ def test_no_gpu(machine: Machine, inventory: GpuInventory, words: str) -> None:
     assert words in error.message
 
 
+@pytest.mark.parametrize(("engine", "words"), [("26.1.5", "CDI feature is off"), ("24.0.7", "24.0.7 has no CDI")])
+def test_cdi_off(machine: Machine, engine: str, words: str) -> None:
+    machine.api.cdi, machine.api.engine = [], engine
+    (change,) = machine.plan(llama(), injection="cdi")
+    assert (change.action, change.data["reason"]) == ("prerequisite", "cdi_off")
+    assert words in change.data["message"] and "to runtime." in change.data["message"]
+    assert machine.plan(llama())[0].action == "directory"
+
+
 def test_image_and_runtime_missing(machine: Machine) -> None:
     machine.api.runtimes = {"runc": {}}
     assert failure(machine, llama()).reason == "runtime_missing"

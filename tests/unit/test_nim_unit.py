@@ -69,7 +69,8 @@ elif words[0] == "create":
     label = words[words.index("--label") + 1].split("=", 1)
     env = "".join(open(words[at + 1]).read() for at, word in enumerate(words) if word == "--env-file")
     pipe = next((word.split("source=")[1].split(",")[0] for word in words if "target=/run/secrets/" in word), "")
-    save(name, {"Config": {"Labels": {label[0]: label[1]}, "Env": env, "Pipe": pipe},
+    print("id-of-" + name)
+    save(name, {"Id": "id-of-" + name, "Config": {"Labels": {label[0]: label[1]}, "Env": env, "Pipe": pipe},
                 "State": {"Running": False, "ExitCode": 0}})
 elif words[0] == "start":
     error_of("start")
@@ -243,7 +244,14 @@ def test_a_fresh_start_creates_without_pull_and_without_restart_policy(machine: 
     code, output = machine.finish(process)
     assert code == 3
     assert "nim-llama ended with code 3 before it was ready" in output
-    assert machine.runtime()["failures"] == 1
+    word = machine.runtime()
+    assert (word["failures"], word["container"]) == (1, "id-of-nim-llama")
+    assert word["since"] == word["failing_since"]
+    (machine.root / "run/llama.json").write_text(json.dumps({**word, "failing_since": 4711}))
+    machine.start()
+    machine.phase("back_off")
+    # Who ended, why, and since when, stays to be read.
+    assert {**machine.runtime(), "phase": "failed", "since": word["since"]} == {**word, "failing_since": 4711}
     # The container stays for whoever looks for the reason.
     assert machine.container() is not None
 
@@ -341,13 +349,16 @@ def test_stop_with_a_main_process_stops_the_container_and_run_ends_with_0(machin
     assert machine.finish(machine.start("stop", MAINPID=str(process.pid)))[0] == 0
     assert machine.finish(process)[0] == 0
     assert machine.calls("stop") == ["stop -t 5 nim-llama"]
-    assert machine.runtime() | {"since": 0} == {
+    # Both programs say so; one of them has made the container.
+    assert machine.runtime() | {"since": 0, "container": ""} == {
         "phase": "stopped",
         "since": 0,
         "spec": "one",
         "failures": 0,
+        "failing_since": 0,
         "unsteady": 0,
         "detail": "",
+        "container": "",
     }
 
 
