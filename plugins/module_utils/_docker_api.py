@@ -79,6 +79,7 @@ _IMAGE = {
     "RepoDigests": [str],
     "RepoTags": [str],
     "Size": int,
+    "Architecture": str,
     "Config": _CONFIG,
 }
 

@@ -328,10 +328,14 @@ class DockerPuller:
         except self._errors as error:
             raise self._translate(str(reference), error) from None
 
-    def remove(self, name: str) -> None:
-        """Remove one name of an image, and the image with its last name; absent is fine."""
+    def remove(self, name: str, *, force: bool = False) -> None:
+        """Remove one name of an image, and the image with its last name; absent is fine.
+
+        Args:
+            force: Also where a container that does not run was made of it.
+        """
         try:
-            self._client.remove_image(name)
+            self._client.remove_image(name, force=force)
         except self._api_error as error:
             if error.status_code == 404:
                 return

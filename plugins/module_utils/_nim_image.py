@@ -31,7 +31,7 @@ from ._nim_family import OLDEST_ENGINE, Family, detect_family, family_of_image
 from ._nim_image_planner import ImagesPlanner, ImagesState, ImageState, human_name
 from ._nim_manifest_sources import manifest_at_registry
 from ._registry import RegistryClient
-from ._registry_image import RegistryImage, image_architecture
+from ._registry_image import RegistryImage, foreign_architecture, image_architecture, wrong_architecture
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
 from ._resource import Change, Resource
@@ -356,6 +356,10 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
             report(dict(base, **tracker.snapshot(time.monotonic())))
 
         report(dict(base, **tracker.snapshot(time.monotonic())))
+        run = "%s@%s" % (source, digest)
+        if foreign_architecture(self.api.image(run), host.machine()):
+            # Docker's own image store has one image a digest, also of an index for several machines, and keeps the first.
+            puller.remove(run, force=True)
         for attempt in range(1, self.retries + 1):
             try:
                 puller.pull(source, digest, credentials, on_event)
@@ -369,7 +373,6 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
             tracker.restart()
             # A fleet that lost its mirror must not come back in step.
             sleep(min(_PAUSE_MAX, 2.0**attempt) * random.uniform(0.75, 1.25))  # noqa: S311  # no secret hangs on it
-        run = "%s@%s" % (source, digest)
         local = self.api.image(run)
         if local is None:
             raise FleetError(
@@ -378,6 +381,9 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 % run,
                 image=run,
             )
+        foreign = foreign_architecture(local, host.machine())
+        if foreign:
+            raise wrong_architecture(run, image_architecture(host.machine()), [foreign])
         image_id = str(local.get("Id", ""))
         if task.wanted.reference.tag:
             puller.tag(image_id, task.wanted.reference)

@@ -15,7 +15,7 @@ from ._host import Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import DOCKER_HUB, ImageReference, check_mirrors
 from ._ngc_key import check_api_key
-from ._registry_image import RegistryImage
+from ._registry_image import RegistryImage, foreign_architecture
 from ._resource import Change, Planner
 from ._wanted_images import WantedImage, parse_images
 
@@ -36,10 +36,11 @@ class ImageState:
     Attributes:
         pinned: Entry of the record, or None.
         local: ``docker image inspect`` of the pinned image, else of whatever carries the wanted name, or None.
-        present: ``local`` is what the record pins (or the wanted digest names).
+        present: ``local`` is what the record pins (or the wanted digest names), and this host can run it.
         named: Identifier of the image that carries the wanted name, whatever the record pins; empty when none does.
         newer: What the tag stands for at the registry; asked only for pull = newer.
         users: Names of the containers that use ``local``; looked at only for state = absent.
+        foreign: Architecture that ``local`` was built for, where this host is another one.
     """
 
     wanted: WantedImage
@@ -50,6 +51,7 @@ class ImageState:
     named: str = ""
     newer: t.Optional[RegistryImage] = None
     users: t.Tuple[str, ...] = ()
+    foreign: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class ImagesPlanner(Planner[ImagesState]):
                         local = self.api.image(name)
                         if local is not None:
                             break
+            foreign = foreign_architecture(local, host.machine())
+            present = present and not foreign
             named = ""
             if present and human_name(wanted.reference):
                 named = str((self.api.image(human_name(wanted.reference)) or {}).get("Id", ""))
@@ -144,7 +148,7 @@ class ImagesPlanner(Planner[ImagesState]):
                     for entry in containers
                     if entry.get("ImageID") == local.get("Id")
                 )
-            found.append(ImageState(wanted, source, pinned, local, present, named, newer, users))
+            found.append(ImageState(wanted, source, pinned, local, present, named, newer, users, foreign))
         return ImagesState(docker, tuple(found))
 
     def at_registry(self, host: Host, source: ImageReference) -> RegistryImage | None:
@@ -196,6 +200,8 @@ class ImagesPlanner(Planner[ImagesState]):
             )
         if image.present:
             return None
+        if image.foreign:
+            return self._plan_foreign(image)
         lost = pinned is not None and pinned.digest
         if image.local is not None and not lost:
             adopted = self._adopt(image)
@@ -224,6 +230,26 @@ class ImagesPlanner(Planner[ImagesState]):
             "it is no longer on the host" if lost else "it is not on the host",
             action="pull",
             data={"image": image, "reference": reference},
+        )
+
+    def _plan_foreign(self, image: ImageState) -> Change:
+        """The name, or what it was pinned to, is another machine's image: it could never run here, so no pin is kept."""
+        if self.pull == PULL_NEVER:
+            raise FleetError(
+                "architecture",
+                "Image %s on this host is built for %s, which this host is not, and pull is never; load the one for this "
+                "host (docker load) or set pull to missing." % (image.wanted.reference, image.foreign),
+                image=str(image.wanted.reference),
+                architecture=image.foreign,
+            )
+        return Change(
+            self.name,
+            "image %s" % image.wanted.reference,
+            str((image.local or {}).get("Id", "")),
+            image.source.digest or "the digest of tag %s" % image.source.tag,
+            "the one on the host is built for %s" % image.foreign,
+            action="pull",
+            data={"image": image, "reference": image.source},
         )
 
     def _plan_absent(self, image: ImageState) -> t.Optional[Change]:

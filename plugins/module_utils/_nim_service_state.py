@@ -44,6 +44,7 @@ from ._nim_process_state import parse_time
 from ._nim_profiles import Profile
 from ._nim_silence import why_silent
 from ._nim_unit_docker import SPEC_LABEL
+from ._registry_image import foreign_architecture
 from ._untrusted import json_object, whole_number
 from ._verdict import REFUSED, Verdict
 
@@ -430,7 +431,8 @@ def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[st
         # With a pin it does not matter what the tag means today.
         names = (pinned.image_id, pinned.run) if pinned is not None else (str(reference),)
         image = next(filter(None, map(api.image, names)), None)
-        if image is None:
+        # One for another machine is as good as none: nim_image pulls it anew.
+        if image is None or foreign_architecture(image, host.machine()):
             continue
         known = found.get(model.image)
         manifest = known.manifest if known is not None else None

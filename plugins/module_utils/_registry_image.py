@@ -21,6 +21,16 @@ def image_architecture(machine: str) -> str:
     return _ARCHITECTURES.get(machine, machine)
 
 
+def foreign_architecture(local: t.Optional[t.Mapping[str, t.Any]], machine: str) -> str:
+    """Architecture for which an image on a host was built, where the host's machine is another; empty where it fits.
+
+    Args:
+        local: ``docker image inspect``; what does not tell its architecture, as some archives, counts as fitting.
+    """
+    built_for = image_architecture(str((local or {}).get("Architecture") or ""))
+    return built_for if built_for != image_architecture(machine) else ""
+
+
 @dataclass(frozen=True)
 class RegistryImage:
     """One image as the registry describes it.

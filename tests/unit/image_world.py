@@ -50,9 +50,13 @@ class FakeDocker:
         self.failures: list[FleetError] = []
         self.events: list[dict[str, t.Any]] = []
 
-    def add(self, *names: str, image_id: str = IMAGE_ID, digests: t.Sequence[str] = ()) -> None:
+    def add(
+        self, *names: str, image_id: str = IMAGE_ID, digests: t.Sequence[str] = (), architecture: str = "amd64"
+    ) -> None:
         for name in (*names, *digests, image_id):
-            self.images[name] = {"Id": image_id, "RepoDigests": list(digests), "Size": 7}
+            # As Docker's own store: a digest that names an image already keeps it.
+            image = {"Id": image_id, "RepoDigests": list(digests), "Size": 7, "Architecture": architecture}
+            self.images.setdefault(name, image) if "@" in name else self.images.update({name: image})
 
     # DockerApi
     def available(self) -> bool:
@@ -85,7 +89,9 @@ class FakeDocker:
         self.tagged.append(str(reference))
         self.images[str(reference)] = self.images[image_id]
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, force: bool = False) -> None:
+        if self.users and not force:
+            raise FleetError("image_in_use", "A container uses it.")
         del self.images[name]
 
 

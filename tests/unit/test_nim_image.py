@@ -144,6 +144,38 @@ def test_what_was_pulled_by_hand_is_pinned(world: ImageWorld) -> None:
     assert FakeClient.asked == []
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_image_for_another_machine_is_pulled_again(world: ImageWorld, pinned: bool) -> None:
+    run = "%s@%s" % (name_of(LLAMA), DIGEST)
+    if pinned:
+        world.run()
+    world.docker.images.clear()
+    world.docker.add(LLAMA, image_id="sha256:" + "8" * 64, digests=[run], architecture="arm64")
+    world.docker.users = [{"Names": ["/nim-llama"], "ImageID": "sha256:" + "8" * 64}]
+    (change,) = world.run().changes
+    assert (change.action, change.why) == ("pull", "the one on the host is built for arm64")
+    for name in (run, LLAMA):
+        assert world.docker.images[name]["Architecture"] == "amd64"
+    assert pinned_image(world.host, LLAMA).image_id == IMAGE_ID  # type: ignore[union-attr]
+    assert world.run().changes == []
+
+
+def test_an_image_for_another_machine_is_refused_where_nothing_may_be_pulled(world: ImageWorld) -> None:
+    world.docker.add(LLAMA, architecture="arm64")
+    with pytest.raises(FleetError, match=r"built for arm64.*load the one for this host") as error:
+        world.run(pull="never")
+    assert error.value.reason == "architecture"
+
+
+def test_what_docker_pulls_for_another_machine_is_not_taken(world: ImageWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = world.docker.add
+    monkeypatch.setattr(world.docker, "add", lambda **names: add(**names, architecture="arm64"))
+    with pytest.raises(FleetError, match="is built for arm64, and this host is amd64") as error:
+        world.run()
+    assert error.value.reason == "architecture"
+    assert pinned_image(world.host, LLAMA) is None
+
+
 def test_what_was_loaded_from_an_archive_is_pinned_by_id(world: ImageWorld) -> None:
     world.docker.add(LLAMA)
     done = world.run(pull="never")

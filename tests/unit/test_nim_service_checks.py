@@ -136,6 +136,15 @@ def test_no_gpu(machine: Machine, inventory: GpuInventory, words: str) -> None:
     assert words in error.message
 
 
+def test_an_image_for_another_machine_is_as_good_as_none(machine: Machine) -> None:
+    for image in machine.api.images.values():
+        image["Architecture"] = "arm64"
+    assert failure(machine, llama()).reason == "image_missing"
+    for image in machine.api.images.values():
+        image["Architecture"] = "amd64"
+    assert machine.plan(llama())[0].action == "directory"
+
+
 @pytest.mark.parametrize(("engine", "words"), [("26.1.5", "CDI feature is off"), ("24.0.7", "24.0.7 has no CDI")])
 def test_cdi_off(machine: Machine, engine: str, words: str) -> None:
     machine.api.cdi, machine.api.engine = [], engine
