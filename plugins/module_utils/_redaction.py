@@ -41,12 +41,13 @@ _ORDINARY = (
 
 #: Names that say that their value is secret, as part of an expression (case does not matter). Expressions are compiled when they
 #: are needed first: most looks at a host mask nothing.
-_TELLING = (
+_TELLING_WORDS = (
     r"[\w.-]{0,64}(?:key(?!s\b|board|ring|word|error|gen)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential"
     r"|authorization)[\w.-]*"
-    # PWD alone is a directory, and what passes in lower case is mostly a step of a computation.
-    r"|(?-i:[A-Z0-9_]{0,64}_(?:PASS|PWD|AUTH|PAT|PIN)(?![A-Za-z0-9])[A-Z0-9_]*)"
 )
+#: PWD alone is a directory, and what passes in lower case is mostly a step of a computation.
+_TELLING_CAPITALS = r"(?-i:[A-Z0-9_]{0,64}_(?:PASS|PWD|AUTH|PAT|PIN)(?![A-Za-z0-9])[A-Z0-9_]*)"
+_TELLING = _TELLING_WORDS + "|" + _TELLING_CAPITALS
 _NAME_OF_SECRET = r"(?i)" + _TELLING + r"|.*(?:^|_)(?:AUTH|PASS|PWD|PAT|PIN|CERT_DATA)(?:_|$).*"
 #: Names that only sound so: of facts, of Docker's options, and of files.
 _HARMLESS = (
@@ -98,16 +99,18 @@ _BARE = (
 _VALUE = r"(?:%s|%s)" % (_QUOTED, _BARE)
 _HOST_PORT = r"[\w.-]+:\d{1,5}(?=[/\s\"',]|\Z)"
 
+# Texts are as hostile as whoever writes them: in no expression may a match be tried from every character of a run that it
+# reads to the end, so a run is entered at its beginning alone (lookbehind) or read to a bound.
 #: What is secret whatever its name; of a match the groups "keep", "quote", "escaped" and "deeper" stay.
 _PLACES = (
     # keys of NGC, Hugging Face, GitHub, GitLab, OpenAI, AWS, Google, Slack, Docker Hub; JSON web tokens
     r"nvapi-[\w-]{6,}",
     r"\bhf_[A-Za-z0-9]{8,}",
     r"\b(?:gh[pousr]_|github_pat_|glpat-|xox[abpr]-|dckr_pat_)[A-Za-z0-9_-]{10,}",
-    r"\bsk-(?=[\w-]*\d)(?:[A-Za-z0-9_]+-){0,3}[A-Za-z0-9_]{12,}",
+    r"\bsk-(?=[\w-]{0,128}\d)(?:[A-Za-z0-9_]+-){0,3}[A-Za-z0-9_]{12,}",
     r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b",
     r"\bAIza[\w-]{30,}",
-    r"\beyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",
+    r"\beyJ[\w-]{8,2000}\.[\w-]{4,}(?:\.[\w-]*)?",
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     # user and password in a URL, also where @ and / are written as they are: up to the last @ that can end them
     r"(?i)(?P<keep>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://)(?:"
@@ -139,16 +142,17 @@ _NAMED = (
     # the same in quotes, as systemd, JSON and shells write it
     r"(?P<keep>(?<!\\)(?P<before>[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_QUOTES % "before",
     r"(?P<keep>(?<!\\)(?P<before>\\[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_ESCAPED_QUOTES % "before",
-    r"(?P<keep>(?P<before>\\{2,}[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_DEEPER_QUOTES % "before",
+    r"(?P<keep>(?<!\\)(?P<before>\\{2,}[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_DEEPER_QUOTES % "before",
     # name=value and name = value anywhere
-    r"(?P<keep>\b(?P<name>%(name)s)[ \t]?=[ \t]?(?!=))%(value)s",
+    r"(?P<keep>(?P<name>(?<![\w.-])%(words)s|\b%(capitals)s|%(declared)s)[ \t]?=[ \t]?(?!=))%(value)s",
     # --name value, "--name", "value", and as items of a YAML list
-    r"(?P<keep>(?<![\w-])--?(?P<name>%(name)s|(?:[\w-]{0,64}-)?(?:pass|pwd))(?:=|[ \t]+(?!-)))%(value)s",
+    r"(?P<keep>(?<![\w.-])--?(?P<name>%(name)s|(?:[\w-]{0,64}-)?(?:pass|pwd))(?:=|[ \t]+(?!-)))%(value)s",
     r"(?P<keep>[\"']--?(?P<name>%(name)s)[\"']\s*,\s*)%(quoted)s",
     r"(?P<keep>-[ \t]+[\"']?--?(?P<name>%(name)s)[\"']?[ \t]*\n[ \t]*-[ \t]+)(?:%(quoted)s|[^\n]+)",
     # "name": "value"
-    r"(?P<keep>\\*[\"'](?P<name>%(name)s)\\*[\"']\s*:\s*)%(quoted)s",
-    r"(?P<keep>\\*[\"'](?P<name>[\w.-]{0,64}(?:secret|passw(?:or)?d|passphrase)[\w.-]*|%(declared)s)\\*[\"']\s*:\s*)-?\d[\d.]*",
+    r"(?P<keep>(?<!\\)\\*[\"'](?P<name>%(name)s)\\*[\"']\s*:\s*)%(quoted)s",
+    r"(?P<keep>(?<!\\)\\*[\"'](?P<name>[\w.-]{0,64}(?:secret|passw(?:or)?d|passphrase)[\w.-]*|%(declared)s)\\*[\"']\s*:\s*)"
+    r"-?\d[\d.]*",
     # name: value at the beginning of a line, with all that follows where the name can only be one of a setting
     r"(?m)^(?P<keep>[ \t]*(?:-[ \t]+)?(?=[\w.-]*_|(?-i:[A-Z0-9]+)[ \t]*:|%(declared)s)(?P<name>%(name)s)[ \t]*:[ \t]+)"
     r"(?:[|>][-+\d]*[ \t]*\n(?P<indent>[ \t]+)[^\n]*(?:\n(?P=indent)[^\n]*)*|[^\n]+)",
@@ -169,6 +173,8 @@ def _expressions(names: tuple[str, ...]) -> tuple[t.Pattern[str], ...]:
     declared = r"(?-i:\b(?:%s))" % "|".join(map(re.escape, names)) if names else _NEVER
     parts = {
         "name": "%s|%s" % (_TELLING, declared) if names else _TELLING,
+        "words": _TELLING_WORDS,
+        "capitals": _TELLING_CAPITALS,
         "declared": declared,
         "value": _VALUE,
         "bare": _BARE,
@@ -233,7 +239,7 @@ class Redactor:
         groups = found.groupdict()
         quotes = [groups.get(kind) or "" for kind in ("quote", "escaped", "deeper")]
         kept = "".join([groups.get("keep") or "", *quotes])
-        name = groups.get("name")
+        name = (groups.get("name") or "").lstrip("-.")
         if found.group(0)[len(kept) :] == MASK or (
             name and name not in self._declared and re.fullmatch(_HARMLESS, name)
         ):
@@ -244,17 +250,20 @@ class Redactor:
     def _without_parts(self, text: str, piece: str, form: str) -> str:
         """Mask every longest part of a secret around one of its pieces: keys are cut by line ends and by column widths."""
         at = form.index(piece)
+        parts: list[str] = []
+        done = 0
         place = text.find(piece)
         while place >= 0:
             begin, end = place, place + len(piece)
-            while begin > 0 and at - (place - begin) > 0 and text[begin - 1] == form[at - (place - begin) - 1]:
+            while begin > done and at - (place - begin) > 0 and text[begin - 1] == form[at - (place - begin) - 1]:
                 begin -= 1
             while end < len(text) and at + (end - place) < len(form) and text[end] == form[at + (end - place)]:
                 end += 1
             self.count += 1
-            text = text[:begin] + MASK + text[end:]
-            place = text.find(piece, begin + len(MASK))
-        return text
+            parts += [text[done:begin], MASK]
+            done = end
+            place = text.find(piece, done)
+        return "".join([*parts, text[done:]])
 
     def environment(self, variables: t.Sequence[str]) -> list[str]:
         """``NAME=value`` of a container: values of names that say so, and of other names where they look like a key."""
@@ -441,7 +450,7 @@ def known_secrets(host: Host, *, homes: bool = True) -> Secrets:
 def _logins_in_urls(text: str | None) -> list[str]:
     """``user:password`` of URLs, as they are written and as they are meant; a password may hold @ and / as they are."""
     found: list[str] = []
-    for pair in re.findall(r"(?i)[a-z][a-z0-9+.-]{1,20}://([^\s:@/\"']*:[^\s\"']+)@", text or ""):
+    for pair in re.findall(r"(?i)[a-z][a-z0-9+.-]{1,20}://([^\s:@/\"']{0,256}:[^\s\"']{1,512})@", text or ""):
         # A comma or a semicolon may begin another URL.
         for login in (pair, re.split(r"@[^@]*://", pair)[0]):
             found += [login, urllib.parse.unquote(login)]

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import string
+import time
 import typing as t
 import urllib.parse
 
@@ -272,3 +273,39 @@ def test_what_explains_a_failure_stays(fixtures: pathlib.Path) -> None:
 )
 def test_places_that_tell(line: str, masked: str) -> None:
     assert scrub(line) == masked
+
+
+#: What a hostile container could fill its log with: single signs, and words with which expressions begin.
+RUNS = (
+    *"\\\"'=:/@% aA-_.,;&0(<$|\n\t",
+    *("key-", ".-key", "token.", "sk-", "eyJ-", "a://:", "-u ", "\\'", "_PASS-", "login ", "docker login ", "bearer "),
+)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_time_it_takes_grows_with_the_text_and_no_faster(run: str) -> None:
+    redactor = Redactor(["colour-of-the-day"], ["COLOUR"])
+    redactor.text("x")
+    for before in ("", 'key="', "key: "):
+        text = before + run * (30_000 // len(run))
+        began = time.process_time()
+        redactor.text(text)
+        # Far below a second; with one expression that tries every beginning of the run it is more than ten.
+        assert time.process_time() - began < 4, (before, run)
+
+
+def test_a_secret_that_fills_a_log_takes_no_longer() -> None:
+    secret = "0123456789abcdef" * 4
+    text = (secret[:30] + "\n") * 60_000
+    began = time.process_time()
+    done = Redactor([secret]).text(text)
+    assert time.process_time() - began < 4
+    assert secret[:8] not in done
+
+
+@given(start=st.text(".-ab_", max_size=20), middle=st.sampled_from(["token", "api_key", "secret"]))
+@example(start="a" * 30 + ".b-", middle="token")
+def test_a_name_is_known_wherever_its_word_begins(start: str, middle: str) -> None:
+    for text in ("%s%s=colour7", "(%s%s=colour7)", "\\%s%s = colour7", "--%s%s=colour7", '\\\\"%s%s\\\\": "colour7"'):
+        assert "colour7" not in scrub(text % (start, middle))
+    assert "colour7" not in scrub("x.DB_PASS=colour7 --y.DB_PASS=colour7")
