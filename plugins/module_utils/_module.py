@@ -12,20 +12,39 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ._errors import FleetError
 from ._host import Host
-from ._redaction import scrub
+from ._redaction import scrub, scrub_data
 from ._resource import Change, OnChange, Resource, converge
 
 S = t.TypeVar("S")
 
 
+def masked(answer: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """Return values without whatever looks like a secret: what tools and daemons said may hold the password of a proxy or mirror.
+
+    Their names are our own and say nothing; names further inside may come from anywhere and count.
+    """
+    return {name: scrub_data(value) for name, value in answer.items()}
+
+
 def fail(module: AnsibleModule, error: FleetError) -> t.NoReturn:
     """End the module with the sentence, the reason and the facts of an expected error."""
-    facts = dict(error.facts)
+    facts = masked(error.facts)
     changes = facts.pop("changes", [])
-    facts = {name: scrub(value) if isinstance(value, str) else value for name, value in facts.items()}
-    # What tools and daemons said may hold the password of a proxy or of a mirror.
     module.fail_json(msg=scrub(error.message), reason=error.reason, changed=bool(changes), changes=changes, **facts)
     raise AssertionError("fail_json returned")
+
+
+def succeed(module: AnsibleModule, answer: t.Mapping[str, t.Any], warnings: t.Iterable[str] = ()) -> t.NoReturn:
+    """End a module that only looks, with what it found."""
+    for warning in warnings:
+        module.warn(scrub(warning))
+    module.exit_json(changed=False, **masked(answer))
+    raise AssertionError("exit_json returned")
+
+
+def returned_changes(changes: t.Iterable[Change]) -> list[dict[str, t.Any]]:
+    """Changes as a module returns them."""
+    return [masked(change.as_dict()) for change in changes]
 
 
 def render_diff(changes: t.Sequence[Change]) -> list[dict[str, str]]:
@@ -44,7 +63,7 @@ def render_diff(changes: t.Sequence[Change]) -> list[dict[str, str]]:
                 }
             )
             continue
-        for lines, value in ((before, change.before), (after, change.after)):
+        for lines, value in ((before, scrub_data(change.before)), (after, scrub_data(change.after))):
             if value is not None:
                 lines.append("%s: %s\n" % (change.what, value))
     if before or after:
@@ -89,11 +108,12 @@ def converged(
     answer = result(outcome.state)
     if outcome.blocked:
         # Read by people when a task is failed because of it.
-        answer["msg"] = "; ".join("%s: %s was left out: %s" % (c.resource, c.what, c.blocked) for c in outcome.blocked)
+        left_out = ("%s: %s was left out: %s" % (one.resource, one.what, one.blocked) for one in outcome.blocked)
+        answer["msg"] = scrub("; ".join(left_out))
     return dict(
         answer,
         changed=outcome.changed,
-        changes=[change.as_dict() for change in outcome.changes],
-        blocked=[change.as_dict() for change in outcome.blocked],
+        changes=returned_changes(outcome.changes),
+        blocked=returned_changes(outcome.blocked),
         diff=render_diff(outcome.changes) if module._diff else [],
     )

@@ -15,6 +15,7 @@ from ._background import DONE, Jobs, Report
 from ._errors import FleetError
 from ._host import Host
 from ._module import converged, fail, run_resource
+from ._redaction import scrub
 from ._resource import Change, Resource
 
 S = t.TypeVar("S")
@@ -68,7 +69,7 @@ def run_resource_with_progress(
         fail(module, error)
     if status.finished and own:
         module.exit_json(finished=True, **status.result)
-    text = "%s, %d s" % (status.progress.get("text") or resource.name, time.time() - status.started)
+    text = "%s, %d s" % (scrub(str(status.progress.get("text") or resource.name)), time.time() - status.started)
     # Somebody else's work may have had another aim: when it has ended, everything is looked at anew.
     module.exit_json(
         changed=False, finished=False, progress={"text": text}, resume={} if status.finished else {"own": own}

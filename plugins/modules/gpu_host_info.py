@@ -126,6 +126,7 @@ errors:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import SECTIONS, gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import masked
 
 
 def main() -> None:
@@ -140,7 +141,8 @@ def main() -> None:
             msg="sections = %s: no such section; choose from %s." % (", ".join(unknown), ", ".join(names)),
             reason="invalid_option",
         )
-    module.exit_json(changed=False, **gather(Host(), module.params["sections"]))
+    found = gather(Host(), module.params["sections"])
+    module.exit_json(changed=False, **dict(found, **masked({"errors": found["errors"]})))
 
 
 if __name__ == "__main__":

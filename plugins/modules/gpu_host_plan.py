@@ -133,7 +133,7 @@ compile_once()
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, succeed
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 
 
@@ -143,9 +143,7 @@ def main() -> None:
         found = plan_host(Host(), module.resources())
     except FleetError as error:
         fail(module, error)
-    for warning in found.warnings:
-        module.warn(warning)
-    module.exit_json(changed=False, **found.result())
+    succeed(module, found.result(), found.warnings)
 
 
 if __name__ == "__main__":

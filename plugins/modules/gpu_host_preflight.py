@@ -120,7 +120,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight impo
     result,
     stands_in_the_way,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, succeed
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 
 
@@ -133,10 +133,8 @@ def main() -> None:
     refused = stands_in_the_way(verdicts)
     if refused and module.params["fail_on_refusal"]:
         sentences = dict.fromkeys(verdict.sentence for verdict in refused)
-        module.fail_json(
-            msg=" ".join([*sentences, ALL_THE_SAME]), reason=refused[0].reason, changed=False, **result(verdicts)
-        )
-    module.exit_json(changed=False, **result(verdicts))
+        fail(module, FleetError(refused[0].reason, " ".join([*sentences, ALL_THE_SAME]), **result(verdicts)))
+    succeed(module, result(verdicts))
 
 
 if __name__ == "__main__":

@@ -238,9 +238,10 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import advance, forecast
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, render_diff
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, render_diff, returned_changes
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 
 
 def main() -> None:
@@ -270,7 +271,7 @@ def main() -> None:
         if module.check_mode:
             expected = forecast(host, resource)
             for warning in expected.warnings:
-                module.warn(warning)
+                module.warn(scrub(warning))
             changes, blocked = expected.changes, expected.blocked
             answer = resource.result(expected.state)
         else:
@@ -287,8 +288,8 @@ def main() -> None:
     module.exit_json(
         changed=bool(changes),
         finished=True,
-        changes=[change.as_dict() for change in changes],
-        blocked=[change.as_dict() for change in blocked],
+        changes=returned_changes(changes),
+        blocked=returned_changes(blocked),
         diff=render_diff(changes) if module._diff else [],
         **answer,
     )

@@ -131,7 +131,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_lookup import REGISTRY_REASONS, look_up
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, succeed
 
 
 def main() -> None:
@@ -153,9 +153,8 @@ def main() -> None:
         if error.reason not in REGISTRY_REASONS:
             fail(module, error)
         reason, message, status = error.reason, error.message, error.facts.get("status")
-    module.exit_json(
-        changed=False, exists=image is not None, image=image, reason=reason, message=message, status=status
-    )
+    found = {"exists": image is not None, "image": image, "reason": reason, "message": message, "status": status}
+    succeed(module, found)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ reason:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, succeed
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_info import METHODS, ProfileInfo
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import GPU_INJECTIONS
 
@@ -233,9 +233,7 @@ def main() -> None:
         answer = question.ask(Host())
     except FleetError as error:
         fail(module, error)
-    for warning in question.warnings:
-        module.warn(warning)
-    module.exit_json(changed=False, **answer)
+    succeed(module, answer, question.warnings)
 
 
 if __name__ == "__main__":

@@ -304,6 +304,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import p
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import HostState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 
 
 def main() -> None:
@@ -335,7 +336,7 @@ def main() -> None:
     def result(state: HostState) -> dict[str, t.Any]:
         answer = made[0].result(state)
         for warning in answer.pop("warnings"):
-            module.warn(warning)
+            module.warn(scrub(warning))
         return answer
 
     run_resource(module, build, result)

@@ -17,7 +17,11 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module_progr
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import Finding, HostPlan, Planned
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import converged, fail, succeed
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change, Resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import REFUSED, Verdict
+from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_plan, gpu_host_preflight
 
 
 class Lines(Resource["list[str]"]):
@@ -116,3 +120,100 @@ def test_a_running_job_of_somebody_else_is_waited_for_and_then_looked_at_anew(ca
     answers = caller.all(Lines(caller.folder, "ab"))
     assert answers[0]["resume"] in ({"own": False}, {})
     assert [change["what"] for change in answers[-1]["changes"]] == ["b"]
+
+
+# -- secrets ---------------------------------------------------------------------------------------
+
+PASSWORD = "hunter2-of-the-proxy"
+#: As a tool says it that reads a configuration which is none of ours.
+SAID = "Err: http://proxy-user:%s@proxy.example.org:3128 refused the connection" % PASSWORD
+
+
+def answer_of(capsys: pytest.CaptureFixture[str], call: t.Callable[[AnsibleModule], t.Any]) -> dict[str, t.Any]:
+    with patch_module_args({"_ansible_remote_tmp": "/tmp", "_ansible_diff": True}), pytest.raises(SystemExit):
+        call(AnsibleModule(argument_spec={}, supports_check_mode=True))
+    printed = capsys.readouterr()
+    assert PASSWORD not in printed.out + printed.err
+    return t.cast("dict[str, t.Any]", json.loads(printed.out))
+
+
+def test_facts_of_an_error_are_masked_however_deep_they_lie(capsys: pytest.CaptureFixture[str]) -> None:
+    change = Change("docker_engine", "packages", {"lines": [SAID]}, None, SAID).as_dict()
+    error = FleetError(
+        "package_failed",
+        SAID,
+        lines=[SAID, "plain"],
+        deep={"one": [{"two": SAID, "HTTP_PASSWORD": PASSWORD, "count": 3, "share": 0.5, "done": True, "no": None}]},
+        pair=("a", SAID),
+        key="live-restore",
+        status=404,
+        changes=[change],
+    )
+    answer = answer_of(capsys, lambda module: fail(module, error))
+    assert (answer["failed"], answer["reason"], answer["changed"]) == (True, "package_failed", True)
+    assert answer["lines"][1] == "plain"
+    (deep,) = answer["deep"]["one"]
+    assert (deep["count"], deep["share"], deep["done"], deep["no"]) == (3, 0.5, True, None)
+    # Names of facts are the collection's own: this one is a key of daemon.json.
+    assert (answer["key"], answer["status"], answer["pair"][0]) == ("live-restore", 404, "a")
+    assert "proxy.example.org" in answer["changes"][0]["why"]
+    # What is still needed of the error is as it was.
+    assert error.facts["lines"] == [SAID, "plain"]
+
+
+class Talkative(Lines):
+    def plan(self, state: list[str]) -> list[Change]:
+        return [
+            Change(self.name, "a", SAID, {"url": SAID}, SAID),
+            Change(self.name, "b", None, None, SAID, blocked=SAID),
+        ]
+
+
+def test_changes_and_what_is_left_out_are_masked(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    def call(module: AnsibleModule) -> None:
+        module.check_mode = True
+        module.exit_json(**converged(module, Talkative(tmp_path, ""), lambda state: {}, Host()))
+
+    answer = answer_of(capsys, call)
+    assert (len(answer["changes"]), len(answer["blocked"])) == (1, 1)
+    assert "proxy.example.org" in answer["msg"]
+    assert "proxy.example.org" in answer["diff"][0]["before"]
+
+
+def test_the_plan_of_a_host_is_masked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = HostPlan(
+        planned=[Planned(Change("docker_daemon", "running daemon", SAID, [SAID], SAID, blocked=SAID))],
+        errors=[Finding("docker_engine", "repository_unreachable", SAID)],
+        notes=[SAID],
+        warnings=[SAID],
+    )
+    monkeypatch.setattr(gpu_host_plan, "plan_host", lambda *given: plan)
+    with patch_module_args({"docker_engine": {}, "_ansible_remote_tmp": "/tmp"}), pytest.raises(SystemExit):
+        gpu_host_plan.main()
+    printed = capsys.readouterr()
+    assert PASSWORD not in printed.out + printed.err
+    answer = json.loads(printed.out)
+    assert "proxy.example.org" in answer["errors"][0]["message"]
+    assert (answer["drift"], answer["gpu"], answer["changed"]) == (True, True, False)
+    assert len(answer["warnings"]) == len(answer["notes"]) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_preflight_is_masked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    verdict = Verdict("key", REFUSED, SAID, SAID, "registry_unreachable", subject=SAID)
+    monkeypatch.setattr(gpu_host_preflight, "preflight", lambda *given: [verdict])
+    options = {"docker_engine": {}, "fail_on_refusal": fails, "_ansible_remote_tmp": "/tmp"}
+    with patch_module_args(options), pytest.raises(SystemExit):
+        gpu_host_preflight.main()
+    printed = capsys.readouterr()
+    assert PASSWORD not in printed.out + printed.err
+    answer = json.loads(printed.out)
+    assert (answer.get("failed", False), answer["verdict"]) == (fails, REFUSED)
+    assert answer["checks"][0]["check"] == "key"
+
+
+def test_what_modules_find_is_masked(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = answer_of(capsys, lambda module: succeed(module, {"found": [SAID, 3]}, [SAID]))
+    assert (answer["changed"], answer["found"][1]) == (False, 3)
