@@ -31,6 +31,12 @@ def _bad(option: str, text: t.Any, what: str, remedy: str) -> FleetError:
     return FleetError("invalid_option", "%s = %s: %s; %s." % (option, text, what, remedy))
 
 
+def _shown(value: t.Any) -> str:
+    """What was given, but where an @ says that it may begin with a user name and a password."""
+    text = repr(value)
+    return "(not shown)" if re.search(r"@(?!sha256:)", text) else text
+
+
 @dataclass(frozen=True)
 class ImageReference:
     """A normalised image reference: the registry is always named, and so is a tag or a digest.
@@ -61,8 +67,8 @@ class ImageReference:
         """
         example = "write it like nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
         if not isinstance(text, str) or not text:
-            raise _bad(option, repr(text), "not an image reference", example)
-        shown = repr(text)
+            raise _bad(option, _shown(text), "not an image reference", example)
+        shown = _shown(text)
         if "://" in text:
             raise _bad(option, shown, "an image reference has no scheme", "leave %s out" % text.split("://")[0])
         if re.search(r"\s", text):
@@ -78,14 +84,15 @@ class ImageReference:
                 raise _bad(
                     option,
                     shown,
-                    "%r is not a tag" % tag,
+                    "%s is not a tag" % _shown(tag),
                     "a tag has up to 128 letters, digits, '_', '.' and '-' and begins with a letter, digit or '_'",
                 )
         first, slash, path = name.partition("/")
         if slash and ("." in first or ":" in first or first == "localhost" or first.lower() != first):
             registry, repository = first, path
             if not _REGISTRY_RE.fullmatch(registry) or not port_exists(registry):
-                raise _bad(option, shown, "%r is not a registry host" % registry, "use a host name with optional port")
+                what = "%s is not a registry host" % _shown(registry)
+                raise _bad(option, shown, what, "use a host name with optional port")
         else:
             registry, repository = DOCKER_HUB, name
         if registry == "index.docker.io":
@@ -163,18 +170,18 @@ def check_mirrors(mirrors: t.Any, option: str = "registry_mirrors") -> dict[str,
     if mirrors in (None, ""):
         return {}
     if not isinstance(mirrors, dict):
-        raise _bad(option, repr(mirrors), "not a dictionary", "write {'nvcr.io': 'mirror.example:5000/ngc'}")
+        raise _bad(option, _shown(mirrors), "not a dictionary", "write {'nvcr.io': 'mirror.example:5000/ngc'}")
     checked: dict[str, str] = {}
     for source, target in mirrors.items():
         for text in (source, target):
-            where = "%s[%r]" % (option, source)
+            where = "%s[%s]" % (option, _shown(source))
             if isinstance(text, str) and "://" in text:
-                raise _bad(where, repr(target), "a registry has no scheme", "leave %s out" % text.split("://")[0])
+                raise _bad(where, _shown(target), "a registry has no scheme", "leave %s out" % text.split("://")[0])
             if not isinstance(text, str) or not _PREFIX_RE.fullmatch(text.rstrip("/")) or not port_exists(text):
                 raise _bad(
                     where,
-                    repr(target),
-                    "%r is not a registry host with optional port and path" % (text,),
+                    _shown(target),
+                    "%s is not a registry host with optional port and path" % _shown(text),
                     "write it like mirror.example:5000/ngc",
                 )
         checked[source.rstrip("/")] = target.rstrip("/")

@@ -141,7 +141,7 @@ class _Check:
         try:
             check()
         except FleetError as error:
-            message = rename(error.message)
+            message = scrub(rename(error.message))
             if not message.endswith("."):
                 message += "."
             self.problems.append(Problem(message.split(" = ", 1)[0], message))
@@ -280,7 +280,7 @@ class _Check:
         value = self.text(name)
         if not value:
             return
-        if "://" not in value:
+        if "://" not in value and "@" not in value:
             self.add(
                 name,
                 value,

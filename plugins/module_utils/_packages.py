@@ -21,6 +21,7 @@ from ._errors import FleetError
 from ._host import CommandResult, Host
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import matches_version
+from ._redaction import scrub
 from ._repository_key import download
 from ._resource import Change, FileDiff
 
@@ -107,29 +108,42 @@ def check_url(option: str, url: str) -> str:
     """A repository URL without trailing slash.
 
     Raises:
-        FleetError: ``invalid_option`` when it is not http(s) with a host.
+        FleetError: ``invalid_option`` when it is not http(s) with a host, or could hold credentials; then it is not shown.
     """
+    url = url.strip()
+    # A password may hold slashes, and then the @ stands in what reads as the path; mirrors have no use for one there.
+    if "@" in url or scrub(url) != url:
+        raise FleetError(
+            "invalid_option",
+            "%s = (not shown): there is, or could be, a user name, password or token in the URL, which would lie readable for "
+            "everybody on the host; leave it out and store it in /etc/apt/auth.conf.d (apt) or protect the mirror in another "
+            "way (an @ that belongs to the path is written %%40)." % option,
+            option=option,
+        )
     try:
-        parts = urllib.parse.urlsplit(url.strip())
+        parts = urllib.parse.urlsplit(url)
     except ValueError:
         # "https://[::1/path": brackets that do not match.
         parts = urllib.parse.urlsplit("")
-    if "@" in parts.netloc:
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
         raise FleetError(
             "invalid_option",
-            "%s = (not shown): there is a user name or password in the URL, which would lie readable for everybody on the "
-            "host; leave it out and store it in /etc/apt/auth.conf.d (apt) or protect the mirror in another way."
-            % option,
+            "%s = (not shown): what follows the host's colon is no port, and could be a password; give a number from 1 to "
+            "65535, or leave it out." % option,
             option=option,
         )
-    if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"\s", url.strip()):
+    if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"\s", url):
         raise FleetError(
             "invalid_option",
             "%s = %s: not an http or https URL of a repository; write it with scheme and host, for example https://mirror.example.org/path."
             % (option, url),
             option=option,
         )
-    return url.strip().rstrip("/")
+    return url.rstrip("/")
 
 
 # -- the interface --------------------------------------------------------------------------------

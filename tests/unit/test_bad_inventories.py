@@ -169,6 +169,8 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"docker_version": "19.03"}, "docker_version", "19.03", "choose a newer engine"),
     ({"nvidia_container_toolkit_version": 1.20}, "nvidia_container_toolkit_version", "1.2", "put it in quotes"),
     ({"docker_repository_url": "https://a:b@c/d"}, "docker_repository_url", "(not shown)", "auth.conf.d"),
+    ({"docker_repository_url": "https://a:b/c@d/e"}, "docker_repository_url", "(not shown)", "auth.conf.d"),
+    ({"docker_repository_url": "a:b@c.example/e"}, "docker_repository_url", "(not shown)", "auth.conf.d"),
     ({"nim_progress_interval": 10**9}, "nim_progress_interval", "1000000000", "from 1 to 300"),
     ({"docker_version": "newest"}, "docker_version", "'newest'", "leave it empty for the newest"),
     ({"docker_users": ["alice", "Bob Smith"]}, "docker_users[1]", "'Bob Smith'", "write the login name"),

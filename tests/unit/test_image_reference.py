@@ -135,6 +135,23 @@ def test_bad_mirrors(mirrors: object, part: str) -> None:
     assert "nim_registry_mirrors" in error.value.message
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["ops:hunter2@mirror.example.org:5000/nim/x:1", "ops:hunter2@mirror.example.org/nim/x@sha256:1", "x:hunter2@y"],
+)
+def test_credentials_are_not_shown(text: str) -> None:
+    for refuse in (
+        lambda: ImageReference.parse(text),
+        lambda: check_mirrors({"nvcr.io": text}),
+        lambda: check_mirrors({text: "mirror.example.org"}),
+        lambda: check_mirrors({"nvcr.io": "https://" + text}),
+        lambda: check_mirrors([text]),
+    ):
+        with pytest.raises(FleetError) as caught:
+            refuse()
+        assert "hunter2" not in caught.value.message
+
+
 def test_good_mirrors() -> None:
     assert check_mirrors({"nvcr.io": "mirror.example:5000/ngc/"}) == {"nvcr.io": "mirror.example:5000/ngc"}
     assert check_mirrors(None) == {}

@@ -21,14 +21,44 @@ def test_what_is_no_repository_url(url: str) -> None:
         check_url("repository_url", url)
 
 
-def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
-    with pytest.raises(FleetError, match="user name or password") as caught:
-        check_url("repository_url", "https://ops:hunter2@mirror.example.org/x")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://ops:hunter2@mirror.example.org/x",
+        "https://hunter2@mirror.example.org/x",
+        "https://ops:p/hunter2@mirror.example.org/x",
+        "https://ops:p/s/s?s#s/hunter2@mirror.example.org/x",
+        "https://ops:?hunter2@mirror.example.org/x",
+        "https://ops/hunter2@mirror.example.org/x",
+        "https:/ops:hunter2@mirror.example.org/x",
+        "ops:hunter2@mirror.example.org",
+        "ftp://ops:hunter2@mirror.example.org/x",
+        "https://[ops:hunter2@mirror.example.org/x",
+        "https://ops:hunter2",
+        "https://ops:hunter2/x",
+        "https://mirror.example.org/x?token=hunter2",
+        "https://mirror.example.org/nvapi-hunter2hunter2/x",
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(FleetError, match="password") as caught:
+        check_url("repository_url", url)
     assert "hunter2" not in caught.value.message
+    assert caught.value.reason == "invalid_option"
 
 
-def test_url_loses_its_last_slash() -> None:
-    assert check_url("x", " https://mirror.example.org/a/ ") == "https://mirror.example.org/a"
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://mirror.example.org/a",
+        "http://10.0.0.1:8081/repository/cuda%40x",
+        "https://[fd00::1]:8443/a",
+        "https://h",
+        "https://nexus.example.org/repository/nvidia-keyring/key",
+    ],
+)
+def test_url_loses_its_last_slash(url: str) -> None:
+    assert check_url("x", " %s/ " % url) == url
 
 
 def test_choice_of_the_tool(host: FakeHost) -> None:
