@@ -8,10 +8,12 @@ import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_diagnosis
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._findings import FAILED, WARNED
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import DIAGNOSIS
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
 
 
 class ActionModule(FleetTableBase):
+    shape = DIAGNOSIS
     options: t.ClassVar[dict[str, dict[str, t.Any]]] = {
         "fail_on": {"type": "str", "choices": ["never", "failed", "warning"], "default": "never"}
     }

@@ -8,11 +8,19 @@ import time
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_plan
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import FACTS, PLAN, read_answer
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_report import render_report
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row, write_file
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import (
+    FleetTableBase,
+    Look,
+    Row,
+    address_of,
+    write_file,
+)
 
 
 class ActionModule(FleetTableBase):
+    shape = PLAN
     options: t.ClassVar[dict[str, dict[str, t.Any]]] = {
         "fail_on_drift": {"type": "bool", "default": False},
         "report": {"type": "path"},
@@ -42,7 +50,7 @@ class ActionModule(FleetTableBase):
         seen = []
         for host in hosts:
             variables = self.variables[host]
-            address = str(variables.get("ansible_host") or host)
-            facts = self.look(variables, args["facts"]) if args["facts"] else None
-            seen.append((host, address, self.look(variables, args["variable"]), facts))
+            facts = read_answer(variables.get(args["facts"]), FACTS) if args["facts"] else None
+            plan = read_answer(variables.get(args["variable"]), PLAN)
+            seen.append((host, address_of(host, variables), plan, facts))
         return render_report(seen, time.strftime("%Y-%m-%d at %H:%M UTC", time.gmtime()))

@@ -8,10 +8,12 @@ import typing as t
 
 from ansible.errors import AnsibleActionFail
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _fleet_preflight
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import PREFLIGHT
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
 
 
 class ActionModule(FleetTableBase):
+    shape = PREFLIGHT
     options: t.ClassVar[dict[str, dict[str, t.Any]]] = {"fail_on_refusal": {"type": "bool", "default": True}}
 
     def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:

@@ -8,7 +8,8 @@ import typing as t
 
 from ansible.errors import AnsibleError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._fleet_status import render_table, rows_of
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import FACTS
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import FleetTableBase, Look, Row, address_of
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved
 
 
@@ -21,15 +22,16 @@ def wanted_models(variables: t.Mapping[str, t.Any]) -> list[str]:
         return []
     return [
         str(model["name"])
-        for model in models or []
+        for model in (models if isinstance(models, list) else [])
         if isinstance(model, dict) and model.get("name") and model.get("state") != "absent"
     ]
 
 
 class ActionModule(FleetTableBase):
+    shape = FACTS
+
     def rows(self, host: str, look: Look, variables: t.Mapping[str, t.Any]) -> list[Row]:
-        address = str(variables.get("ansible_host") or host)
-        return rows_of(host, look, address=address, wanted=wanted_models(variables))
+        return rows_of(host, look, address=address_of(host, variables), wanted=wanted_models(variables))
 
     def render(self, rows: list[Row], notes: list[str]) -> str:
         return render_table(rows)

@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import time
 import typing as t
 
 import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.release import __version__ as core_version
 from ansible_collections.gpu_fleet.nim.plugins.action.gpu_host_plan import ActionModule as PlanAction
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import unwrap
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import check_archive, unwrap
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved
 
 _COLLECTION = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
@@ -45,6 +48,8 @@ def write_private(directory: str, name: str, content: bytes) -> str:
             stream.write(content)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise AnsibleActionFail("Writing %s failed: %s." % (path, error.strerror)) from error
     return path
 
@@ -68,9 +73,17 @@ class ActionModule(PlanAction):
             module_name="gpu_fleet.nim.gpu_host_diagnosis", module_args=args, task_vars=task_vars
         )
         archive = result.pop("archive", None)
-        if archive:
+        # Said here alone, not by the host.
+        result.pop("bundle", None)
+        if archive and args.get("bundle"):
             host = re.sub(r"[^A-Za-z0-9._-]", "_", str(task_vars.get("inventory_hostname") or "host"))
-            stamp = re.sub(r"[^0-9TZ]", "", str(archive.get("stamp") or ""))
+            try:
+                content = unwrap(archive)
+                check_archive(content)
+            except FleetError as error:
+                return {"failed": True, "reason": error.reason, "msg": error.message}
+            found = re.fullmatch(r"[0-9]{8}T[0-9]{6}Z", str(archive.get("stamp")))
+            stamp = found.group(0) if found else time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             path = os.path.expanduser(str(args["bundle"]))
-            result["bundle"] = write_private(path, "%s-%s.tar.gz" % (host, stamp), unwrap(archive))
+            result["bundle"] = write_private(path, "%s-%s.tar.gz" % (host, stamp), content)
         return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing as t
 
 from ._findings import FAILED, NOTED, SEVERITIES, WARNED
-from ._text_table import shorten, text_table
+from ._text_table import one_line, shorten, text_table
 
 Row = t.Dict[str, t.Any]
 
@@ -38,7 +38,7 @@ def rows_of(host: str, look: t.Mapping[str, t.Any] | None) -> list[Row]:
     message = " ".join(str(look.get("msg") or "no reason given").split())
     if look.get("unreachable"):
         return [dict(base, severity=FAILED, reason=UNREACHABLE, cause="the host cannot be reached: %s" % message)]
-    if look.get("failed") or "findings" not in look:
+    if look.get("failed") or look.get("findings") is None:
         reason = str(look.get("reason") or LOOK_FAILED)
         return [dict(base, severity=FAILED, reason=reason, cause="the host could not be looked at: %s" % message)]
     rows = [dict(base, **{key: finding.get(key) for key in KEYS}) for finding in look["findings"]]
@@ -93,9 +93,9 @@ def render_table(rows: t.Sequence[Row], notes: t.Sequence[str] = ()) -> str:
     for row in rows:
         if row["severity"] not in SEVERITIES:
             continue
-        name = "%s/%s" % (row["host"], row["model"]) if row["model"] else str(row["host"])
-        below.append("%s: %s: %s." % (name, row["severity"], str(row["cause"]).rstrip(".")))
+        name = "%s/%s" % (row["host"], one_line(row["model"])) if row["model"] else str(row["host"])
+        below.append("%s: %s: %s." % (name, row["severity"], one_line(str(row["cause"])).rstrip(".")))
         if row["remedy"]:
-            below.append("    to do: %s." % str(row["remedy"]).rstrip("."))
+            below.append("    to do: %s." % one_line(str(row["remedy"])).rstrip("."))
         below += ["    | %s" % shorten(line, 200) for line in (row["evidence"] or [])[:1]]
-    return "\n".join([*text, "", *below, *notes, summary(rows)])
+    return "\n".join([*text, "", *below, *map(one_line, notes), summary(rows)])

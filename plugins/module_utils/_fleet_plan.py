@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing as t
 
 from ._resource import Disruption
-from ._text_table import shorten, text_table, value_text
+from ._text_table import one_line, shorten, text_table, value_text
 
 Row = t.Dict[str, t.Any]
 
@@ -54,7 +54,7 @@ def rows_of(host: str, look: t.Mapping[str, t.Any] | None) -> list[Row]:
     message = " ".join(str(look.get("msg") or "").split()) or None
     if look.get("unreachable"):
         return [dict(base, state=UNREACHABLE, message=message)]
-    if look.get("failed") or "changes" not in look:
+    if look.get("failed") or look.get("changes") is None:
         return [dict(base, state=FAILED, message=message)]
     rows = [
         dict(
@@ -125,7 +125,7 @@ def render_table(rows: t.Sequence[Row], notes: t.Sequence[str] = ()) -> str:
         if row["blocked"]:
             left_out.setdefault((str(row["host"]), str(row["blocked"])), []).append(str(row["what"]))
     below += ["%s: left out: %s: %s" % (host, ", ".join(what), why) for (host, why), what in left_out.items()]
-    return "\n".join([*text, "", *dict.fromkeys([*below, *notes]), summary(rows)])
+    return "\n".join([*text, "", *dict.fromkeys(map(one_line, [*below, *notes])), summary(rows)])
 
 
 def _cell(row: Row, key: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ._text_table import one_line, text_table
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING
 
 Row = t.Dict[str, t.Any]
@@ -37,9 +38,10 @@ def rows_of(host: str, look: t.Mapping[str, t.Any] | None) -> list[Row]:
     if look.get("unreachable"):
         return [dict(base, verdict=UNREACHABLE, message=message)]
     # A module that was told to fail on refusals has its checks all the same.
-    if "checks" not in look:
+    if look.get("checks") is None:
         return [dict(base, verdict=FAILED, message=message, reason=str(look.get("reason") or ""))]
-    return [dict(base, **{key: check.get(key, "") for key in _KEYS}) for check in look["checks"]]
+    rows = [dict(base, **{key: check.get(key, "") for key in _KEYS}) for check in look["checks"]]
+    return rows or [dict(base, verdict=OK, message="There was nothing to judge.")]
 
 
 def _rank(row: Row) -> int:
@@ -68,8 +70,7 @@ def refused(rows: t.Sequence[Row]) -> list[str]:
 
 def render_table(rows: t.Sequence[Row]) -> str:
     """The rows as a table of plain text; what is in order is only counted."""
-    lines = [[heading for heading, _key in COLUMNS]]
-    previous = None
+    lines = []
     for host in dict.fromkeys(row["host"] for row in rows):
         own = [row for row in rows if row["host"] == host]
         shown = [row for row in own if row["verdict"] != OK]
@@ -78,23 +79,14 @@ def render_table(rows: t.Sequence[Row]) -> str:
             shown = [dict.fromkeys(("gpu", "subject", "remedy", "check"), "")]
             shown[0].update(host=host, verdict=OK, message="All %d checks passed." % passed)
         for row in shown:
-            lines.append(
-                [
-                    "" if row["host"] == previous else str(row["host"]),
-                    str(row["verdict"]),
-                    str(row["check"]),
-                    _sentence(row),
-                ]
-            )
-            previous = row["host"]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+            lines.append([str(row["host"]), str(row["verdict"]), str(row["check"]), _sentence(row)])
+    text = text_table([heading for heading, _key in COLUMNS], lines, group=1)
     return "\n".join([*text, "", summary(rows)])
 
 
 def _sentence(row: Row) -> str:
-    text = " ".join(str(row["message"]).split())
-    remedy = " ".join(str(row["remedy"]).split())
+    text = one_line(str(row["message"]))
+    remedy = one_line(str(row["remedy"]))
     return "%s; %s." % (text.rstrip("."), remedy.rstrip(".")) if remedy else text
 
 

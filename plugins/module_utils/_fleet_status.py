@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import typing as t
 
-from ._text_table import text_table
+from ._text_table import one_line, text_table
 
 Row = t.Dict[str, t.Any]
 
@@ -131,7 +131,7 @@ def render_table(rows: t.Sequence[Row]) -> str:
             note = "%s: %s" % (name, row["message"])
             if note not in notes:
                 notes.append(note)
-    return "\n".join(text + (["", *notes] if notes else []))
+    return "\n".join(text + (["", *map(one_line, notes)] if notes else []))
 
 
 def _cell(row: Row, key: str) -> str:

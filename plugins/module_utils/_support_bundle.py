@@ -16,6 +16,7 @@ import json
 import re
 import tarfile
 import typing as t
+import zlib
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
@@ -24,6 +25,7 @@ from ._kernel_log import read_kernel_log
 from ._nim_models import container_name, unit_name
 from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY
 from ._redaction import Redactor
+from ._text_table import shorten
 
 Json = t.Dict[str, t.Any]
 
@@ -253,6 +255,8 @@ class SupportBundle:
 
 #: Ansible blanks out secrets wherever they occur in a result; one of fewer characters occurs in any larger content.
 SHORTEST_BLANKED = 4
+#: Bytes of a bundle, packed or not; a character has four at most, and every file has a header.
+LARGEST = 5 * ALL_CHARACTERS
 
 
 def wrap(content: bytes, blanked: t.Iterable[str]) -> Json:
@@ -273,9 +277,56 @@ def wrap(content: bytes, blanked: t.Iterable[str]) -> Json:
     )
 
 
-def unwrap(wrapped: t.Mapping[str, t.Any]) -> bytes:
-    """What :func:`wrap` was given."""
-    return base64.b64decode(str(wrapped["content"])).translate(_table(int(wrapped["salt"])))
+def unwrap(wrapped: t.Any) -> bytes:
+    """What :func:`wrap` was given.
+
+    Raises:
+        FleetError: ``bundle_failed`` when it is nothing of the kind: it comes from a host in an unknown state.
+    """
+    try:
+        content, salt = wrapped["content"], int(wrapped["salt"])
+        if len(content) <= 2 * LARGEST:
+            return base64.b64decode(content, validate=True).translate(_table(salt))
+        error: Exception = ValueError("it is larger than any bundle")
+    except (ValueError, ArithmeticError, LookupError, TypeError) as caught:
+        error = caught
+    raise _no_bundle(error)
+
+
+def check_archive(content: bytes) -> None:
+    """See to it that an archive from a host is safe to open.
+
+    Raises:
+        FleetError: ``bundle_failed`` for what no :class:`SupportBundle` has made.
+    """
+    try:
+        wrong = _wrong_with(content)
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, ArithmeticError, RecursionError) as error:
+        raise _no_bundle(error) from error
+    if wrong:
+        raise _no_bundle(ValueError(wrong))
+
+
+def _wrong_with(content: bytes) -> str:
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+        unpacked = stream.read(LARGEST + 1)
+    if len(unpacked) > LARGEST:
+        return "it is larger than any bundle when it is unpacked"
+    with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as archive:
+        for member in archive:
+            plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+            inside = not member.name.startswith("/") and ".." not in member.name.split("/")
+            if not plain or not inside or not member.name.isprintable():
+                return "one of its entries is no file, or lies outside of it"
+    return ""
+
+
+def _no_bundle(error: Exception) -> FleetError:
+    return FleetError(
+        "bundle_failed",
+        "What the host sent is no support bundle and was not stored (%s); look at the host itself, and do not trust it before."
+        % shorten(ascii(str(error) or type(error).__name__)[1:-1], 200),
+    )
 
 
 def _table(salt: int) -> bytes:

@@ -66,17 +66,28 @@ class MapOf:
     shape: t.Any
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """Shape of a word that must be there, and be one of these."""
+
+    words: t.Tuple[str, ...]
+
+
 def misfit(value: t.Any, shape: t.Any, where: str = "") -> str:
     """What does not have the shape that was promised, in words; empty when all does.
 
     Args:
-        shape: A type, ``[shape]`` for a list, ``{key: shape}`` for a mapping that may have more keys, or :class:`MapOf`.
-            Null and what is missing fit every shape, but not as an entry of a list.
+        shape: A type (``float`` for any finite number), ``[shape]`` for a list, ``{key: shape}`` for a mapping that may have
+            more keys, :class:`MapOf` or :class:`OneOf`. Null and what is missing fit every shape but :class:`OneOf`, and not
+            as an entry of a list.
     """
-    return "" if value is None else _misfit(value, shape, where)
+    return "" if value is None and not isinstance(shape, OneOf) else _misfit(value, shape, where)
 
 
 def _misfit(value: t.Any, shape: t.Any, where: str) -> str:
+    if isinstance(shape, OneOf):
+        fits = isinstance(value, str) and value in shape.words
+        return "" if fits else _instead(value, "one of %s" % ", ".join(shape.words), where)
     if isinstance(shape, MapOf):
         if not isinstance(value, dict):
             return _instead(value, "an object", where)
@@ -90,10 +101,12 @@ def _misfit(value: t.Any, shape: t.Any, where: str) -> str:
         if not isinstance(value, list):
             return _instead(value, "a list", where)
         return next(filter(None, (_misfit(one, shape[0], where + "[]") for one in value)), "")
-    # True is a number in Python.
-    if isinstance(value, shape) and (shape is bool or not isinstance(value, bool)):
+    if shape is float and real_number(value, -2e18) > -1e18:
         return ""
-    return _instead(value, {str: "text", int: "a number", bool: "true or false"}[shape], where)
+    # True is a number in Python.
+    if shape is not float and isinstance(value, shape) and (shape is bool or not isinstance(value, bool)):
+        return ""
+    return _instead(value, {str: "text", int: "a number", float: "a number", bool: "true or false"}[shape], where)
 
 
 def _below(where: str, key: t.Any) -> str:

@@ -186,7 +186,7 @@ def _add_facts(card: HostCard, facts: t.Mapping[str, t.Any]) -> None:
             GpuBox(
                 "GPU %s" % gpu.get("index"),
                 str(gpu.get("name") or "GPU"),
-                round(100 * used / total) if known else None,
+                round(max(0.0, min(100.0, 100 * used / total))) if known else None,
                 "%d / %d GiB" % (round(used / 1024), round(total / 1024)) if known else "memory unknown",
                 ", ".join(users.get(str(gpu.get("uuid")), [])),
             )

@@ -12,9 +12,9 @@ import json
 import os
 import typing as t
 
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import returned
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import read_answer
 
 Row = t.Dict[str, t.Any]
 Look = t.Optional[t.Dict[str, t.Any]]
@@ -27,9 +27,11 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
     ``json``) and ``output`` (a file that gets the rows as JSON), and those of the subclass.
 
     Attributes:
+        shape: Of what the module of that task answers.
         options: Argument specification of further options.
     """
 
+    shape: t.ClassVar[t.Any] = None
     options: t.ClassVar[dict[str, dict[str, t.Any]]] = {}
 
     TRANSFERS_FILES = False
@@ -43,8 +45,8 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
         """The rows of one host.
 
         Args:
-            look: What its module returned, or Ansible's word that it failed; None where the task never ran.
-            variables: Of the host; they may hold templates that cannot be resolved.
+            look: As :func:`read_answer` gives it.
+            variables: Of the host; they may hold templates that cannot be resolved, and whatever the host gave as facts.
         """
 
     @abc.abstractmethod
@@ -76,7 +78,7 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
         notes: list[str] = []
         for host in task_vars.get("ansible_play_hosts_all") or []:
             self.variables[str(host)] = variables = task_vars["hostvars"][host]
-            look = self.look(variables, args["variable"])
+            look = read_answer(variables.get(args["variable"]), self.shape)
             rows += self.rows(str(host), look, variables)
             notes += ["%s: %s" % (host, note) for note in (look or {}).get("notes") or []]
         rows = self.ordered(rows)
@@ -88,11 +90,13 @@ class FleetTableBase(ActionBase, abc.ABC):  # type: ignore[misc]  # ansible-core
             write_file(args["output"], json.dumps(rows, indent=2) + "\n")
         return {"changed": False, "rows": rows, **self.conclude(rows, args)}
 
-    @staticmethod
-    def look(variables: t.Mapping[str, t.Any], variable: str) -> Look:
-        """What a task was registered as on a host; None where it never ran."""
-        found = returned(variables.get(variable))
-        return found if isinstance(found, dict) else None
+
+def address_of(host: str, variables: t.Mapping[str, t.Any]) -> str:
+    """Where a host is reached; its name where the inventory does not say."""
+    try:
+        return str(variables.get("ansible_host") or host)
+    except AnsibleError:
+        return host
 
 
 def write_file(path: str, content: str) -> None:

@@ -22,6 +22,8 @@ import typing as t
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._text_table import shorten
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import printable
 
 #: Seconds between two looks when the task does not say; equal to the default of the modules' option.
 DEFAULT_INTERVAL = 5
@@ -30,6 +32,8 @@ REPEAT_AFTER = 60.0
 #: A host that cannot be reached between two looks is tried again after these many seconds; the work goes on without us.
 RECONNECT_PAUSES = (1.0, 2.0, 4.0)
 #: Keys of the protocol that are no part of the task's result.
+#: Characters of a line.
+_WIDTH = 400
 _PROTOCOL_KEYS = ("finished", "progress", "resume")
 
 
@@ -67,7 +71,8 @@ class ProgressActionBase(ActionBase):  # type: ignore[misc]  # ansible-core ship
             began = time.monotonic()
             result = self._call(args, task_vars) if resume is None else self._call_again(args, task_vars)
             changed = changed or bool(result.get("changed"))
-            warnings += [entry for entry in result.get("warnings") or [] if entry not in warnings]
+            more = result.get("warnings")
+            warnings += [entry for entry in (more if isinstance(more, list) else []) if entry not in warnings]
             if result.get("failed") or result.get("finished") is not False:
                 break
             resume = result.get("resume") or {}
@@ -94,7 +99,7 @@ class ProgressActionBase(ActionBase):  # type: ignore[misc]  # ansible-core ship
         """The line to show for a module's ``progress``; empty shows nothing."""
         if isinstance(progress, dict):
             progress = progress.get("text")
-        return " ".join(str(progress or "").split())
+        return printable(shorten(str(progress or ""), _WIDTH))
 
     def _interval(self) -> float:
         try:
