@@ -178,3 +178,13 @@ def test_first_call_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AnsibleConnectionFailure):
         run()
     assert len(run.calls) == 1
+
+
+def test_what_a_host_shows_is_one_line_that_steers_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = slice_("a\r\n[gpu02] ready \x1b[2J\x9b31m\ud800" + "x" * 1_000_000, warnings="text")
+    run = Run(monkeypatch, [odd, slice_("", progress=[1], resume=7, warnings={"a": 1}), {"changed": False}])
+    assert run() == {"changed": False}
+    first, second = run.lines
+    assert first.startswith("[gpu01] a [gpu02] ready \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}31m")
+    assert len(first) < 500
+    assert second == "[gpu01] [1]"
