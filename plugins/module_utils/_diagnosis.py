@@ -18,8 +18,8 @@ from ._errors import FleetError
 from ._failure_causes import xid_signature
 from ._failure_signatures import Signature
 from ._findings import FAILED, NOTED, WARNED, Diagnosis, Finding
-from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import gpu_health
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_loss import LOST_TEXT, lost_gpus
 from ._gpu_loss import REMEDY as LOST_REMEDY
 from ._health_target import HealthTarget, parse_targets

@@ -10,7 +10,7 @@ import re
 import typing as t
 
 from ._errors import FleetError
-from ._gpu import Holder
+from ._gpu_holders import Holder
 from ._host import Host
 from ._systemd import unit_properties
 from ._untrusted import json_object, strings

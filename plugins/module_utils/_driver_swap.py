@@ -12,8 +12,8 @@ import typing as t
 
 from ._driver_clients import CLIENT_UNITS, DAEMONS, RECORD, UNLOAD_ORDER, idle_daemons, read_record
 from ._errors import FleetError
-from ._gpu import loaded_modules, observe_loaded_driver
 from ._host import Host
+from ._loaded_driver import loaded_modules, observe_loaded_driver
 
 _STOP_TIMEOUT = 90.0  # seconds for one systemctl call
 LOAD_TIMEOUT = 180.0  # seconds; eight GPUs take half a minute

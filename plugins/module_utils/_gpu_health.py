@@ -14,7 +14,8 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._gpu import Gpu, GpuInventory
+from ._gpu import Gpu
+from ._gpu_inventory import GpuInventory
 from ._kernel_log import KernelLine
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict
 from ._xid_errors import XID_APPLICATION, XID_ERRORS, XID_FATAL, XID_LINE, XID_NOTES

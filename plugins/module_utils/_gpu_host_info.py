@@ -18,8 +18,10 @@ from . import _host_services
 from ._docker_api import DockerApi
 from ._driver_clients import is_client
 from ._errors import FleetError
-from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
+from ._gpu_holders import driver_holders
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
+from ._loaded_driver import loaded_modules
 from ._nouveau import BLACKLIST
 from ._nvidia_driver_packages import QUERY_PATTERNS, to_hold, user_space_version
 from ._nvidia_driver_state import on_disk_version

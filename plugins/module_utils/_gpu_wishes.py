@@ -10,7 +10,8 @@ import typing as t
 from dataclasses import replace
 
 from ._errors import FleetError
-from ._gpu import Gpu, GpuInventory
+from ._gpu import Gpu
+from ._gpu_inventory import GpuInventory
 from ._gpu_placement import Wish
 from ._host import Host
 from ._nim_downloads import needs_download

@@ -18,7 +18,7 @@ from ._dnf import DNF_REPOSITORIES
 from ._docker_api import DockerApi
 from ._driver_clients import is_client
 from ._errors import FleetError
-from ._gpu import driver_holders
+from ._gpu_holders import driver_holders
 from ._host import Host
 from ._nim_models import is_system_directory
 from ._nim_paths import (

@@ -16,7 +16,7 @@ from ._docker_daemon_planner import DaemonPlanner
 from ._docker_engine_planner import EnginePlanner
 from ._docker_group import DockerGroup
 from ._errors import FleetError
-from ._gpu import observe_gpus
+from ._gpu_inventory import observe_gpus
 from ._health_target import parse_targets
 from ._host import CommandResult, FileStat, Host
 from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner

@@ -17,8 +17,8 @@ from ._background import RUNNING
 from ._disk_space import amount, check_space, file_systems
 from ._docker_api import DockerApi
 from ._errors import FleetError
-from ._gpu import GpuInventory, observe_gpus
 from ._gpu_health import KERNEL_LINES, gpu_health
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_wishes import gpus_of
 from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, plan_host

@@ -11,7 +11,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._gpu import parse_cgroup
+from ._gpu_holders import parse_cgroup
 from ._host import Host
 from ._nim_models import addresses_overlap
 from ._untrusted import is_digits

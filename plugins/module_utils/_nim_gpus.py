@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ._gpu import observe_gpus
+from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nim_paths import CONFIGURATION_DIRECTORY
 from ._untrusted import json_object

@@ -20,7 +20,8 @@ from ._docker_registries import Registries
 from ._dockerd import version_tuple
 from ._driver_branches import branch_of_version, cuda_of_branch
 from ._errors import FleetError
-from ._gpu import Gpu, GpuInventory, observe_gpus
+from ._gpu import Gpu
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_wishes import check_named_profile, device_ids, gpus_of
 from ._host import Host
 from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress

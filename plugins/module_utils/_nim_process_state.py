@@ -13,7 +13,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._gpu import parse_cgroup
+from ._gpu_holders import parse_cgroup
 from ._host import Host
 from ._nim_unit_docker import SPEC_LABEL
 from ._untrusted import json_object, real_number, whole_number

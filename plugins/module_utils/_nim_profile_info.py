@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
-from ._gpu import Gpu, GpuInventory, observe_gpus
+from ._gpu import Gpu
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_placement import Wish, place
 from ._gpu_smoke_test import explain_failure
 from ._gpu_wishes import device_ids, given_gpus

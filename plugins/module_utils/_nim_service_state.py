@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from ._disk_space import FileSystem, Need, file_systems, used_bytes
 from ._docker_api import DockerApi
 from ._errors import FleetError
-from ._gpu import Gpu, GpuInventory, observe_gpus, parse_cgroup
+from ._gpu import Gpu
 from ._gpu_health import KERNEL_LINES, complaint, gpu_health, needs_kernel_log
+from ._gpu_holders import parse_cgroup
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_loss import last_daemon_reload, lost_gpus
 from ._gpu_placement import Wish, topology_matters
 from ._gpu_topology import Topology, observe_topology

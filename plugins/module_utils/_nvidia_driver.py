@@ -23,7 +23,8 @@ from ._driver_transaction import (
     switch_stream,
 )
 from ._errors import FleetError
-from ._gpu import driver_holders, observe_gpus
+from ._gpu_holders import driver_holders
+from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nouveau import write_blacklist
 from ._nvidia_driver_packages import QUERY_PATTERNS, PackagePlan, foreign_packages, is_driver_package, to_hold

@@ -22,8 +22,10 @@ from ._driver_branches import (
 )
 from ._driver_clients import foreign_holders, in_use_error, in_use_message
 from ._errors import FleetError
-from ._gpu import GpuInventory, driver_holders, loaded_modules, observe_gpus
+from ._gpu_holders import driver_holders
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
+from ._loaded_driver import loaded_modules
 from ._nouveau import BLACKLIST, BLACKLIST_CONTENT
 from ._nvidia_driver_packages import (
     QUERY_PATTERNS,

@@ -11,8 +11,10 @@ import json
 from ._driver_clients import UNLOAD_ORDER, foreign_holders, in_use_error
 from ._driver_swap import LOAD_TIMEOUT, load_failure, start_clients, stop_clients, unload_modules
 from ._errors import FleetError
-from ._gpu import driver_holders, observe_gpus, observe_loaded_driver
+from ._gpu_holders import driver_holders
+from ._gpu_inventory import observe_gpus
 from ._host import Host
+from ._loaded_driver import observe_loaded_driver
 from ._nvidia_driver_reload_planner import REBOOT_MARKER, ReloadPlanner, ReloadState, observe_reload
 from ._nvlink_fabric import FABRIC_TIMEOUT, wait_for_fabric
 from ._resource import Change, Resource

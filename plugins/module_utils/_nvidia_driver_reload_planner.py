@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from ._driver_clients import UNLOAD_ORDER, foreign_holders, idle_daemons, in_use_error, in_use_message, read_record
 from ._errors import FleetError
-from ._gpu import GpuInventory, Holder, LoadedDriver, driver_holders, loaded_modules, observe_gpus
+from ._gpu_holders import Holder, driver_holders
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
+from ._loaded_driver import LoadedDriver, loaded_modules
 from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
 from ._nvidia_driver_state import on_disk_version
 from ._nvlink_fabric import FABRIC_TIMEOUT, joining

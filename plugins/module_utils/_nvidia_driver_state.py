@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ._driver_branches import branch_of_version
 from ._errors import FleetError
-from ._gpu import GpuInventory, Holder
+from ._gpu_holders import Holder
+from ._gpu_inventory import GpuInventory
 from ._host import Host
 from ._nvidia_driver_packages import Wish, user_space_version
 from ._os_release import OsRelease

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from ._gpu import GpuInventory, parse_smi
+from ._gpu import parse_smi
+from ._gpu_inventory import GpuInventory
 from ._host import Host
 from ._systemd import unit_properties
 from ._untrusted import whole_number

@@ -21,7 +21,9 @@ import traceback
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, driver_holders, observe_gpus
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import driver_holders
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host

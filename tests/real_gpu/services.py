@@ -13,8 +13,10 @@ import typing as t
 import urllib.request
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, driver_holders, observe_gpus
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import driver_holders
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image

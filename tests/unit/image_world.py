@@ -11,9 +11,10 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import Slice, advance
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_image import RegistryImage
 from fake_host import FakeHost

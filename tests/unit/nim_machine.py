@@ -11,7 +11,9 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_service_state
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     UNIT_DIRECTORY,

@@ -13,9 +13,11 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import _diagnosis
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._diagnosis import diagnose
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._findings import Diagnosis, Finding
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import Finding as PlanFinding
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import HostPlan, Planned
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change, Disruption
 from health_world import Nim, World, check, word

@@ -8,19 +8,16 @@ import pathlib
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._disk_space import mount_of, mount_points
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import (
-    architecture_of_device,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import normalise_bdf, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import architecture_of_device
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import gpu_health, parse_xids
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import (
     container_name,
     driver_holders,
-    loaded_modules,
-    normalise_bdf,
-    observe_gpus,
     parse_cgroup,
-    parse_driver_version,
-    parse_smi,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import gpu_health, parse_xids
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_topology import parse_topology
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import KernelLine
@@ -29,6 +26,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._listeners import (
     listening_sockets,
     own_addresses,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import loaded_modules, parse_driver_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import observe_units, parse_time
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._secure_boot import secure_boot_enabled

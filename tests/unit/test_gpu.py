@@ -8,17 +8,15 @@ import json
 import pathlib
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import (
-    architecture_of_device,
-    driver_holders,
-    normalise_bdf,
-    observe_gpus,
-    observe_loaded_driver,
-    parse_cgroup,
-    parse_driver_version,
-    parse_smi,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import normalise_bdf, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import architecture_of_device
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import driver_holders, parse_cgroup
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import (
+    observe_loaded_driver,
+    parse_driver_version,
+)
 from fake_host import FakeHost
 
 OPEN = (

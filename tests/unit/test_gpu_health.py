@@ -8,20 +8,17 @@ import pathlib
 import re
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import (
-    GpuInventory,
-    LoadedDriver,
-    PciGpu,
-    observe_gpus,
-    parse_smi,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_health import (
     Xid,
     gpu_health,
     needs_kernel_log,
     parse_xids,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory, observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._kernel_log import KernelLine
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
     REFUSED,

@@ -10,7 +10,9 @@ import pathlib
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from nim_machine import DIGEST, LLAMA, NEMO, Machine, failure, llama, nemo
 
 EIGHT = parse_smi((pathlib.Path(__file__).parent / "fixtures/nvidia-smi/h200-x8.xml").read_text())[2]

@@ -22,7 +22,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_registries i
     with_daemon_options,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import HostPlan, Planned
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight import (
     JUDGED,
@@ -31,6 +33,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_preflight impo
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import RECORD
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import pull_job_id
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest

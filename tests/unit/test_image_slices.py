@@ -13,12 +13,13 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import JobStatus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import (
     RECORD,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import advance, forecast
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages, pull_job_id
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
 from ansible_collections.gpu_fleet.nim.plugins.modules import nim_image

@@ -11,7 +11,8 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, GpuInventory, LoadedDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import (
     progress_text,
 )
@@ -23,6 +24,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_record import
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import forecast
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
 from fake_host import FakeHost
 from image_world import (

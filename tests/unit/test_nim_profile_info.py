@@ -17,8 +17,11 @@ import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_image, _nim_profile_info
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import GpuInventory, LoadedDriver, PciGpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference import ImageReference
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_info import ProfileInfo
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._wanted_images import wanted_images
 from ansible_collections.gpu_fleet.nim.plugins.modules import nim_profile_info

@@ -11,12 +11,10 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import (
-    GpuInventory,
-    LoadedDriver,
-    PciGpu,
-    parse_smi,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import LoadedDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import UNIT_DIRECTORY
 from nim_machine import (
     FIB_TRIE,
