@@ -25,7 +25,7 @@ from ansible_collections.gpu_fleet.nim.plugins.action import (
     gpu_host_diagnosis,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import check_archive, unwrap, wrap
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import LARGEST, check_archive, unwrap, wrap
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._untrusted import MapOf, OneOf
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils import _answers
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import BAD_ANSWER, read_answer
@@ -325,25 +325,26 @@ def test_a_bundle_is_what_was_wrapped() -> None:
     assert content == GOOD
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no archive",
-        GOOD[:-20],
-        gzip.compress(b"no archive at all" * 100),
-        gzip.compress(b"\0" * 70_000_000),
-        packed(entry("../../etc/cron.d/x")),
-        packed(entry("/etc/cron.d/x")),
-        packed(entry("x/../../y")),
-        packed(entry("x/\x1b[2J")),
-        packed(entry("x", tarfile.SYMTYPE, "/etc/passwd")),
-        packed(entry("x", tarfile.LNKTYPE, "/etc/passwd")),
-        packed(entry("x", tarfile.CHRTYPE)),
-        packed(entry("x", tarfile.FIFOTYPE)),
-    ],
-)
-def test_an_archive_that_is_not_safe_to_open_is_refused(content: bytes) -> None:
+BAD: dict[str, t.Callable[[], bytes]] = {
+    "empty": lambda: b"",
+    "text": lambda: b"no archive",
+    "cut off": lambda: GOOD[:-20],
+    "another thing packed": lambda: gzip.compress(b"no archive at all" * 100),
+    "far too large": lambda: gzip.compress(b"\0" * 70_000_000, 1),
+    "above": lambda: packed(entry("../../etc/cron.d/x")),
+    "absolute": lambda: packed(entry("/etc/cron.d/x")),
+    "above in the middle": lambda: packed(entry("x/../../y")),
+    "name that steers a terminal": lambda: packed(entry("x/\x1b[2J")),
+    "link": lambda: packed(entry("x", tarfile.SYMTYPE, "/etc/passwd")),
+    "hard link": lambda: packed(entry("x", tarfile.LNKTYPE, "/etc/passwd")),
+    "device": lambda: packed(entry("x", tarfile.CHRTYPE)),
+    "pipe": lambda: packed(entry("x", tarfile.FIFOTYPE)),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_archive_that_is_not_safe_to_open_is_refused(what: str) -> None:
+    content = BAD[what]()
     with pytest.raises(FleetError, match="no support bundle and was not stored") as caught:
         check_archive(content)
     assert caught.value.reason == "bundle_failed"
@@ -417,7 +418,7 @@ def test_a_bundle_is_stored_under_a_name_of_the_controller(bundled: Bundled) -> 
         {"content": "YWJj", "salt": 10**400},
         {"content": "YWJj", "salt": -1},
         {"content": {"a": 1}, "salt": 0},
-        {"content": "A" * 150_000_000, "salt": 0},
+        {"content": "A" * 4 * LARGEST, "salt": 0},
     ],
 )
 def test_what_is_no_bundle_is_told_and_not_stored(archive: t.Any, bundled: Bundled) -> None:
