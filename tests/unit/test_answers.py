@@ -24,8 +24,9 @@ from ansible_collections.gpu_fleet.nim.plugins.action import (
     fleet_status,
     gpu_host_diagnosis,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _support_bundle
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import LARGEST, check_archive, unwrap, wrap
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import check_archive, unwrap, wrap
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._untrusted import MapOf, OneOf
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils import _answers
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import BAD_ANSWER, read_answer
@@ -418,7 +419,6 @@ def test_a_bundle_is_stored_under_a_name_of_the_controller(bundled: Bundled) -> 
         {"content": "YWJj", "salt": 10**400},
         {"content": "YWJj", "salt": -1},
         {"content": {"a": 1}, "salt": 0},
-        {"content": "A" * 4 * LARGEST, "salt": 0},
     ],
 )
 def test_what_is_no_bundle_is_told_and_not_stored(archive: t.Any, bundled: Bundled) -> None:
@@ -427,6 +427,12 @@ def test_what_is_no_bundle_is_told_and_not_stored(archive: t.Any, bundled: Bundl
     assert result["msg"].count("\n") == 0
     result["msg"].encode("ascii")
     assert not bundled.folder.exists()
+
+
+def test_a_bundle_is_measured_before_it_is_unwrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_support_bundle, "LARGEST", 100)
+    with pytest.raises(FleetError, match="larger than any bundle"):
+        unwrap({"content": "!" * 201, "salt": 0})
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(
