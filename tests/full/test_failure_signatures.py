@@ -146,14 +146,14 @@ def test_login_with_a_key_that_has_expired(refused: dict[str, Any]) -> None:
 
 def test_tls_interception(theatre: Theatre) -> None:
     """reg-70: what stands in between signs with an authority that the host does not know."""
-    certificate = "/usr/local/share/ca-certificates/sandbox.crt"
+    certificate = "/usr/local/share/ca-certificates/gpu-fleet-sandbox.crt"
     host = theatre.host
     host.run("mv %s /root/ && update-ca-certificates --fresh >/dev/null 2>&1" % certificate)
     try:
         hosts = {"refusal-tls": {**theatre.connection, "wanted": REFUSALS[0].image, "key": ""}}
         run = theatre.fleet.attempt(REGISTRY, inventory={"refusals": {"hosts": hosts}, "logins": {"hosts": {}}})
     finally:
-        host.run("mv /root/sandbox.crt %s && update-ca-certificates --fresh >/dev/null 2>&1" % certificate)
+        host.run("mv /root/gpu-fleet-sandbox.crt %s && update-ca-certificates --fresh >/dev/null 2>&1" % certificate)
     result = run.of("refusal-tls")[-1]["result"]
     assert result["failed"] and result["reason"] == "tls_error", result
     assert "certificate" in result["msg"] and "CA" in result["msg"], result["msg"]

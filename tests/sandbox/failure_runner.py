@@ -108,8 +108,9 @@ class Theatre:
         found: Json = json.loads(json.dumps(model).replace("@NAME", model["name"]))
         return found
 
-    def deploy(self, models: list[Json]) -> None:
+    def deploy(self, models: list[Json], injection: str = "") -> None:
         """These models and no others, started but not waited for."""
+        injection = injection or self.injection
         wanted = {model["name"] for model in models}
         gone = [
             {"name": name, "image": PUBLIC, "port": 9000 + number, "state": "absent"}
@@ -119,12 +120,12 @@ class Theatre:
         variables = {
             "nim_models": models + gone,
             "nim_wait": False,
-            "nim_gpu_injection": self.injection,
-            "nvidia_container_toolkit_cdi": self.injection == "cdi",
+            "nim_gpu_injection": injection,
+            "nvidia_container_toolkit_cdi": injection == "cdi",
             "ngc_api_key": self.key,
         }
         inventory = {"gpu_hosts": {"hosts": {self.host.name: {}}, "vars": variables}}
-        options = ["--tags", "nvidia_container_toolkit,docker,nim" if self.injection == "cdi" else "nim"]
+        options = ["--tags", "nvidia_container_toolkit,docker,nim" if injection == "cdi" else "nim"]
         options += ["--limit", self.host.name]
         self.fleet.site(*options, inventory=inventory, environment={"NGC_API_KEY": self.key})
 
@@ -171,10 +172,9 @@ class Theatre:
 
     def breaks(self, situations: Sequence[Situation], injection: str) -> dict[str, Seen]:
         """One model that runs; the host is broken in one way after the other, the unit starts again, health is asked."""
-        self.injection = injection
         # The sandbox's hosts cannot raise limits.
         model = self.model(Situation("victim", options={"ulimits": {}}), 0)
-        self.deploy([model])
+        self.deploy([model], injection)
         found = {}
         for situation in situations:
             began = time.time()
