@@ -38,6 +38,7 @@ from .common import (
 SOCKET = ROOT / "docker.sock"
 PIDFILE = ROOT / "dockerd.pid"
 STATE = ROOT / "state.json"
+NETWORKS = pathlib.Path("/sys/class/net")
 DATA = ROOT / "docker"
 EXEC_ROOT = ROOT / "run"
 LOG = ROOT / "dockerd.log"
@@ -160,10 +161,7 @@ def start() -> None:
     if len(str(EXEC_ROOT)) > 70:
         raise SandboxError("path %s is too long for sockets; use a shorter path for the checkout" % EXEC_ROOT)
     if _link_exists() and docker_is_elsewhere():
-        raise SandboxError(
-            "network interface %s exists already: another sandbox runs on this machine; stop it there first "
-            "(sandbox.py down), or remove the interface (ip link del %s)" % (BRIDGE, BRIDGE)
-        )
+        _remove_dead_link()
     # What a dockerd that died (or the machine, without warning) left behind would be taken for living.
     _end_cgroup()
     shutil.rmtree(EXEC_ROOT, ignore_errors=True)
@@ -213,6 +211,23 @@ def start() -> None:
 def docker_is_elsewhere() -> bool:
     """True when the bridge on this machine is not the one of this checkout's engine."""
     return not (pid() or STATE.exists())
+
+
+def _remove_dead_link() -> None:
+    """Remove the bridge of another checkout's sandbox when that one was killed without `down`; a living one is refused.
+
+    A living one has processes in its cgroup, or hosts on its bridge.
+    """
+    groups = _cgroup2().glob("gpu-fleet-sandbox-*/cgroup.events")
+    living = [str(path.parent) for path in groups if "populated 1" in path.read_text()]
+    hosts = sorted(path.name for path in (NETWORKS / BRIDGE / "brif").glob("*"))
+    if living or hosts:
+        raise SandboxError(
+            "network interface %s exists already: another sandbox runs on this machine (%s); stop it there first "
+            "(sandbox.py down)" % (BRIDGE, ", ".join(living + hosts))
+        )
+    with step("removing the network interface %s that a sandbox which was killed has left" % BRIDGE):
+        run(["ip", "link", "del", BRIDGE])
 
 
 def _log_tail() -> str:
@@ -300,17 +315,21 @@ def stop(keep_images: bool) -> None:
                         break
                     time.sleep(0.1)
     _end_cgroup()
-    if _link_exists() and not docker_is_elsewhere():
+    if not docker_is_elsewhere():  # else the interface, the rules and the switch are another sandbox's
+        _restore_network()
+    for path in (SOCKET, PIDFILE, STATE, ROOT / "daemon.json"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(EXEC_ROOT, ignore_errors=True)
+
+
+def _restore_network() -> None:
+    if _link_exists():
         run(["ip", "link", "del", BRIDGE], check=False)
     _pass_other_firewall_safely()
     if shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin") is not None:
         run(["nft", "delete", "table", "ip", NFT_TABLE], check=False)
-    state = read_json(STATE, {})
-    if state.get("ip_forward") == "0":
+    if read_json(STATE, {}).get("ip_forward") == "0":
         pathlib.Path("/proc/sys/net/ipv4/ip_forward").write_text("0\n")
-    for path in (SOCKET, PIDFILE, STATE, ROOT / "daemon.json"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(EXEC_ROOT, ignore_errors=True)
 
 
 def _pass_other_firewall_safely() -> None:

@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The sandbox's engine: what another checkout's sandbox left behind, and what is still its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
+from fleet_sandbox import engine
+from fleet_sandbox.common import SandboxError
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with the bridge of another checkout's sandbox; what is run there."""
+    (tmp_path / "net" / engine.BRIDGE / "brif").mkdir(parents=True)
+    (tmp_path / "cgroup" / "gpu-fleet-sandbox-abc123").mkdir(parents=True)
+    (tmp_path / "cgroup" / "gpu-fleet-sandbox-abc123" / "cgroup.events").write_text("populated 0\nfrozen 0\n")
+    commands = []
+    monkeypatch.setattr(engine, "NETWORKS", tmp_path / "net")
+    monkeypatch.setattr(engine, "_cgroup2", lambda: tmp_path / "cgroup")
+    monkeypatch.setattr(engine, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(engine, "ROOT", tmp_path / "sandbox")
+    monkeypatch.setattr(engine, "STATE", tmp_path / "sandbox" / "state.json")
+    monkeypatch.setattr(engine, "PIDFILE", tmp_path / "sandbox" / "pid")
+    monkeypatch.setattr(engine, "EXEC_ROOT", tmp_path / "sandbox" / "exec")
+    monkeypatch.setattr(engine, "SOCKET", tmp_path / "sandbox" / "socket")
+    return tmp_path, commands
+
+
+def test_the_bridge_of_a_sandbox_that_was_killed_is_removed(machine):
+    engine._remove_dead_link()
+    assert machine[1] == [["ip", "link", "del", engine.BRIDGE]]
+
+
+def test_a_sandbox_with_processes_is_refused(machine):
+    (machine[0] / "cgroup/gpu-fleet-sandbox-abc123/cgroup.events").write_text("populated 1\nfrozen 0\n")
+    with pytest.raises(SandboxError, match=r"another sandbox runs on this machine .*abc123"):
+        engine._remove_dead_link()
+    assert machine[1] == []
+
+
+def test_a_sandbox_with_hosts_on_the_bridge_is_refused(machine):
+    (machine[0] / "net" / engine.BRIDGE / "brif" / "veth1").touch()
+    with pytest.raises(SandboxError, match=r"another sandbox runs on this machine .*veth1"):
+        engine._remove_dead_link()
+    assert machine[1] == []
+
+
+def test_down_leaves_the_network_of_another_sandbox(machine):
+    engine.stop(keep_images=False)
+    assert machine[1] == []
