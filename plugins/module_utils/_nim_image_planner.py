@@ -233,7 +233,10 @@ class ImagesPlanner(Planner[ImagesState]):
         )
 
     def _plan_foreign(self, image: ImageState) -> Change:
-        """The name, or what it was pinned to, is another machine's image: it could never run here, so no pin is kept."""
+        """The name, or what it was pinned to, is another machine's image.
+
+        A pin to that image is not kept, as it could never run here; one to an image that is gone is.
+        """
         if self.pull == PULL_NEVER:
             raise FleetError(
                 "architecture",
@@ -242,14 +245,17 @@ class ImagesPlanner(Planner[ImagesState]):
                 image=str(image.wanted.reference),
                 architecture=image.foreign,
             )
+        pinned, local_id = image.pinned, str((image.local or {}).get("Id", ""))
+        good = pinned is not None and pinned.digest and pinned.image_id != local_id
+        reference = image.source.with_digest(pinned.digest) if pinned and good else image.source
         return Change(
             self.name,
             "image %s" % image.wanted.reference,
-            str((image.local or {}).get("Id", "")),
-            image.source.digest or "the digest of tag %s" % image.source.tag,
+            local_id,
+            reference.digest or "the digest of tag %s" % reference.tag,
             "the one on the host is built for %s" % image.foreign,
             action="pull",
-            data={"image": image, "reference": image.source},
+            data={"image": image, "reference": reference},
         )
 
     def _plan_absent(self, image: ImageState) -> t.Optional[Change]:

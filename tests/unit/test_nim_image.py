@@ -162,6 +162,17 @@ def test_an_image_for_another_machine_is_pulled_again(world: ImageWorld, pinned:
     assert world.run().changes == []
 
 
+def test_a_name_that_another_machines_image_took_moves_no_pin(world: ImageWorld) -> None:
+    world.run()
+    world.docker.images.clear()
+    world.docker.add(LLAMA, image_id="sha256:" + "8" * 64, architecture="arm64")
+    FakeClient.tags[LLAMA] = NEWER
+    (change,) = world.run().changes
+    assert (change.action, change.after, change.why) == ("pull", DIGEST, "the one on the host is built for arm64")
+    assert pinned_image(world.host, LLAMA).digest == DIGEST  # type: ignore[union-attr]
+    assert world.run().changes == []
+
+
 def test_an_image_for_another_machine_is_refused_where_nothing_may_be_pulled(world: ImageWorld) -> None:
     world.docker.add(LLAMA, architecture="arm64")
     with pytest.raises(FleetError, match=r"built for arm64.*load the one for this host") as error:
