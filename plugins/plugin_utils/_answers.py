@@ -28,6 +28,8 @@ BAD_ANSWER = "bad_answer"
 _LARGEST = 4_000_000
 _MESSAGE = 4000
 
+#: What the table itself reads of every answer.
+_NOTES = {"notes": [str]}
 #: What is read of the answer of gpu_host_plan.
 PLAN = {
     "gpu": bool,
@@ -38,7 +40,7 @@ PLAN = {
         }
     ],
     "errors": [dict.fromkeys(("resource", "reason", "message", "after"), str)],
-    "notes": [str],
+    **_NOTES,
 }
 #: Of gpu_host_preflight.
 PREFLIGHT = {
@@ -47,7 +49,8 @@ PREFLIGHT = {
             **dict.fromkeys(("check", "message", "remedy", "reason", "gpu", "subject"), str),
             "verdict": OneOf(SEVERITY),
         }
-    ]
+    ],
+    **_NOTES,
 }
 #: Of gpu_host_diagnosis.
 DIAGNOSIS = {
@@ -59,6 +62,7 @@ DIAGNOSIS = {
         }
     ],
     "bundle": str,
+    **_NOTES,
 }
 #: Of gpu_host_info.
 FACTS = {
@@ -84,6 +88,7 @@ FACTS = {
         }
     ],
     "errors": MapOf(str),
+    **_NOTES,
 }
 
 #: Signs that a terminal obeys, that turn the direction of writing, or that no file takes; line ends and tabs are none.

@@ -177,6 +177,7 @@ def test_a_sound_answer_is_no_bad_one(table: str, shown: t.Callable[..., Shown])
         ("plan", ("errors",), 7),
         ("plan", ("notes",), 7),
         ("plan", ("notes",), ["x" * 5_000_000]),
+        ("status", ("notes",), 7),
         ("status", ("gpus",), {"a": 1}),
         ("status", ("gpus", 0, "memory_used_mib"), 10**400),
         ("status", ("nim", 0, "seconds_to_ready"), "soon"),
@@ -189,10 +190,12 @@ def test_a_sound_answer_is_no_bad_one(table: str, shown: t.Callable[..., Shown])
         ("diagnosis", ("findings", 0, "evidence"), 7),
         ("diagnosis", ("findings", 0, "evidence"), [None]),
         ("diagnosis", ("bundle",), 7),
+        ("diagnosis", ("notes",), True),
         ("preflight", ("checks",), 7),
         ("preflight", ("checks", 0, "verdict"), "unreachable"),
         ("preflight", ("checks", 0, "verdict"), None),
         ("preflight", ("checks", 0, "message"), []),
+        ("preflight", ("notes",), [{"a": 1}]),
     ],
 )
 def test_an_answer_of_another_shape_is_a_failure_of_its_host_alone(
