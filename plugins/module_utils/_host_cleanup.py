@@ -115,16 +115,7 @@ class HostCleanup(Resource[CleanupState]):
     def __init__(
         self, *, caches: t.Sequence[str] = (), parts: t.Collection[str] = (), api: DockerApi | None = None
     ) -> None:
-        self.caches = []
-        for path in caches:
-            normal = os.path.normpath(path)
-            if not path.startswith("/") or is_system_directory(normal) or ".." in path.split("/"):
-                raise FleetError(
-                    "invalid_option",
-                    "caches = %r: is no directory that can be a model cache; name the cache_directory of a model."
-                    % path,
-                )
-            self.caches.append(normal)
+        self.caches = [cache_path(path) for path in caches]
         # The toolkit hooks into the engine, and the engine's containers use the driver: top first.
         self.parts = [part for part in ("toolkit", "docker", "driver") if part in parts]
         self.api = api or DockerApi()
@@ -303,6 +294,21 @@ def cache_names(caches: t.Any) -> list[str]:
     return [str(name) for name in caches]
 
 
+def cache_path(path: str, option: str = "caches") -> str:
+    """A directory that may be removed as a model's cache, in its normal form.
+
+    Raises:
+        FleetError: ``invalid_option``.
+    """
+    normal = os.path.normpath(path)
+    if not path.startswith("/") or is_system_directory(normal) or ".." in path.split("/"):
+        raise FleetError(
+            "invalid_option",
+            "%s = %r: is no directory that can be a model cache; name the cache_directory of a model." % (option, path),
+        )
+    return normal
+
+
 def removal_of(
     models: t.Sequence[t.Mapping[str, t.Any]], services: t.Sequence[t.Mapping[str, t.Any]], caches: t.Any
 ) -> dict[str, t.Any]:
@@ -315,6 +321,9 @@ def removal_of(
 
     Returns:
         ``models`` for nim_service, ``images`` for nim_image, ``caches`` as paths.
+
+    Raises:
+        FleetError: ``invalid_option`` for a cache that must not be removed.
     """
     entries: dict[str, str] = {}
     directories: dict[str, str] = {}
@@ -335,8 +344,9 @@ def removal_of(
     return {
         "models": [{"name": name, "image": image, "state": "absent"} for name, image in sorted(entries.items())],
         "images": [{"image": image, "state": "absent"} for image in images],
+        # Judged here, because the services are gone by the time the caches are.
         "caches": [
-            name if name.startswith("/") else directories[name]
+            cache_path(name if name.startswith("/") else directories[name], "remove_caches")
             for name in wanted
             if name[:1] == "/" or name in directories
         ],

@@ -179,6 +179,13 @@ MODELS = [
 SERVICES = [{"name": "b", "image": "nvcr.io/nim/x:0", "cache_directory": "/srv/b"}, {"name": "broken"}]
 
 
+@pytest.mark.parametrize(("cache", "directory"), [("/etc", "/srv/a"), ("/srv/../etc", "/srv/a"), ("a", "/home/ops")])
+def test_a_cache_that_must_stay_is_refused_before_a_service_goes(cache: str, directory: str) -> None:
+    services = [{"name": "a", "image": "x", "cache_directory": directory}]
+    with pytest.raises(AnsibleFilterError, match=r"remove_caches = .* is no directory that can be a model cache"):
+        FilterModule().filters()["removal"](services, {"nim": services}, [cache])
+
+
 def test_removal_of_a_host() -> None:
     found = removal_of(MODELS, SERVICES, "a, b,c,/srv/else")
     assert found["models"] == [
