@@ -455,6 +455,8 @@ class HealthCheck:
 
     def _outcome(self, watches: t.Sequence[Watch], *, finished: bool) -> Outcome:
         now = self.host.time()
+        for watch in watches:
+            watch.failure = watch.failure and watch.failure.masked(self.redactor)
         models = [watch.result if watch.result is not None else self._unready(watch) for watch in watches]
         if finished:
             gpus = gpus_of_services(self.host, [watch.target.name for watch in watches if watch.result is not None])

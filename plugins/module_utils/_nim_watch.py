@@ -12,7 +12,7 @@ was refused).
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ._failure_causes import DOCKER, KERNEL, Match, SignatureBook, best
 from ._failure_signatures import EXIT_CODES
@@ -69,6 +69,10 @@ class Failure:
         match = self.match
         vague = match is None or match.signature.umbrella or match.signature == EXIT_CODES[KILLED]
         return self.exit_code == KILLED and vague
+
+    def masked(self, redactor: Redactor) -> Failure:
+        """The same without secrets: what Docker says of a start may quote arguments and lines of an environment file."""
+        return replace(self, sentence=redactor.text(self.sentence), what=redactor.text(self.what))
 
 
 @dataclass

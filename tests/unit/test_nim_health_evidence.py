@@ -8,10 +8,11 @@ import json
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_signatures import Signature
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_signatures import SIGNATURES, Signature
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import EARLY_SECONDS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 from health_world import Nim, World, check, stamp, word
 
 #: Seconds within which a line that decides must end the wait.
@@ -351,3 +352,27 @@ def test_one_look_at_a_lost_start_says_so(world: World, nim: Nim) -> None:
     outcome, dummy = check(world, [{"name": "a", "port": nim.port}], wait=False)
     assert outcome.failures[0][1].reason == "start_failed"
     assert world.clock == world.start
+
+
+@pytest.mark.parametrize("word_of", ["docker", "wrapper"])
+def test_what_docker_says_of_a_start_is_masked(world: World, nim: Nim, word_of: str) -> None:
+    """Docker quotes lines of an environment file that it cannot read, and arguments that it cannot run."""
+    nim.ready = 503
+    world.files["/etc/nim/ngc.env"] = b"NGC_API_KEY=legacykey0123456789\n"
+    said = "invalid env file (/etc/nim/a.env): variable 'legacykey0123456789 x' contains whitespaces --api-key=colour7"
+    world.unit("a")
+    if word_of == "docker":
+        world.box("a", "exited", ExitCode=127, Error=said)
+    else:
+        word(world, "back_off", 1, said, age=3)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    failure = outcome.failures[0][1]
+    told = json.dumps([outcome.models, outcome.resume, failure.sentence, failure.what])
+    assert "variable '*** x' contains whitespaces --api-key=***" in told
+    assert "legacykey" not in told and "colour7" not in told
+
+
+def test_no_cause_or_remedy_looks_like_a_secret() -> None:
+    for signature in SIGNATURES:
+        sentence = "NIM a did not start: %s; %s." % (signature.cause, signature.remedy)
+        assert scrub(sentence) == sentence
