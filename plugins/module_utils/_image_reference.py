@@ -37,6 +37,12 @@ def _shown(value: t.Any) -> str:
     return "(not shown)" if re.search(r"@(?!sha256:)", text) else text
 
 
+def _scheme(text: str) -> str:
+    """What stands before ``://``, where it is one and no password."""
+    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", text)
+    return found.group(0) if found else "the scheme"
+
+
 @dataclass(frozen=True)
 class ImageReference:
     """A normalised image reference: the registry is always named, and so is a tag or a digest.
@@ -70,7 +76,7 @@ class ImageReference:
             raise _bad(option, _shown(text), "not an image reference", example)
         shown = _shown(text)
         if "://" in text:
-            raise _bad(option, shown, "an image reference has no scheme", "leave %s out" % text.split("://")[0])
+            raise _bad(option, shown, "an image reference has no scheme", "leave %s out" % _scheme(text))
         if re.search(r"\s", text):
             raise _bad(option, shown, "there is white space in the image reference", example)
 
@@ -176,7 +182,7 @@ def check_mirrors(mirrors: t.Any, option: str = "registry_mirrors") -> dict[str,
         for text in (source, target):
             where = "%s[%s]" % (option, _shown(source))
             if isinstance(text, str) and "://" in text:
-                raise _bad(where, _shown(target), "a registry has no scheme", "leave %s out" % text.split("://")[0])
+                raise _bad(where, _shown(target), "a registry has no scheme", "leave %s out" % _scheme(text))
             if not isinstance(text, str) or not _PREFIX_RE.fullmatch(text.rstrip("/")) or not port_exists(text):
                 raise _bad(
                     where,

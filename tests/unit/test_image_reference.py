@@ -145,6 +145,9 @@ def test_credentials_are_not_shown(text: str) -> None:
         lambda: check_mirrors({"nvcr.io": text}),
         lambda: check_mirrors({text: "mirror.example.org"}),
         lambda: check_mirrors({"nvcr.io": "https://" + text}),
+        lambda: check_mirrors({"nvcr.io": text.replace("@", "@https://")}),
+        lambda: ImageReference.parse(text.replace("@", "@https://")),
+        lambda: ImageReference.parse(text.replace("@", "://more@")),
         lambda: check_mirrors([text]),
     ):
         with pytest.raises(FleetError) as caught:
