@@ -54,3 +54,17 @@ def test_a_sandbox_with_hosts_on_the_bridge_is_refused(machine):
 def test_down_leaves_the_network_of_another_sandbox(machine):
     engine.stop(keep_images=False)
     assert machine[1] == []
+
+
+@pytest.mark.parametrize("other", ["dead", "living"])
+def test_down_of_a_sandbox_that_was_killed(machine, other, monkeypatch):
+    (machine[0] / "sandbox").mkdir()
+    engine.STATE.write_text('{"ip_forward": "1"}')
+    monkeypatch.setattr(engine, "_link_exists", lambda: True)
+    monkeypatch.setattr(engine, "_pass_other_firewall_safely", lambda: None)
+    if other == "living":
+        (machine[0] / "cgroup/gpu-fleet-sandbox-abc123/cgroup.events").write_text("populated 1\nfrozen 0\n")
+    engine.stop(keep_images=False)
+    assert (["ip", "link", "del", engine.BRIDGE] in machine[1]) is (other == "dead")
+    assert machine[1] == [] or other == "dead"
+    assert not engine.STATE.exists()

@@ -213,13 +213,18 @@ def docker_is_elsewhere() -> bool:
     return not (pid() or STATE.exists())
 
 
+def _living() -> list[str]:
+    """Cgroups of sandboxes, of whatever checkout, in which processes run."""
+    groups = _cgroup2().glob("gpu-fleet-sandbox-*/cgroup.events")
+    return [str(path.parent) for path in groups if "populated 1" in path.read_text()]
+
+
 def _remove_dead_link() -> None:
     """Remove the bridge of another checkout's sandbox when that one was killed without `down`; a living one is refused.
 
     A living one has processes in its cgroup, or hosts on its bridge.
     """
-    groups = _cgroup2().glob("gpu-fleet-sandbox-*/cgroup.events")
-    living = [str(path.parent) for path in groups if "populated 1" in path.read_text()]
+    living = _living()
     hosts = sorted(path.name for path in (NETWORKS / BRIDGE / "brif").glob("*"))
     if living or hosts:
         raise SandboxError(
@@ -315,7 +320,9 @@ def stop(keep_images: bool) -> None:
                         break
                     time.sleep(0.1)
     _end_cgroup()
-    if not docker_is_elsewhere():  # else the interface, the rules and the switch are another sandbox's
+    # Else the interface, the rules and the switch are another sandbox's, which may have taken them over from this one when
+    # this one had been killed.
+    if not docker_is_elsewhere() and not _living():
         _restore_network()
     for path in (SOCKET, PIDFILE, STATE, ROOT / "daemon.json"):
         path.unlink(missing_ok=True)
