@@ -69,7 +69,7 @@ _SYSTEM_DIRECTORY = re.compile(
     r"/+(?:"
     r"(?:bin|boot|dev|etc|lib|lib32|lib64|libx32|proc|root/\.ssh|run|sbin|sys|usr"
     r"|var/(?:backups|cache/[^/]+|log|mail|run|spool)"
-    r"|var/lib/(?:apt|containerd|containers|dkms|docker|dpkg|gpu_fleet|kubelet|rpm|snapd|systemd|nim/state))(?:/.*)?"
+    r"|var/lib/(?:apt|containerd|containers|dkms|docker|dpkg|gpu_fleet|kubelet|rpm|snapd|systemd|nim/(?:maintenance|state)))(?:/.*)?"
     r"|home(?:/[^/]+(?:/\.ssh(?:/.*)?)?)?|media|mnt|opt|root|srv|tmp|var|var/cache|var/lib|var/lib/nim|var/lib/nim/cache"
     r"|var/opt|var/tmp"
     r")?/?\Z"

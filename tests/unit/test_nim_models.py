@@ -107,6 +107,7 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"cache_directory": "/var/lib/docker/volumes"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/var/lib/nim"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/var/lib/nim/state/llama"}, "nim_models[0].cache_directory", "directory of its own"),
+        ({"cache_directory": "/var/lib/nim/maintenance"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/home/ops"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/home/ops/.ssh"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/root/.ssh"}, "nim_models[0].cache_directory", "directory of its own"),
