@@ -41,10 +41,12 @@ _ORDINARY = (
 
 #: Names that say that their value is secret, as part of an expression (case does not matter). Expressions are compiled when they
 #: are needed first: most looks at a host mask nothing.
-_TELLING_WORDS = (
-    r"[\w.-]{0,64}(?:key(?!s\b|board|ring|word|error|gen)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential"
-    r"|authorization)[\w.-]*"
+_TELLING_WORD = (
+    r"(?:key(?!s\b|board|ring|word|error|gen)|token(?!s|iz)|secret|passw(?:or)?d|passphrase|credential|authorization)"
 )
+_TELLING_WORDS = r"[\w.-]{0,64}" + _TELLING_WORD + r"[\w.-]*"
+#: The end of a name that is longer than that.
+_TELLING_LATE = r"(?<=[\w.-]{64})" + _TELLING_WORD + r"[\w.-]{0,64}"
 #: PWD alone is a directory, and what passes in lower case is mostly a step of a computation.
 _TELLING_CAPITALS = r"(?-i:[A-Z0-9_]{0,64}_(?:PASS|PWD|AUTH|PAT|PIN)(?![A-Za-z0-9])[A-Z0-9_]*)"
 _TELLING = _TELLING_WORDS + "|" + _TELLING_CAPITALS
@@ -144,7 +146,7 @@ _NAMED = (
     r"(?P<keep>(?<!\\)(?P<before>\\[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_ESCAPED_QUOTES % "before",
     r"(?P<keep>(?<!\\)(?P<before>\\{2,}[\"'])-{0,2}(?P<name>%(name)s)=)" + _IN_DEEPER_QUOTES % "before",
     # name=value and name = value anywhere
-    r"(?P<keep>(?P<name>(?<![\w.-])%(words)s|\b%(capitals)s|%(declared)s)[ \t]?=[ \t]?(?!=))%(value)s",
+    r"(?P<keep>(?P<name>(?<![\w.-])%(words)s|%(late)s|\b%(capitals)s|%(declared)s)[ \t]?=[ \t]?(?!=))%(value)s",
     # --name value, "--name", "value", and as items of a YAML list
     r"(?P<keep>(?<![\w.-])--?(?P<name>%(name)s|(?:[\w-]{0,64}-)?(?:pass|pwd))(?:=|[ \t]+(?!-)))%(value)s",
     r"(?P<keep>[\"']--?(?P<name>%(name)s)[\"']\s*,\s*)%(quoted)s",
@@ -174,6 +176,7 @@ def _expressions(names: tuple[str, ...]) -> tuple[t.Pattern[str], ...]:
     parts = {
         "name": "%s|%s" % (_TELLING, declared) if names else _TELLING,
         "words": _TELLING_WORDS,
+        "late": _TELLING_LATE,
         "capitals": _TELLING_CAPITALS,
         "declared": declared,
         "value": _VALUE,

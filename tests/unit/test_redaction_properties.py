@@ -309,3 +309,12 @@ def test_a_name_is_known_wherever_its_word_begins(start: str, middle: str) -> No
     for text in ("%s%s=colour7", "(%s%s=colour7)", "\\%s%s = colour7", "--%s%s=colour7", '\\\\"%s%s\\\\": "colour7"'):
         assert "colour7" not in scrub(text % (start, middle))
     assert "colour7" not in scrub("x.DB_PASS=colour7 --y.DB_PASS=colour7")
+
+
+@pytest.mark.parametrize("long", ["org.example.%s." % ("deep." * 14), "a" * 200 + ".", "-" * 65])
+def test_a_long_name_tells_by_its_end(long: str) -> None:
+    for name in ("password", "api_key", "db.secret", "access-token-2"):
+        for line in ("%s%s=colour7", "at start: %s%s = colour7, and"):
+            assert "colour7" not in scrub(line % (long, name)), (line, name)
+    for harmless in ("max_tokens=40967", "key_file=/etc/colour7", "tokenizer=colour7", "keys=colour7"):
+        assert scrub(long + harmless) == long + harmless
