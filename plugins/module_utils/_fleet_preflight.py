@@ -22,6 +22,9 @@ NOT_LOOKED_AT = "not looked at"
 _ORDER = (OK, UNKNOWN, WARNING, NOT_LOOKED_AT, FAILED, UNREACHABLE, REFUSED)
 _KEYS = ("check", "verdict", "message", "remedy", "reason", "gpu", "subject")
 
+#: Of a host for which nothing was asked.
+_NOTHING = "There was nothing to judge."
+
 COLUMNS = (("HOST", "host"), ("VERDICT", "verdict"), ("CHECK", "check"), ("WHAT AND WHAT TO DO", "text"))
 
 
@@ -37,11 +40,12 @@ def rows_of(host: str, look: t.Mapping[str, t.Any] | None) -> list[Row]:
     message = " ".join(str(look.get("msg") or "").split())
     if look.get("unreachable"):
         return [dict(base, verdict=UNREACHABLE, message=message)]
+    rows = [dict(base, **{key: check.get(key, "") for key in _KEYS}) for check in look.get("checks") or []]
     # A module that was told to fail on refusals has its checks all the same.
-    if look.get("checks") is None:
+    refuses = any(row["verdict"] == REFUSED for row in rows)
+    if look.get("checks") is None or (look.get("failed") and not refuses):
         return [dict(base, verdict=FAILED, message=message, reason=str(look.get("reason") or ""))]
-    rows = [dict(base, **{key: check.get(key, "") for key in _KEYS}) for check in look["checks"]]
-    return rows or [dict(base, verdict=OK, message="There was nothing to judge.")]
+    return rows or [dict(base, verdict=OK, message=_NOTHING)]
 
 
 def _rank(row: Row) -> int:
@@ -77,7 +81,8 @@ def render_table(rows: t.Sequence[Row]) -> str:
         passed = len(own) - len(shown)
         if passed and not shown:
             shown = [dict.fromkeys(("gpu", "subject", "remedy", "check"), "")]
-            shown[0].update(host=host, verdict=OK, message="All %d checks passed." % passed)
+            told = _NOTHING if own[0]["message"] == _NOTHING else "All %d checks passed." % passed
+            shown[0].update(host=host, verdict=OK, message=told)
         for row in shown:
             lines.append([str(row["host"]), str(row["verdict"]), str(row["check"]), _sentence(row)])
     text = text_table([heading for heading, _key in COLUMNS], lines, group=1)

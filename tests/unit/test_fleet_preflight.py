@@ -63,3 +63,15 @@ def test_table() -> None:
     assert "down unreachable Failed to connect to the host" in squeezed
     assert "good ok All 2 checks passed." in squeezed
     assert lines[-1] == "3 of 7 hosts can go on; checks: 1 refused, 2 warning, 1 unknown, 5 ok."
+
+
+def test_a_host_without_a_check_has_passed_none() -> None:
+    text = render_table(rows_of("empty", look()))
+    assert "There was nothing to judge." in text and "passed" not in text
+
+
+def test_a_module_that_failed_without_a_refusal_has_judged_nothing() -> None:
+    for checks in ((), (GOOD,), (WARNED,)):
+        (row,) = rows_of("odd", look(*checks, failed=True, msg="boom"))
+        assert (row["verdict"], row["message"]) == ("look failed", "boom")
+        assert refused([row]) == ["odd"]
