@@ -369,7 +369,8 @@ class _Preflight:
             api=self.api,
         )
         state = service.observe(self.host)
-        if service.injection == "cdi" and state.docker and not state.cdi and not self._cdi_comes():
+        wanted = not service.remove_all and any(model.state != "absent" for model in service.models)
+        if wanted and service.injection == "cdi" and state.docker and not state.cdi and not self._cdi_comes():
             self.found.append(refusal("cdi", FleetError("cdi_off", "Services cannot be set up: " + cdi_problem(state))))
         judged = service.preflight(state)
         self.services_judged = True

@@ -425,6 +425,11 @@ def test_cdi_that_nobody_switches_on(serving: Machine) -> None:
         {"docker_daemon": {"options": {"features": {"cdi": True}}}},
     ):
         assert ("cdi", "", "cdi_off") not in bad(judge(serving.host, {**wanted, **more}, serving.api))
+    # Where nothing is to run, nothing asks for GPUs.
+    for none in (models(gpu_injection="cdi"), models(llama(state="absent"), gpu_injection="cdi")):
+        assert bad(judge(serving.host, none, serving.api)) == []
+    removed = {"nim_service": {**wanted["nim_service"], "state": "absent"}}
+    assert bad(judge(serving.host, removed, serving.api)) == []
 
 
 def test_a_gpu_that_is_not_fit(serving: Machine) -> None:
