@@ -159,6 +159,7 @@ class HealthCheck:
             answers = list(pool.map(lambda watch: http_request(watch.target, "/v1/health/ready"), watches))
         ready: list[tuple[Watch, ContainerState]] = []
         heard: list[KernelLine] | None = None
+        patience: float | None = None
         for watch, given in zip(watches, answers):
             answer = given
             target = watch.target
@@ -211,7 +212,9 @@ class HealthCheck:
                 self._last_words(watch, container, word)
             if watch.failure is not None and watch.failure.unexplained_kill:
                 ids = [state.id for state in (container, downloader) if state]
-                self._who_killed(watch, {*ids, word.container, _id_of(watch.instance)}, KILL_SECONDS if wait else 0.0)
+                # All of them that ended together share one wait.
+                patience = patience or self.host.monotonic() + (KILL_SECONDS if wait else 0.0)
+                self._who_killed(watch, {*ids, word.container, _id_of(watch.instance)}, patience)
             self._name_port_holder(watch)
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             list(pool.map(lambda pair: self._confirm(pair[0], pair[1], record=record), ready))
@@ -316,9 +319,8 @@ class HealthCheck:
 
         Args:
             containers: Ids of those that may have been killed.
-            patience: Seconds.
+            patience: Until when, in seconds of the monotonic clock.
         """
-        end = self.host.monotonic() + patience
         while True:
             lines = read_kernel_log(self.host, watch.since - FRESH_SECONDS) or []
             for event in kernel_events(lines):
@@ -329,7 +331,7 @@ class HealthCheck:
             if any(state is not None and state.oom_killed for state in states):
                 watch.explain(known=Match(OUT_OF_MEMORY, "", source=DOCKER))
                 return
-            if self.host.monotonic() >= end:
+            if self.host.monotonic() >= patience:
                 return
             self.host.sleep(DECIDING_POLL_SECONDS)
 

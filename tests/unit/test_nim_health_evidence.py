@@ -165,6 +165,18 @@ def test_a_kill_of_which_nobody_knows_is_said_so_soon(world: World, starting: t.
     assert world.clock - world.start - 9.3 <= AT_ONCE - 2
 
 
+def test_kills_of_several_at_once_are_waited_for_once(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    names = ["a%d" % number for number in range(8)]
+    for name in names:
+        world.unit(name)
+        world.box(name, box_id=name)
+    world.at(9.3, lambda: [world.end(name, ExitCode=137) for name in names])
+    outcome, dummy = check(world, [{"name": name, "port": nim.port} for name in names])
+    assert [failure.signature for _target, failure in outcome.failures] == ["eng-28c"] * 8
+    assert world.clock - world.start - 9.3 <= AT_ONCE - 2
+
+
 def test_an_explained_end_waits_for_no_witness(world: World, starting: t.Any) -> None:
     world.at(9.3, lambda: (world.log("a", "Unknown RoPE scaling type x"), world.end("a", ExitCode=137)))
     outcome, dummy = starting()
