@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import dataclasses
 import os
@@ -292,6 +293,21 @@ def cache_names(caches: t.Any) -> list[str]:
             "invalid_option", "remove_caches = %r: is no list; write names of models with commas." % (caches,)
         )
     return [str(name) for name in caches]
+
+
+def listed_models(models: t.Any) -> list[t.Mapping[str, t.Any]]:
+    """``nim_models`` as a list of mappings; None is an empty one.
+
+    Raises:
+        FleetError: ``invalid_option``; the value is not shown, as it may hold secrets.
+    """
+    found = [] if models is None else models
+    if not isinstance(found, (list, tuple)) or not all(isinstance(model, collections.abc.Mapping) for model in found):
+        raise FleetError(
+            "invalid_option",
+            "nim_models = (not shown): must be a list of models; write each model as one list entry, or leave it out.",
+        )
+    return list(found)
 
 
 def cache_path(path: str, option: str = "caches") -> str:

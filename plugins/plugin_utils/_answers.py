@@ -81,7 +81,7 @@ FACTS = {
     "pci_gpus": [{"architecture": str}],
     "nim": [
         {
-            **dict.fromkeys(("name", "image", "digest", "state", "url", "model_id", "message"), str),
+            **dict.fromkeys(("name", "image", "digest", "cache_directory", "state", "url", "model_id", "message"), str),
             **dict.fromkeys(("port", "seconds_to_ready"), float),
             "ready": bool,
             "gpus": [str],

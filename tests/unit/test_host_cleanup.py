@@ -207,3 +207,24 @@ def test_filters() -> None:
     with pytest.raises(AnsibleFilterError, match="write names of models with commas"):
         filters["removal"]([], {}, {"a": 1})
     assert unknown_caches(None, []) == []
+
+
+@pytest.mark.parametrize("models", ["abc", ["a"], {"a": 1}, [None], 7])
+def test_what_is_no_list_of_models_is_refused_in_words(models: t.Any) -> None:
+    filters = FilterModule().filters()
+    for ask in (
+        lambda: filters["removal"](models, {"nim": []}),
+        lambda: filters["unknown_caches"](["a"], [{"nim_models": models}], "look"),
+    ):
+        with pytest.raises(AnsibleFilterError, match=r"nim_models = .*must be a list of models; write each"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "look", [{"nim": 7}, {"nim": [5]}, {"nim": [{"name": {"a": 1}}]}, {"nim": [{"cache_directory": 5}]}]
+)
+def test_an_odd_answer_of_a_host_is_a_matter_of_that_host(look: t.Any) -> None:
+    filters = FilterModule().filters()
+    with pytest.raises(AnsibleFilterError, match="answer is none of the module's"):
+        filters["removal"]([], look)
+    assert filters["unknown_caches"](["a", "b"], [{"look": look}, {"look": {"nim": SERVICES}}], "look") == ["a"]
