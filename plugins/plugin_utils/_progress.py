@@ -31,9 +31,9 @@ DEFAULT_INTERVAL = 5
 REPEAT_AFTER = 60.0
 #: A host that cannot be reached between two looks is tried again after these many seconds; the work goes on without us.
 RECONNECT_PAUSES = (1.0, 2.0, 4.0)
+#: Characters of a line; a host with eight models, each in its phase, needs six hundred.
+_WIDTH = 2000
 #: Keys of the protocol that are no part of the task's result.
-#: Characters of a line.
-_WIDTH = 400
 _PROTOCOL_KEYS = ("finished", "progress", "resume")
 
 

@@ -186,5 +186,12 @@ def test_what_a_host_shows_is_one_line_that_steers_no_terminal(monkeypatch: pyte
     assert run() == {"changed": False}
     first, second = run.lines
     assert first.startswith("[gpu01] a [gpu02] ready \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}31m")
-    assert len(first) < 500
+    assert len(first) < 2100
     assert second == "[gpu01] [1]"
+
+
+def test_eight_models_of_a_host_are_all_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = "llama-3-1-70b-%d downloading the model 45 %%, about 100.0 GB, 1000 s of 1800 s"
+    run = Run(monkeypatch, [slice_("; ".join(model % number for number in range(8))), {"changed": False}])
+    run()
+    assert (model % 7) in run.lines[0]
