@@ -11,6 +11,7 @@ import typing as t
 from dataclasses import dataclass, replace
 
 from ._errors import FleetError
+from ._redaction import scrub
 
 DOCKER_HUB = "docker.io"
 
@@ -34,7 +35,7 @@ def _bad(option: str, text: t.Any, what: str, remedy: str) -> FleetError:
 def _shown(value: t.Any) -> str:
     """What was given, but where an @ says that it may begin with a user name and a password."""
     text = repr(value)
-    return "(not shown)" if re.search(r"@(?!sha256:)", text) else text
+    return "(not shown)" if re.search(r"@(?!sha256:)", text) else scrub(text)
 
 
 def _scheme(text: str) -> str:

@@ -28,7 +28,7 @@ from ._nvidia_driver_packages import check_architecture
 from ._options import MINIMUM_DOCKER_VERSION
 from ._own_signatures import parse_signatures
 from ._packages import check_url
-from ._redaction import scrub
+from ._redaction import scrub, scrub_given
 
 #: Role name -> option name -> specification, as in ``argument_specs.main.options``.
 Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]
@@ -98,7 +98,7 @@ def _one_line(text: str) -> str:
 def _shown(value: t.Any, secret: bool = False) -> str:
     if secret:
         return "(not shown)"
-    text = scrub(repr(value) if isinstance(value, str) else str(value))
+    text = scrub_given(repr(value) if isinstance(value, str) else str(value))
     return text if len(text) <= 120 else text[:117] + "..."
 
 
@@ -141,7 +141,7 @@ class _Check:
         try:
             check()
         except FleetError as error:
-            message = scrub(rename(error.message))
+            message = scrub_given(rename(error.message))
             if not message.endswith("."):
                 message += "."
             self.problems.append(Problem(message.split(" = ", 1)[0], message))

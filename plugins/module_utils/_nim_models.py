@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._options import NIM_MODEL_OPTIONS
+from ._redaction import scrub_given
 from ._untrusted import is_digits
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
@@ -213,6 +214,8 @@ def _refuse(path: str, value: t.Any, problem: str, remedy: str) -> FleetError:
         shown = _shown(value)
     else:
         shown = repr(value) if isinstance(value, str) and value != "..." else str(value)
+    # One that stands in the wrong place or has the wrong form may hold a secret.
+    shown = scrub_given(shown)
     if len(shown) > 120:
         shown = shown[:117] + "..."
     # A key that is none may hold anything, and a mistake is told in one line.

@@ -342,6 +342,11 @@ def scrub(text: str, secrets: t.Iterable[str] = (), names: t.Iterable[str] = ())
     return _redactor(tuple(secrets), tuple(names)).text(text)
 
 
+def scrub_given(text: str) -> str:
+    """What an operator has written, the same; ``user:password@host`` needs no scheme there, and a digest is no host."""
+    return re.sub(r"[^\s'\"=/:(\[{,]{1,64}:[^\s'\"@]{1,256}@(?!sha256:)", MASK + "@", scrub(text))
+
+
 def scrub_data(value: t.Any) -> t.Any:
     """JSON data without whatever looks like a secret."""
     return _redactor((), ()).structure(value)

@@ -366,6 +366,47 @@ def test_refused(variables: dict[str, t.Any], variable: str, value: str, remedy:
     assert "SECRET" not in problem.message
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"ngc_registry": "ops:SECRET@nvcr.io"},
+        {"nim_registry_mirrors": "ops:SECRET@mirror.example.org"},
+        {"nim_registry_mirrors": [{"nvcr.io": "ops:SEC/RET@mirror.example.org"}]},
+        {"nim_registry_mirrors": {"nvcr.io": "ops:SECRET@https://mirror.example.org"}},
+        {"docker_repository_url": ["ops:SECRET@mirror.example.org"]},
+        model(image=["ops:SECRET@nvcr.io/nim/x:1"]),
+        model(image={"ops:SECRET@nvcr.io/nim/x:1": None}),
+    ],
+)
+def test_a_password_before_a_host_is_never_shown(variables: dict[str, t.Any]) -> None:
+    [problem] = find(variables)
+    assert "RET" not in problem.message
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        model(environment=["NGC_API_KEY=nvapi-SECRET1234567890"]),
+        model(environment="HF_TOKEN=SECRET123456789"),
+        model(environment=["DB_PASS=SECRET"]),
+        model(environment={"A": {"PASSWORD": "SECRET"}}),
+        model(environment={"A": ["nvapi-SECRET1234567890"]}),
+        model(engine_arguments="--api-key nvapi-SECRET1234567890"),
+        model(image="nvapi-SECRET1234567890"),
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_shown(variables: dict[str, t.Any]) -> None:
+    """As lists of NAME=value, which Docker Compose takes and we do not."""
+    [problem] = find(variables)
+    assert "SECRET" not in problem.variable + problem.message
+    assert "***" in problem.message
+
+
+def test_a_digest_is_no_password() -> None:
+    [problem] = find(model(image=["nvcr.io/nim/x:1@sha256:12"]))
+    assert "'nvcr.io/nim/x:1@sha256:12'" in problem.message
+
+
 def test_the_table_is_long_enough() -> None:
     assert len(TABLE) >= 100
 
