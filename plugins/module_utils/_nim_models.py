@@ -51,7 +51,7 @@ OWNED_ENGINE_ARGUMENTS: dict[str, str] = {
 
 # The environment is stored in a file that every user of the host can read.
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEY|CREDENTIALS?)$", re.I)
-_SECRET_VALUE = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}")
+_SECRET_VALUE = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|://[^\s/@:]*:[^\s@]+@")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\Z")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")

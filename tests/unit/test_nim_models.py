@@ -107,6 +107,16 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"cache_directory": "/var/lib/docker/volumes"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/var/lib/nim"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/var/lib/nim/state/llama"}, "nim_models[0].cache_directory", "directory of its own"),
+        (
+            {"environment": {"HTTPS_PROXY": "http://ops:hunter2@proxy.example.org:3128"}},
+            "nim_models[0].environment.HTTPS_PROXY = ...",
+            "put it into secret_environment",
+        ),
+        (
+            {"engine_arguments": ["--store=s3://ops:hunter2@store.example.org/x"]},
+            "nim_models[0].engine_arguments[0] = ...",
+            "leave it out",
+        ),
         ({"cache_directory": "/var/lib/nim/maintenance"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/home/ops"}, "nim_models[0].cache_directory", "directory of its own"),
         ({"cache_directory": "/home/ops/.ssh"}, "nim_models[0].cache_directory", "directory of its own"),
@@ -317,3 +327,12 @@ def test_images_that_the_models_need() -> None:
     assert wanted_images(None) == []
     with pytest.raises(FleetError, match=r"nim_models\[0\]\.port = 0"):
         wanted_images([{"name": "a", "image": image, "gpus": 1, "port": 0}])
+
+
+def test_a_proxy_without_a_password_is_no_secret_and_one_with_it_has_its_place() -> None:
+    proxies = {"HTTPS_PROXY": "http://proxy.example.org:3128", "NO_PROXY": "localhost,a@b:1"}
+    (parsed,) = parse_models([model(environment=proxies)])
+    assert dict(parsed.environment) == proxies
+    secret = {"HTTPS_PROXY": "http://ops:hunter2@proxy.example.org:3128"}
+    (parsed,) = parse_models([model(secret_environment=secret)])
+    assert dict(parsed.secret_environment) == secret
