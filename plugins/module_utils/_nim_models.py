@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._options import NIM_MODEL_OPTIONS
-from ._redaction import scrub_given
+from ._redaction import is_name_of_secret, scrub_given
 from ._untrusted import is_digits
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
@@ -51,6 +51,8 @@ OWNED_ENGINE_ARGUMENTS: dict[str, str] = {
 
 # The environment is stored in a file that every user of the host can read.
 _SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEY|CREDENTIALS?)$", re.I)
+#: Switches, numbers and paths, under names that only may be those of secrets.
+_NO_SECRET = re.compile(r"(?i)(?:true|false|yes|no|on|off|none|[0-9.]*|/.*)\Z")
 _SECRET_VALUE = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|://[^\s/@:]*:[^\s@]+@")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\Z")
@@ -452,7 +454,8 @@ class _Entry:
                 raise _refuse(path, "...", "is no name of a variable", "use letters, digits and underscores")
             if key in OWNED_ENVIRONMENT:
                 raise _refuse(path, "...", "is set by this collection", OWNED_ENVIRONMENT[key])
-            if _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+            telling = is_name_of_secret(key) and not _NO_SECRET.match(str(value))
+            if telling or _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
                 raise _refuse(
                     path,
                     "...",

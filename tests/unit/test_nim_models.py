@@ -336,3 +336,15 @@ def test_a_proxy_without_a_password_is_no_secret_and_one_with_it_has_its_place()
     secret = {"HTTPS_PROXY": "http://ops:hunter2@proxy.example.org:3128"}
     (parsed,) = parse_models([model(secret_environment=secret)])
     assert dict(parsed.secret_environment) == secret
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "MYSQL_PWD", "GITHUB_PAT", "OPENAI_KEY", "MY_PASSPHRASE", "AUTHORIZATION"])
+def test_names_that_tell_a_secret_are_known_from_one_place(name: str) -> None:
+    message = refuse(model(environment={name: "hunter2"}))
+    assert "put it into secret_environment" in message and "hunter2" not in message
+
+
+def test_switches_and_paths_are_no_secrets() -> None:
+    environment = {"USE_AUTH": "true", "AUTH_LEVEL": "2", "TLS_KEY": "/certificates/tls.key", "MAX_TOKENS": "many"}
+    (parsed,) = parse_models([model(environment=environment)])
+    assert dict(parsed.environment) == environment
