@@ -17,9 +17,10 @@ from ._host import Host
 from ._nim_downloads import needs_download
 from ._nim_models import GpuRequest, NimModel
 from ._nim_process_state import wanted_gpus
-from ._nim_profile_checks import memory_mib, require_profile
-from ._nim_profiles import Match, Profile, match_profile
 from ._wanted_images import ImageUser
+
+if t.TYPE_CHECKING:
+    from ._nim_profiles import Match, Profile
 
 
 def names_profile(model: NimModel) -> bool:
@@ -43,6 +44,9 @@ def find_profile(model: NimModel, profiles: t.Sequence[Profile] | None) -> Match
 
 
 def _find(model: str, profile: str, profiles: t.Sequence[Profile] | None) -> Match:
+    # Here and below: only models that name their profile need what knows profiles, and each look loads all its code anew.
+    from ._nim_profiles import match_profile
+
     try:
         return match_profile(profile, profiles)
     except FleetError as error:
@@ -70,6 +74,8 @@ def wish_of(
     if model.gpu_memory_mib is not None:
         needs.append(model.gpu_memory_mib)
     if profile is not None and profile.memory_gb is not None:
+        from ._nim_profile_checks import memory_mib
+
         needs.append(memory_mib(profile.memory_gb))
     gpus = model.gpus
     named = ""
@@ -131,6 +137,8 @@ def check_named_profile(
         return
     if not profile.id and not profile.description:
         profile = replace(profile, description=named)
+    from ._nim_profile_checks import require_profile
+
     require_profile(model, profile, gpus, count=count, lora=lora, devices=devices)
 
 

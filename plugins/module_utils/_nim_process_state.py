@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import calendar
+import datetime
 import re
-import time
 import typing as t
 from dataclasses import dataclass
 
@@ -128,7 +127,7 @@ def parse_time(text: str) -> float | None:
     if not found or text.startswith("0001-"):
         return None
     try:
-        whole = calendar.timegm(time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S"))
+        whole = datetime.datetime.fromisoformat(found.group(1)).replace(tzinfo=datetime.timezone.utc).timestamp()
     except ValueError:
         return None
     return whole + float(found.group(2) or 0)

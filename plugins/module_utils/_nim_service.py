@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import typing as t
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
@@ -48,10 +48,12 @@ from ._nim_service_starts import (
 )
 from ._nim_service_state import RESOURCE, HostState, describe, observe_services
 from ._nim_service_stops import removal_changes, stop_changes
-from ._nim_service_work import ServiceWork
 from ._options import GPU_HEALTH, GPU_INJECTIONS
 from ._resource import Change, Disruption, Resource
 from ._verdict import OK, Verdict, refusal
+
+if t.TYPE_CHECKING:
+    from ._nim_service_work import ServiceWork
 
 Json = t.Dict[str, t.Any]
 
@@ -91,7 +93,6 @@ class NimService(Resource[HostState]):
         self.health = health
         self.remove_all = remove_all
         self.api = api or DockerApi()
-        self._work = ServiceWork(self.api, self.key)
         #: For the secrets of models that have no file with a key of its own yet.
         self._secret_key = os.urandom(32).hex()
         if injection not in GPU_INJECTIONS:
@@ -271,6 +272,13 @@ class NimService(Resource[HostState]):
         return changes
 
     # -- apply ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _work(self) -> ServiceWork:
+        # Here: looks, which do no work, need not load it.
+        from ._nim_service_work import ServiceWork
+
+        return ServiceWork(self.api, self.key)
 
     def apply(self, host: Host, change: Change) -> None:
         self._work.apply(host, change, self.models)

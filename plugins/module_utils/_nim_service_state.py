@@ -29,7 +29,6 @@ from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
-from ._nim_manifest import Manifest, manifest_on_disk
 from ._nim_models import NimModel, container_name, unit_name
 from ._nim_paths import (
     BASE_DIRECTORY,
@@ -43,12 +42,15 @@ from ._nim_paths import (
     secret_path,
 )
 from ._nim_process_state import parse_time
-from ._nim_profiles import Profile
 from ._nim_silence import why_silent
 from ._nim_unit_docker import SPEC_LABEL
 from ._registry_image import foreign_architecture
 from ._untrusted import json_object, whole_number
 from ._verdict import REFUSED, Verdict
+
+if t.TYPE_CHECKING:
+    from ._nim_manifest import Manifest
+    from ._nim_profiles import Profile
 
 #: Name of the resource that its changes carry.
 RESOURCE = "nim_service"
@@ -439,6 +441,9 @@ def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[st
         known = found.get(model.image)
         manifest = known.manifest if known is not None else None
         if manifest is None and names_profile(model):
+            # Only here: few models name their profile.
+            from ._nim_manifest import manifest_on_disk
+
             manifest = manifest_on_disk(host, image)
         found[model.image] = replace(_image_state(reference, pinned, image), manifest=manifest)
     return found

@@ -17,6 +17,7 @@ import urllib.parse
 
 import pytest
 import yaml
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _redaction
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import (
     MASK,
     SHORTEST_SECRET,
@@ -318,3 +319,42 @@ def test_a_long_name_tells_by_its_end(long: str) -> None:
             assert "colour7" not in scrub(line % (long, name)), (line, name)
     for harmless in ("max_tokens=40967", "key_file=/etc/colour7", "tokenizer=colour7", "keys=colour7"):
         assert scrub(long + harmless) == long + harmless
+
+
+telling = st.sampled_from(
+    [
+        "nvapi",
+        "hf",
+        "ghp",
+        "glpat",
+        "xoxb",
+        "sk",
+        "eyj",
+        "password",
+        "api-key",
+        "token",
+        "secret",
+        "basic",
+        "-u",
+        "--user",
+        "-p",
+    ]
+)
+plain = st.lists(telling | st.text("abc019", min_size=1, max_size=24) | st.sampled_from("./-"), max_size=8).map("".join)
+
+
+@given(scheme=st.sampled_from(["", "http://", "https://"]), text=plain, declared=st.lists(plain, max_size=2))
+@example(scheme="https://", text="nvapi-0123456789", declared=[])
+@example(scheme="", text="sk-abc-0123456789abcdef", declared=[])
+@example(scheme="", text="glpat-0123456789abcdef", declared=[])
+@example(scheme="", text="xoxb-0123456789abcdef", declared=[])
+def test_what_is_taken_for_plain_is_plain(scheme: str, text: str, declared: list[str]) -> None:
+    assume(re.match(_redaction._PLAIN, scheme + text))
+    for expression in _redaction._expressions(tuple(name for name in declared if name)):
+        assert expression.sub("", scheme + text) == scheme + text
+
+
+def test_secrets_without_capitals_are_not_taken_for_plain() -> None:
+    for secret in ("nvapi-0123456789", "sk-abc-0123456789abcdef", "glpat-0123456789abcdef", "xoxb-0123456789abcdef"):
+        for text in (secret, "https://mirror.example/" + secret, "a/" + secret + "/b"):
+            assert secret not in scrub(text), text
