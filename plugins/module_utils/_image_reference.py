@@ -28,8 +28,8 @@ _DIGEST_RE = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME_MAX = 255
 
 
-def _bad(option: str, text: t.Any, what: str, remedy: str) -> FleetError:
-    return FleetError("invalid_option", "%s = %s: %s; %s." % (option, text, what, remedy))
+def _bad(option: str, value: t.Any, what: str, remedy: str) -> FleetError:
+    return FleetError("invalid_option", "%s = %s: %s; %s." % (option, _shown(value), what, remedy))
 
 
 def _shown(value: t.Any) -> str:
@@ -74,23 +74,22 @@ class ImageReference:
         """
         example = "write it like nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
         if not isinstance(text, str) or not text:
-            raise _bad(option, _shown(text), "not an image reference", example)
-        shown = _shown(text)
+            raise _bad(option, text, "not an image reference", example)
         if "://" in text:
-            raise _bad(option, shown, "an image reference has no scheme", "leave %s out" % _scheme(text))
+            raise _bad(option, text, "an image reference has no scheme", "leave %s out" % _scheme(text))
         if re.search(r"\s", text):
-            raise _bad(option, shown, "there is white space in the image reference", example)
+            raise _bad(option, text, "there is white space in the image reference", example)
 
         rest, separator, digest = text.partition("@")
         if separator and not _DIGEST_RE.fullmatch(digest):
-            raise _bad(option, shown, "what follows the @ is not a digest", "use sha256: and 64 lower-case hex digits")
+            raise _bad(option, text, "what follows the @ is not a digest", "use sha256: and 64 lower-case hex digits")
         name, tag = rest, None
         if ":" in rest.rsplit("/", 1)[-1]:
             name, tag = rest.rsplit(":", 1)
             if not _TAG_RE.fullmatch(tag):
                 raise _bad(
                     option,
-                    shown,
+                    text,
                     "%s is not a tag" % _shown(tag),
                     "a tag has up to 128 letters, digits, '_', '.' and '-' and begins with a letter, digit or '_'",
                 )
@@ -99,7 +98,7 @@ class ImageReference:
             registry, repository = first, path
             if not _REGISTRY_RE.fullmatch(registry) or not port_exists(registry):
                 what = "%s is not a registry host" % _shown(registry)
-                raise _bad(option, shown, what, "use a host name with optional port")
+                raise _bad(option, text, what, "use a host name with optional port")
         else:
             registry, repository = DOCKER_HUB, name
         if registry == "index.docker.io":
@@ -107,15 +106,15 @@ class ImageReference:
         if registry == DOCKER_HUB and "/" not in repository:
             repository = "library/" + repository
         if not _PATH_RE.fullmatch(repository):
-            what = "the repository %r is malformed" % path if slash else "the repository is malformed"
+            what = "the repository %s is malformed" % _shown(path) if slash else "the repository is malformed"
             remedy = (
                 "repository names are lower case"
                 if repository.lower() != repository and _PATH_RE.fullmatch(repository.lower())
                 else example
             )
-            raise _bad(option, shown, what, remedy)
+            raise _bad(option, text, what, remedy)
         if len(registry) + 1 + len(repository) > _NAME_MAX:
-            raise _bad(option, shown, "registry and repository exceed %d characters" % _NAME_MAX, "use a shorter name")
+            raise _bad(option, text, "registry and repository exceed %d characters" % _NAME_MAX, "use a shorter name")
         if tag is None and not digest:
             tag = "latest"
         return cls(registry, repository, tag, digest or None)
@@ -133,7 +132,7 @@ class ImageReference:
     def with_digest(self, digest: str) -> ImageReference:
         """The same image pinned to a digest; the tag is dropped, since the digest alone decides."""
         if not _DIGEST_RE.fullmatch(digest):
-            raise _bad("digest", repr(digest), "not a digest", "use sha256: and 64 lower-case hex digits")
+            raise _bad("digest", digest, "not a digest", "use sha256: and 64 lower-case hex digits")
         return replace(self, tag=None, digest=digest)
 
     def rewritten(self, mirrors: t.Mapping[str, str] | None) -> ImageReference:
@@ -177,17 +176,17 @@ def check_mirrors(mirrors: t.Any, option: str = "registry_mirrors") -> dict[str,
     if mirrors in (None, ""):
         return {}
     if not isinstance(mirrors, dict):
-        raise _bad(option, _shown(mirrors), "not a dictionary", "write {'nvcr.io': 'mirror.example:5000/ngc'}")
+        raise _bad(option, mirrors, "not a dictionary", "write {'nvcr.io': 'mirror.example:5000/ngc'}")
     checked: dict[str, str] = {}
     for source, target in mirrors.items():
         for text in (source, target):
             where = "%s[%s]" % (option, _shown(source))
             if isinstance(text, str) and "://" in text:
-                raise _bad(where, _shown(target), "a registry has no scheme", "leave %s out" % _scheme(text))
+                raise _bad(where, target, "a registry has no scheme", "leave %s out" % _scheme(text))
             if not isinstance(text, str) or not _PREFIX_RE.fullmatch(text.rstrip("/")) or not port_exists(text):
                 raise _bad(
                     where,
-                    _shown(target),
+                    target,
                     "%s is not a registry host with optional port and path" % _shown(text),
                     "write it like mirror.example:5000/ngc",
                 )
