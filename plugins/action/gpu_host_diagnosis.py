@@ -15,7 +15,7 @@ import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.release import __version__ as core_version
 from ansible_collections.gpu_fleet.nim.plugins.action.gpu_host_plan import ActionModule as PlanAction
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError, file_problem
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._support_bundle import check_archive, unwrap
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved
@@ -50,7 +50,7 @@ def write_private(directory: str, name: str, content: bytes) -> str:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise AnsibleActionFail("Writing %s failed: %s." % (path, error.strerror)) from error
+        raise AnsibleActionFail(file_problem("Writing", path, error)) from error
     return path
 
 

@@ -21,7 +21,7 @@ import traceback
 import typing as t
 from dataclasses import dataclass, field
 
-from ._errors import FleetError
+from ._errors import FleetError, file_problem
 from ._untrusted import parse_json, real_number
 
 #: On a tmpfs: after a reboot no job claims to run.
@@ -174,7 +174,7 @@ class Jobs:
             handle = os.open(self._path(job_id, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise FleetError(
-                "write_failed", "Writing below %s failed: %s." % (self.directory, error.strerror), path=self.directory
+                "write_failed", file_problem("Writing below", self.directory, error), path=self.directory
             ) from error
         for _attempt in range(5):
             try:

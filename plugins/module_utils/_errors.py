@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import typing as t
 
 
@@ -23,3 +24,27 @@ class FleetError(Exception):
         self.reason = reason
         self.message = message
         self.facts: dict[str, t.Any] = facts
+
+
+#: What to do where the system refuses a file.
+_FILE_REMEDIES = {
+    errno.ENOSPC: "free space on its file system",
+    errno.EDQUOT: "raise the quota of its file system",
+    errno.EROFS: "mount its file system writable",
+    errno.EIO: "check its disk (dmesg)",
+    errno.EISDIR: "move the directory in its place away",
+    errno.ENOTDIR: "move the file in the place of its directory away",
+    errno.EEXIST: "move the file in the place of its directory away",
+    errno.ENOENT: "create its directory",
+    errno.EBUSY: "unmount what is mounted there",
+}
+
+
+def file_problem(doing: str, path: str, error: OSError) -> str:
+    """The sentence for a file that the system refuses.
+
+    Args:
+        doing: What was tried: ``Writing``, ``Reading``.
+    """
+    remedy = _FILE_REMEDIES.get(error.errno or 0, "check its permissions and attributes (namei -l, lsattr)")
+    return "%s %s failed: %s; %s and run again." % (doing, path, error.strerror or error, remedy)

@@ -17,7 +17,7 @@ import time
 import typing as t
 from dataclasses import dataclass
 
-from ._errors import FleetError
+from ._errors import FleetError, file_problem
 
 #: Commands are parsed, so they must speak English.
 _C_LOCALE = {"LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
@@ -164,7 +164,7 @@ class Host:
             # sysfs and procfs answer some reads with EIO, EINVAL or ENODEV: as good as absent.
             if path.startswith(("/sys/", "/proc/")):
                 return None
-            raise FleetError("unreadable", "Reading %s failed: %s." % (path, error.strerror), path=path) from error
+            raise FleetError("unreadable", file_problem("Reading", path, error), path=path) from error
 
     def read_text(self, path: str) -> str | None:
         """Content of a file as UTF-8 (undecodable bytes replaced), or None when there is no such file."""
@@ -215,7 +215,7 @@ class Host:
         try:
             handle, temporary = tempfile.mkstemp(prefix=".%s." % os.path.basename(path), dir=os.path.dirname(path))
         except OSError as error:
-            raise FleetError("write_failed", "Writing %s failed: %s." % (path, error.strerror), path=path) from error
+            raise FleetError("write_failed", file_problem("Writing", path, error), path=path) from error
         try:
             with os.fdopen(handle, "wb") as stream:
                 os.fchmod(stream.fileno(), mode)
@@ -227,7 +227,7 @@ class Host:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            raise FleetError("write_failed", "Writing %s failed: %s." % (path, error.strerror), path=path) from error
+            raise FleetError("write_failed", file_problem("Writing", path, error), path=path) from error
         directory = os.open(os.path.dirname(path), os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -242,17 +242,18 @@ class Host:
             os.chown(path, uid, gid)
             os.chmod(path, mode)
         except OSError as error:
-            raise FleetError(
-                "write_failed", "Creating directory %s failed: %s." % (path, error.strerror), path=path
-            ) from error
+            raise FleetError("write_failed", file_problem("Creating directory", path, error), path=path) from error
 
     def remove(self, path: str) -> None:
         """Remove a file, or a directory with all it holds; absent is fine."""
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-            return
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        try:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
+            raise FleetError("write_failed", file_problem("Removing", path, error), path=path) from error
 
     # -- identity and time ------------------------------------------------------------------------
 

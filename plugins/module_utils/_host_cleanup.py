@@ -247,7 +247,7 @@ class HostCleanup(Resource[CleanupState]):
                 host.remove(key.group(1))
         elif change.action == "empty":
             # Somebody may have put something there since the look.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, FleetError):
                 if not host.list_dir(path):
                     host.remove(path)
         else:

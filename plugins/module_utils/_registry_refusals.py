@@ -157,6 +157,7 @@ class Refusals:
             )
         return FleetError(
             "registry_error",
-            "%s answered the question for %s with status %d%s." % (self.registry, name, status, said),
+            "%s answered the question for %s with status %d%s; check that a registry answers there, and no proxy in its place."
+            % (self.registry, name, status, said),
             **facts,
         )

@@ -14,6 +14,7 @@ import typing as t
 
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import file_problem
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._answers import read_answer
 
 Row = t.Dict[str, t.Any]
@@ -113,4 +114,4 @@ def write_file(path: str, content: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise AnsibleActionFail("Writing %s failed: %s." % (path, error.strerror)) from error
+        raise AnsibleActionFail(file_problem("Writing", path, error)) from error

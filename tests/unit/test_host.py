@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 
@@ -26,11 +27,28 @@ def test_a_program_is_found_where_run_finds_it(tmp_path: pathlib.Path, monkeypat
 def test_a_path_that_cannot_be_written_is_one_sentence(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "directory" / "full").mkdir(parents=True)
-    for path, wrong in (("file/x.json", "Not a directory"), ("directory", "Is a directory"), ("no/x", "No such file")):
+    for path, wrong in (
+        ("file/x.json", "Not a directory; move the file in the place of its directory away"),
+        ("directory", "Is a directory; move the directory in its place away"),
+        ("no/x", "No such file or directory; create its directory"),
+    ):
         with pytest.raises(FleetError) as caught:
             Host().write_file(str(tmp_path / path), "x", mode=0o644)
         assert caught.value.reason == "write_failed"
-        assert wrong in caught.value.message
+        assert wrong + " and run again." in caught.value.message
+
+
+def test_a_path_that_cannot_be_removed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(FleetError) as caught:
+        Host().remove("/etc/nim/x")
+    assert caught.value.reason == "write_failed"
+    assert caught.value.message == (
+        "Removing /etc/nim/x failed: Read-only file system; mount its file system writable and run again."
+    )
 
 
 def test_what_is_no_file_keeps_nobody_waiting(tmp_path: pathlib.Path) -> None:
