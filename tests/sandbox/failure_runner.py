@@ -212,7 +212,8 @@ class Theatre:
         """A line in the log of the kernel, which all hosts share with this machine; when it was printed."""
         uuid = self.host.read_json("/etc/nim/%s.json" % name)["gpus"][0]
         found = self.host.run("grep -l %s /proc/driver/nvidia/gpus/*/information" % uuid)
-        pathlib.Path("/dev/kmsg").write_text("<2>" + text % found.split("/")[-2].rpartition(".")[0])
+        # Without its end the kernel keeps a line back until the next one comes.
+        pathlib.Path("/dev/kmsg").write_text("<2>" + text % found.split("/")[-2].rpartition(".")[0] + "\n")
         return time.time()
 
     @contextlib.contextmanager
