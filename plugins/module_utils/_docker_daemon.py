@@ -39,6 +39,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
             self._write(host, state, change)
         elif change.action == "daemon_reload":
             self._reload(host, state, list(state.pending))
+            host.remove(PENDING)
         elif change.action == "daemon_restart":
             self._restart(host, state)
 
@@ -72,11 +73,14 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
         _replace(host, state.path, after)
         if change.data["reload"]:
             try:
-                self._reload(host, state, change.data["keys"], finished=not change.data["restart"])
+                self._reload(host, state, change.data["keys"])
             except FleetError as error:
                 self._put_back(host, state, before)
                 error.message += " The file is back as it was."
                 raise FleetError(error.reason, error.message, **error.facts) from error
+            # Not within the above: the daemon has taken the file, whatever becomes of the note.
+            if not change.data["restart"]:
+                host.remove(PENDING)
 
     def _put_back(self, host: Host, state: DaemonState, before: t.Optional[str]) -> None:
         if before is None:
@@ -107,7 +111,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
             file=state.path,
         )
 
-    def _reload(self, host: Host, state: DaemonState, keys: t.Sequence[str], *, finished: bool = True) -> None:
+    def _reload(self, host: Host, state: DaemonState, keys: t.Sequence[str]) -> None:
         """SIGHUP, and proof that the daemon took it: its reload event, and the keys that it tells about."""
         since = host.time()
         host.check(
@@ -129,13 +133,11 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
                     file=state.path,
                 )
             host.sleep(0.1)
-        if finished:
-            host.remove(PENDING)
 
     def _restart(self, host: Host, state: DaemonState) -> None:
         document = parse(state.text, state.path)
         if state.running and not state.info.get("LiveRestoreEnabled") and document.get("live-restore") is True:
-            self._reload(host, state, ["live-restore"], finished=False)
+            self._reload(host, state, ["live-restore"])
             state = self.observe(host)
         blocked = restart_blocked(state, live_restore=bool(state.info.get("LiveRestoreEnabled")), keys=())
         if blocked:

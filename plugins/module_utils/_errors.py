@@ -36,7 +36,10 @@ _FILE_REMEDIES = {
     errno.ENOTDIR: "move the file in the place of its directory away",
     errno.EEXIST: "move the file in the place of its directory away",
     errno.ENOENT: "create its directory",
+    errno.ENOTEMPTY: "see what else writes there",
     errno.EBUSY: "unmount what is mounted there",
+    errno.EACCES: "become root, or see who may (namei -l)",
+    errno.EPERM: "become root, or see its attributes (lsattr)",
 }
 
 
@@ -46,5 +49,9 @@ def file_problem(doing: str, path: str, error: OSError) -> str:
     Args:
         doing: What was tried: ``Writing``, ``Reading``.
     """
-    remedy = _FILE_REMEDIES.get(error.errno or 0, "check its permissions and attributes (namei -l, lsattr)")
-    return "%s %s failed: %s; %s and run again." % (doing, path, error.strerror or error, remedy)
+    remedy = _FILE_REMEDIES.get(error.errno or 0, "see what is there (namei -l)")
+    # The file of a whole directory that it was about; newer Pythons name it with its directory.
+    name = error.filename if isinstance(error.filename, str) else ""
+    inside = name.startswith(path.rstrip("/") + "/") or (name and "/" not in name)
+    place = " at %s" % name if inside else ""
+    return "%s %s failed%s: %s; %s and run again." % (doing, path, place, error.strerror or error, remedy)

@@ -247,9 +247,10 @@ class Host:
     def remove(self, path: str) -> None:
         """Remove a file, or a directory with all it holds; absent is fine."""
         try:
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-                return
+            while os.path.isdir(path) and not os.path.islink(path):
+                # Somebody else may remove it at the same time.
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         except OSError as error:

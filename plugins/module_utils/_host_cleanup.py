@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import collections.abc
-import contextlib
 import dataclasses
 import os
 import re
@@ -247,9 +246,8 @@ class HostCleanup(Resource[CleanupState]):
                 host.remove(key.group(1))
         elif change.action == "empty":
             # Somebody may have put something there since the look.
-            with contextlib.suppress(OSError, FleetError):
-                if not host.list_dir(path):
-                    host.remove(path)
+            if not host.list_dir(path):
+                host.remove(path)
         else:
             host.remove(path)
             directory = os.path.dirname(path)

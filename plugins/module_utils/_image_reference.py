@@ -41,7 +41,7 @@ def _shown(value: t.Any) -> str:
 def _scheme(text: str) -> str:
     """What stands before ``://``, where it is one and no password."""
     found = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=://)", text)
-    return found.group(0) if found else "the scheme"
+    return scrub(found.group(0)) if found else "the scheme"
 
 
 @dataclass(frozen=True)

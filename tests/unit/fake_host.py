@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import typing as t
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError, file_problem
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult, FileStat, Host
 
 Answer = t.Union[str, "tuple[int, str, str]", t.Callable[..., t.Any]]
@@ -95,7 +96,8 @@ class FakeHost(Host):
 
     def write_file(self, path: str, content: str | bytes, *, mode: int, uid: int = 0, gid: int = 0) -> None:
         if self.stat(os.path.dirname(path)) is None:
-            raise FleetError("write_failed", "Writing %s failed: No such file or directory." % path, path=path)
+            error = FileNotFoundError(errno.ENOENT, "No such file or directory")
+            raise FleetError("write_failed", file_problem("Writing", path, error), path=path)
         self.files[path] = content.encode() if isinstance(content, str) else content
         self.modes[path] = (mode, uid, gid)
 

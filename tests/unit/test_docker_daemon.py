@@ -227,6 +227,29 @@ def test_rejected_reload_puts_the_file_back(host: FakeHost, dockerd: FakeDockerd
     assert dd.PENDING not in host.files
 
 
+def test_a_note_that_cannot_be_removed_puts_nothing_back(
+    host: FakeHost, dockerd: FakeDockerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.files[CONFIG] = b'{"debug": false}'
+    remove = host.remove
+
+    def refuse(path: str) -> None:
+        if path == dd.PENDING:
+            raise FleetError("write_failed", "Removing %s failed: Read-only file system." % path)
+        remove(path)
+
+    monkeypatch.setattr(host, "remove", refuse)
+    with pytest.raises(FleetError, match="Read-only file system"):
+        run(host, dockerd, options={"debug": True})
+    assert json.loads(host.files[CONFIG])["debug"] is True
+    assert dockerd.live["debug"] is True
+    # Once it can, the next run finishes.
+    monkeypatch.undo()
+    run(host, dockerd, options={"debug": True})
+    assert dd.PENDING not in host.files
+    assert run(host, dockerd, options={"debug": True}).changes == []
+
+
 def test_daemon_that_does_not_start_gets_its_file_back(host: FakeHost, dockerd: FakeDockerd) -> None:
     dockerd.refuse_start = lambda document: document.get("log-driver") == "rejected"
     host.files[CONFIG] = b'{"debug": false}'

@@ -51,6 +51,45 @@ def test_a_path_that_cannot_be_removed_is_one_sentence(monkeypatch: pytest.Monke
     )
 
 
+def test_what_cannot_be_removed_below_a_directory_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    (tmp_path / "cache" / "blobs" / "model").touch()
+    unlink = os.unlink
+
+    def refuse(path: str, **options: object) -> None:
+        if path.endswith("model"):
+            raise OSError(errno.EPERM, "Operation not permitted", path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(
+        FleetError, match=r"^Removing \S+/cache failed at \S*model: .*; become root, or see its attributes"
+    ):
+        Host().remove(str(tmp_path / "cache"))
+
+
+def test_a_directory_that_somebody_else_removes_too_is_gone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "cache" / name).touch()
+    scandir, taken = os.scandir, []
+
+    def race(*arguments: object, **options: object) -> object:
+        found = scandir(*arguments, **options)  # type: ignore[call-overload]
+        if not taken:
+            taken.append(True)
+            (tmp_path / "cache" / "a").unlink()
+        return found
+
+    monkeypatch.setattr(os, "scandir", race)
+    Host().remove(str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_is_no_file_keeps_nobody_waiting(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
