@@ -217,7 +217,10 @@ class Redactor:
         ]
         short = (secret for secret in known if SHORTEST_WORD <= len(secret) < SHORTEST_SECRET)
         short = (
-            form for secret in short if not re.match(_ORDINARY, secret) for form in (secret, json.dumps(secret)[1:-1])
+            form
+            for secret in short
+            if not re.match(_ORDINARY, secret)
+            for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])
         )
         words = sorted(set(short), key=lambda form: (-len(form), form))
         self._words = re.compile(r"(?<!\w)(?:%s)(?!\w)" % "|".join(map(re.escape, words))) if words else None

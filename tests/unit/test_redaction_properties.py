@@ -82,6 +82,7 @@ def test_a_declared_secret_never_comes_through(place: str, secret: str) -> None:
 @example(secret="a b,c")
 @example(secret="a'b")
 @example(secret="000\\")
+@example(secret="00ß\\")
 def test_a_short_secret_is_masked_where_its_name_stands(secret: str) -> None:
     redactor = Redactor([secret], ["COLOUR"])
     assert redactor.environment(["COLOUR=" + secret]) == ["COLOUR=***"]
