@@ -273,6 +273,12 @@ class _Entry:
             raise _refuse("%s.%s" % (self.path, key), given, "is required", "set it, for example " + example)
         return given
 
+    def present(self, key: str, value: int | None) -> int:
+        """An option that has a default is never None; an explicit empty string falls here."""
+        if value is None:
+            raise self.bad(key, "is empty", "give it a value or leave it out")
+        return value
+
     def number(self, key: str, low: int, high: int, unit: str) -> int | None:
         given = self.value(key)
         if given is None or given == "":
@@ -368,10 +374,10 @@ class _Entry:
             name=name,
             image=image,
             gpus=self._gpus(),
-            port=_present(self.number("port", 1, 65535, "")),
+            port=self.present("port", self.number("port", 1, 65535, "")),
             bind_address=bind_address,
             cache_directory=cache_directory,
-            shm_size=_present(self.size("shm_size")),
+            shm_size=self.present("shm_size", self.size("shm_size")),
             uid=uid,
             gid=int(user.group(2) or uid),
             ulimits=self._ulimits(),
@@ -386,8 +392,8 @@ class _Entry:
             max_model_length=self.number("max_model_length", 1, 100_000_000, "tokens"),
             network_mode=network_mode,
             engine_arguments=self._engine_arguments(),
-            start_timeout=_present(self.number("start_timeout", 10, 86400, "seconds")),
-            stop_timeout=_present(self.number("stop_timeout", 1, 3600, "seconds")),
+            start_timeout=self.present("start_timeout", self.number("start_timeout", 10, 86400, "seconds")),
+            stop_timeout=self.present("stop_timeout", self.number("stop_timeout", 1, 3600, "seconds")),
             disk_space=self.size("disk_space"),
             gpu_memory=self.size("gpu_memory"),
             completion=self.text("completion") or "auto",
@@ -552,13 +558,6 @@ class _Entry:
                 raise _refuse(path, "...", "is a secret, and arguments are readable for everybody", "leave it out")
             found.append(text)
         return tuple(found)
-
-
-def _present(value: int | None) -> int:
-    """An option that has a default is never None; an explicit empty string falls here."""
-    if value is None:
-        raise FleetError("invalid_option", "A numeric option of a model is empty; give it a value or leave it out.")
-    return value
 
 
 def _check_together(models: t.Sequence[NimModel], variable: str) -> None:

@@ -124,7 +124,8 @@ def test_documents_of_every_shape(index: t.Any, manifest: t.Any, config: t.Any) 
     if isinstance(manifest, dict) and isinstance(manifest.get("config"), dict) and "digest" in manifest["config"]:
         manifest["config"]["digest"] = "sha256:" + hashlib.sha256(last.body).hexdigest()
     middle = _answer(manifest)
-    for entry in index.get("manifests") or [] if isinstance(index, dict) else []:
+    entries = index.get("manifests") if isinstance(index, dict) else None
+    for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict) and "digest" in entry:
             entry["digest"] = "sha256:" + hashlib.sha256(middle.body).hexdigest()
     with only_told():
