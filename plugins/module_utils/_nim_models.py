@@ -284,7 +284,7 @@ class _Entry:
         if given is None or given == "":
             return None
         remedy = "write a whole number%s from %d to %d" % (unit and " of " + unit, low, high)
-        if isinstance(given, str) and re.match(r"-?[0-9]+\Z", given):
+        if isinstance(given, str) and re.match(r"-?[0-9]{1,18}\Z", given):
             given = int(given)
         if isinstance(given, bool) or not isinstance(given, int):
             raise self.bad(key, "is not a whole number", remedy)

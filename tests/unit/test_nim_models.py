@@ -85,6 +85,7 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"port": 65536}, "nim_models[0].port = 65536", "1 to 65535"),
         ({"port": "http"}, "nim_models[0].port = 'http'", "whole number"),
         ({"port": True}, "nim_models[0].port", "whole number"),
+        ({"port": "9" * 5000}, "nim_models[0].port = ", "1 to 65535"),
         ({"port": ""}, "nim_models[0].port = '': is empty", "leave it out"),
         ({"stop_timeout": ""}, "nim_models[0].stop_timeout = '': is empty", "leave it out"),
         ({"bind_address": "localhost"}, "nim_models[0].bind_address = 'localhost'", "not an IP address"),
