@@ -321,9 +321,8 @@ class DaemonPlanner(Planner[DaemonState]):
         for name, runtime in wanted["runtimes"].items():
             present = get_value(document, ("runtimes", name, "path"))
             path = runtime.get("path")
-            if path and isinstance(present, str) and same_program(present, path, programs):
-                runtime = dict(runtime, path=present)  # noqa: PLW2901 (a copy in another spelling)
-            runtimes[name] = runtime
+            same = path and isinstance(present, str) and same_program(present, path, programs)
+            runtimes[name] = dict(runtime, path=present) if same else runtime
         return dict(wanted, runtimes=runtimes)
 
     def _removals(self, document: Json, wanted: Json, state: DaemonState) -> t.List[t.Tuple[Path, t.Any]]:

@@ -97,7 +97,9 @@ def test_the_line_that_decides_ends_the_wait(served: None) -> None:
     line = HOST.run("journalctl -q -o json CONTAINER_NAME=nim-second --grep 'quota of team' -n 1")
     said_at = int(json.loads(line)["__REALTIME_TIMESTAMP"]) / 1e6
     assert 0 < failed_at - said_at < AT_ONCE + 2, "%.1f s after the line" % (failed_at - said_at)
-    assert HOST.container_state("second")["Running"]  # type: ignore[index]  # there is one
+    state = HOST.container_state("second")
+    assert state is not None
+    assert state["Running"]
 
 
 def test_several_faults_at_once_and_a_bundle_without_secrets(served: None, tmp_path: pathlib.Path) -> None:
