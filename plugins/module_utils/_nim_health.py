@@ -28,7 +28,7 @@ from ._kernel_log import (
 )
 from ._nim_endpoints import NO_CHAT_TEMPLATE, ask_metrics, ask_models, ask_profile, ask_version, complete, http_request
 from ._nim_gpus import gpus_of_services
-from ._nim_log import CONTAINER_FIELD, RUN_FIELD, journal_lines, last_words, message_of, phase_of, read_log
+from ._nim_log import RUN_FIELD, journal_lines, last_words, message_of, phase_of, read_log
 from ._nim_process_state import (
     ContainerReader,
     ContainerState,
@@ -208,7 +208,8 @@ class HealthCheck:
             if not wait:
                 watch.decide()
             # A container that is gone has its last lines in the journal only.
-            if watch.failure is not None and (container is None or not watch.failure.lines):
+            gone = container is None or (container.running and watch.replaced_by(container))
+            if watch.failure is not None and (gone or not watch.failure.lines):
                 self._last_words(watch, container, word)
             if watch.failure is not None and watch.failure.unexplained_kill:
                 ids = [state.id for state in (container, downloader) if state]
@@ -294,12 +295,7 @@ class HealthCheck:
     def _follow_log(self, watch: Watch, name: str, container: ContainerState | None, now: float) -> None:
         if container is None or (container.running and now - watch.log_read < LOG_SECONDS):
             return
-        if watch.instance and container.instance != watch.instance:
-            # What the ended container still had to say is in the journal only.
-            lines = journal_lines(self.host, CONTAINER_FIELD, _id_of(watch.instance))
-            if lines:
-                watch.forget_log()
-                watch.take_lines(lines, now, self.redactor, running=False)
+        if container.running and watch.replaced_by(container):
             return
         if container.instance != watch.log_instance:
             # The first look may have met what an earlier start left behind.

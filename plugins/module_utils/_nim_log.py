@@ -161,9 +161,6 @@ def last_words(host: Host, name: str, identifier: str) -> list[str]:
     """
     if not identifier:
         return journal_lines(host, "CONTAINER_NAME", name, of_last=(CONTAINER_FIELD, 1))
-    lines = journal_lines(host, CONTAINER_FIELD, identifier)
-    if not lines:
-        # It was silent, or the journal is not done with it yet.
-        host.run(["journalctl", "--sync"], timeout=2)
-        lines = journal_lines(host, CONTAINER_FIELD, identifier)
-    return lines
+    # The journal may not be done with it yet, and the very last line says why.
+    host.run(["journalctl", "--sync"], timeout=2)
+    return journal_lines(host, CONTAINER_FIELD, identifier)

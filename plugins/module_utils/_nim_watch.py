@@ -164,6 +164,10 @@ class Watch:
         """Whether the end is foretold, and only waited for in case another line says more."""
         return self.doom is not None and not self.done
 
+    def replaced_by(self, container: ContainerState) -> bool:
+        """Whether this is another run than the one that was watched."""
+        return bool(self.instance) and container.instance != self.instance
+
     def forget_log(self) -> None:
         """Another container begins: what the one before said counts no longer."""
         self.cursor, self.window, self.percent = "", [], None
@@ -285,7 +289,7 @@ class Watch:
         answers_ready = answer is not None and answer.status == 200
 
         if container is not None and running:
-            if self.instance and container.instance != self.instance:
+            if self.replaced_by(container):
                 self.fail(
                     "container_ended",
                     "did not start: its container ended after %s and was started again"

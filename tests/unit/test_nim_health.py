@@ -234,7 +234,8 @@ def test_container_that_ends_with_code_0_fails_at_once(world: World, nim: Nim) -
     assert "legacykey" not in json.dumps(outcome.resume)
 
 
-def test_container_that_was_replaced_between_two_looks(world: World, nim: Nim) -> None:
+@pytest.mark.parametrize("successor", [503, 200])
+def test_container_that_was_replaced_between_two_looks(world: World, nim: Nim, successor: int) -> None:
     nim.ready = 503
     world.unit("a")
     world.box("a")
@@ -245,6 +246,7 @@ def test_container_that_was_replaced_between_two_looks(world: World, nim: Nim) -
         world.logs["nim-a"] = []
         world.unit("a", NRestarts=1)
         world.journal["CONTAINER_ID_FULL=c1"] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate"]
+        nim.ready = successor
 
     world.at(40, replace)
     outcome, dummy = check(world, [{"name": "a", "port": nim.port}], slices=True)

@@ -318,13 +318,15 @@ def test_a_silent_container_is_not_given_the_lines_of_an_earlier_one(world: Worl
     assert outcome.failures[0][1].signature == "eng-30a"
 
 
-def test_lines_that_the_journal_has_not_written_yet_are_asked_for(world: World, nim: Nim) -> None:
+@pytest.mark.parametrize("written", [[], ["Initializing an LLM engine"]])
+def test_lines_that_the_journal_has_not_written_yet_are_asked_for(world: World, nim: Nim, written: list[str]) -> None:
     nim.ready = 503
     world.unit("a")
+    world.journal["CONTAINER_ID_FULL=present"] = written
     word(world, "back_off", 1, "ended with code 1", age=3, container="present")
 
     def sync(_host: t.Any, _argv: t.Any, _in: t.Any, _env: t.Any) -> str:
-        world.journal["CONTAINER_ID_FULL=present"] = ["Unknown RoPE scaling type x"]
+        world.journal["CONTAINER_ID_FULL=present"] = [*written, "Unknown RoPE scaling type x"]
         return ""
 
     world.commands = {"journalctl --sync": sync, **world.commands}
