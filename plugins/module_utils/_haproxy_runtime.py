@@ -1,0 +1,160 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""The runtime API of a HAProxy on this host, and what it says of servers.
+
+Formats: HAProxy management guide, "show stat" (CSV) and "show servers state" (format 1).
+"""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import typing as t
+from dataclasses import dataclass
+
+from ._errors import FleetError
+from ._gateway_state import ask, rows
+
+ENABLED, DRAINED, MAINTENANCE = "enabled", "drained", "maintenance"
+
+#: Bits of srv_admin_state: forced, inherited or configured maintenance, or for want of an address; forced or inherited drain.
+_MAINTENANCE_BITS = 0x01 | 0x02 | 0x04 | 0x20
+_DRAIN_BITS = 0x08 | 0x10
+
+PROBE_PATH = "/v1/health/ready"
+PROBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A server as HAProxy sees it now.
+
+    Attributes:
+        state: What an operator made of it: ``enabled``, ``drained`` or ``maintenance``.
+        status: HAProxy's own word: ``UP``, ``UP 1/2``, ``DOWN``, ``DRAIN``, ``MAINT``, ``no check``, …
+        sessions: Requests that run on it or wait for it.
+        checked: Whether it has an active check.
+        proven: Whether every check of late has passed; always false in maintenance, when nothing is checked.
+        tls: Whether HAProxy speaks TLS to it.
+    """
+
+    backend: str
+    server: str
+    address: str
+    port: int
+    state: str
+    status: str
+    sessions: int
+    checked: bool
+    proven: bool
+    tls: bool = False
+
+    @property
+    def name(self) -> str:
+        return "%s/%s" % (self.backend, self.server)
+
+    @property
+    def serving(self) -> bool:
+        """Whether it gets new requests."""
+        return self.state == ENABLED and (self.status.startswith("UP") or self.status == "no check")
+
+
+class RuntimeApi:
+    """HAProxy's runtime API over its UNIX socket."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def ask(self, command: str) -> str:
+        """Answer to one command.
+
+        Raises:
+            FleetError: ``gateway_unreachable``.
+        """
+        try:
+            return ask(self.path, command)
+        except OSError as error:
+            raise FleetError(
+                "gateway_unreachable",
+                "Asking HAProxy at %s failed: %s. Look whether it runs (systemctl status haproxy), and that its "
+                "configuration has a stats socket of level admin there." % (self.path, error.strerror or error),
+                socket=self.path,
+            ) from error
+
+    def set_state(self, server: LiveServer, word: str) -> None:
+        """``ready``, ``drain`` or ``maint``.
+
+        Raises:
+            FleetError: ``gateway_unreachable``, or ``gateway_refused`` when HAProxy does not do it.
+        """
+        answer = self.ask("set server %s state %s" % (server.name, word)).strip()
+        if answer:
+            raise FleetError(
+                "gateway_refused",
+                "Setting server %s to %s failed: HAProxy says %s. The stats socket must be of level admin."
+                % (server.name, word, answer.splitlines()[0]),
+            )
+
+    def servers(self) -> t.List[LiveServer]:
+        """All servers of all backends."""
+        _columns, states = rows(self.ask("show servers state"))
+        text = self.ask("show stat -1 4 -1").lstrip("# \n")
+        stats = {(row.get("pxname"), row.get("svname")): row for row in csv.DictReader(text.splitlines())}
+        found = []
+        for row in states:
+            stat = stats.get((row["be_name"], row["srv_name"]))
+            if stat is not None:
+                found.append(_live(row, stat))
+        return found
+
+    def version(self) -> t.Optional[str]:
+        """The description that the running process was configured with; None where no HAProxy answers."""
+        try:
+            answer = self.ask("show info")
+        except FleetError:
+            return None
+        for line in answer.splitlines():
+            name, colon, value = line.partition(":")
+            if colon and name.strip().lower() == "description":
+                return value.strip()
+        return ""
+
+
+def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str]) -> LiveServer:
+    bits = _number(row.get("srv_admin_state"))
+    rise, fall, health = (_number(stat.get(name)) for name in ("check_rise", "check_fall", "check_health"))
+    state = MAINTENANCE if bits & _MAINTENANCE_BITS else DRAINED if bits & _DRAIN_BITS else ENABLED
+    checked = bool(stat.get("check_status"))
+    # When checks begin again after maintenance, health begins one below the most: it takes a new success to get there.
+    passed = (stat.get("check_status") or "").lstrip("* ").endswith("OK") and health >= rise + fall - 1 > 0
+    return LiveServer(
+        row["be_name"],
+        row["srv_name"],
+        row.get("srv_addr", "-"),
+        _number(row.get("srv_port")),
+        state,
+        stat.get("status") or "",
+        _number(stat.get("scur")) + _number(stat.get("qcur")),
+        checked,
+        state != MAINTENANCE and _number(row.get("srv_op_state")) != 0 and (passed or not checked),
+        row.get("srv_use_ssl") == "1",
+    )
+
+
+def _number(text: t.Optional[str]) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def probe(address: str, port: int) -> t.Optional[str]:
+    """None when a NIM there says that it is ready; otherwise what it said, in a few words."""
+    connection = http.client.HTTPConnection(address, port, timeout=PROBE_SECONDS)
+    try:
+        connection.request("GET", PROBE_PATH)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return None if status == 200 else "status %d" % status
