@@ -100,7 +100,7 @@ lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stam
 
 .PHONY: unit
 unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
-	@tests/tools.sh apt-get=apt dpkg=dpkg openssl=openssl systemd-analyze=systemd
+	@tests/tools.sh apt-get=apt dpkg=dpkg haproxy=haproxy openssl=openssl systemd-analyze=systemd
 	@PYTHONPATH=.build $(BIN)/pytest -n 2 tests/unit
 
 .PHONY: fuzz

@@ -17,6 +17,7 @@ Exit code 0 always when the file was written; a message and 1 otherwise, which i
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
@@ -35,6 +36,16 @@ UNPROVEN = {"srv_op_state": "0", "srv_check_status": "1", "srv_check_result": "0
 FRESH = dict(UNPROVEN, srv_uweight="1", srv_iweight="1", srv_check_state="6")
 TEXTS = ("srv_fqdn", "srvrecord", "srv_check_addr", "srv_agent_addr", "srv_addr")
 SOCKET_SECONDS = 5.0
+
+
+def source() -> str:
+    """The text of this file, also where it is imported from an archive."""
+    spec = importlib.util.find_spec(__name__)
+    loader: t.Any = spec.loader if spec else None
+    text = loader.get_source(__name__) if loader else None
+    if not text:
+        raise RuntimeError("The source of %s is not available." % __name__)
+    return str(text)
 
 
 def ask(path: str, command: str) -> str:
@@ -57,6 +68,8 @@ def rows(text: str) -> tuple[list[str], list[dict[str, str]]]:
     if len(lines) < 2 or lines[0].strip() != "1" or not lines[1].startswith("# "):
         return HEADER[2:].split(), []
     columns = lines[1][2:].split()
+    if not set(HEADER.split()[1:20]) <= set(columns):
+        return HEADER[2:].split(), []
     found = [line.split() for line in lines[2:] if not line.startswith("#")]
     return columns, [dict(zip(columns, values)) for values in found if len(values) == len(columns)]
 

@@ -34,6 +34,16 @@ POLL_SECONDS = 0.5
 WORDS = {ENABLED: "ready", DRAINED: "drain", MAINTENANCE: "maint"}
 
 
+SERVER_OPTIONS: t.Dict[str, t.Dict[str, t.Any]] = {
+    "host": {"type": "str", "required": True},
+    "state": {"type": "str", "choices": [DRAINED, MAINTENANCE, ENABLED], "required": True},
+    "timeout": {"type": "int", "default": 300},
+    "socket": {"type": "path", "default": Layout.socket},
+    "allow_last": {"type": "bool", "default": False},
+    "ignore_unknown": {"type": "bool", "default": False},
+}
+
+
 @dataclass(frozen=True)
 class GatewayServers:
     """Servers of all hosts, and which of them were taken out by us: name -> state that was given."""

@@ -214,11 +214,16 @@ class Gateway:
 
     def reload(self) -> None:
         self.keep_state()
+        before = self.pid()
         self.process.send_signal(signal.SIGUSR2)
+        until(lambda: self.pid() != before, "a new worker answers")
         self.wait_for_version()
 
     def wait_for_version(self) -> None:
         until(lambda: self.version in self.ask("show info"), "HAProxy runs with the new configuration")
+
+    def pid(self) -> str:
+        return next(line for line in self.ask("show info").splitlines() if line.startswith("Pid:"))
 
     def ask(self, command: str) -> str:
         return _gateway_state.ask(self.layout.socket, command)

@@ -1,0 +1,569 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The gateway as a resource: what it plans, what it refuses, how it comes back from a reload that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import typing as t
+
+import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_gateway
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_hosts import gateway_host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_state import HEADER, merged, rows
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import (
+    Server,
+    hash_keys,
+    make_backends,
+)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import render_diff
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import DROP_IN, NimGateway, answer
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._packages import Available, Package
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
+from fake_host import FakeHost
+from gateway_world import HAPROXY
+
+CONFIGURATION = "/etc/haproxy/haproxy.cfg"
+DEFAULT = "global\n    daemon\n"
+KEY = "sk-test-0123456789abcdef"
+FRAGMENT = """[Service]
+ExecStart=/usr/sbin/haproxy -Ws -f $CONFIG
+ExecReload=/usr/sbin/haproxy -Ws -f $CONFIG -c -q
+ExecReload=/bin/kill -USR2 $MAINPID
+"""
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+PRIVATE = "-----BEGIN PRIVATE KEY-----\nMIIEvTOPSECRET\n-----END PRIVATE KEY-----\n"
+
+
+class Packages:
+    def __init__(self, gateway: GatewayHost) -> None:
+        self.gateway = gateway
+
+    def installed(self, *names: str) -> dict[str, Package]:
+        version = self.gateway.version
+        return {"haproxy": Package("haproxy", version)} if version else {}
+
+    def available(self, *names: str) -> dict[str, list[Available]]:
+        return {"haproxy": [Available("haproxy", self.gateway.offer)]} if self.gateway.indexed else {}
+
+    def refresh(self) -> None:
+        self.gateway.indexed = True
+
+    def repair(self) -> None:
+        pass
+
+    def install(self, wanted: t.Mapping[str, t.Optional[str]]) -> None:
+        gateway = self.gateway
+        gateway.version = gateway.offer
+        gateway.files[CONFIGURATION] = DEFAULT.encode()
+        gateway.files["/lib/systemd/system/haproxy.service"] = FRAGMENT.encode()
+        # As on Debian: the package starts it.
+        gateway.active, gateway.enabled, gateway.live = True, True, ""
+
+
+class GatewayHost(FakeHost):
+    """A host whose systemd and HAProxy do what they are told; ``busy`` is a port that somebody else holds."""
+
+    def __init__(self, version: str = "") -> None:
+        super().__init__()
+        self.version = ""
+        self.offer = "3.0.11-1"
+        self.indexed = False
+        self.active = self.enabled = False
+        self.masked = False
+        self.live: str | None = None
+        self.busy = ""
+        self.refused = ""
+        self.reloads = 0
+        self.dirs |= {"/etc/haproxy", "/etc/systemd/system", "/var/lib/haproxy"}
+        self.commands = {
+            "systemctl show *": self.show,
+            "systemctl daemon-reload": "",
+            "systemctl enable haproxy.service": self.enable,
+            "systemctl disable --now haproxy.service": self.stop,
+            "systemctl reload haproxy.service": self.reload,
+            "systemctl start haproxy.service": self.reload,
+            "dpkg-query --show *": lambda *args: (
+                " %s %s\n" % (CONFIGURATION, hashlib.md5(DEFAULT.encode()).hexdigest())  # noqa: S324 - dpkg's own
+            ),
+            "md5sum *": lambda *args: (
+                "%s  %s\n"
+                % (
+                    hashlib.md5(self.files[CONFIGURATION]).hexdigest(),  # noqa: S324
+                    CONFIGURATION,
+                )
+            ),
+            "haproxy -c -f *": self.check_configuration,
+            "journalctl *": "[ALERT]    (1) : Starting frontend nim_gateway: cannot bind socket [0.0.0.0:8080]\n",
+        }
+        if version:
+            self.offer = version
+            Packages(self).install({})
+
+    def show(self, *args: t.Any) -> str:
+        if not self.version:
+            return "LoadState=not-found\nActiveState=inactive\nUnitFileState=\n"
+        return "LoadState=%s\nActiveState=%s\nUnitFileState=%s\nNeedDaemonReload=no\nFragmentPath=%s\n" % (
+            "masked" if self.masked else "loaded",
+            "active" if self.active else "inactive",
+            "enabled" if self.enabled else "disabled",
+            "/lib/systemd/system/haproxy.service",
+        )
+
+    def enable(self, *args: t.Any) -> str:
+        self.enabled = True
+        return ""
+
+    def stop(self, *args: t.Any) -> str:
+        self.active = self.enabled = False
+        self.live = None
+        return ""
+
+    def check_configuration(self, host: FakeHost, argv: t.Sequence[str], *rest: t.Any) -> tuple[int, str, str]:
+        assert argv[-1] == "/etc/haproxy/nim.candidate/haproxy.cfg"
+        assert self.modes["/etc/haproxy/nim.candidate"][0] == 0o700
+        text = self.files[argv[-1]].decode()
+        for path in re.findall(r"/etc/haproxy/nim[^ )]*", text):
+            assert path in self.files, path
+        return (1, "", "[NOTICE] x\n[ALERT]    (9) : config : %s\n" % self.refused) if self.refused else (0, "", "")
+
+    def reload(self, *args: t.Any) -> str:
+        self.reloads += 1
+        text = self.files[CONFIGURATION].decode()
+        if self.busy and ":%s" % self.busy in text:
+            return ""
+        self.active = True
+        self.live = re.findall(r"description (\S+)", text)[0]
+        return ""
+
+
+class Api:
+    def __init__(self, host: GatewayHost) -> None:
+        self.host = host
+
+    def version(self) -> str | None:
+        return self.host.live
+
+
+def options(**more: t.Any) -> dict[str, t.Any]:
+    hosts = [
+        {"name": name, "address": address, "models": [{"name": "llama", "port": 8000, "served": ["meta/llama"]}]}
+        for name, address in (("gpu01", "10.0.0.1"), ("gpu02", "gpu02.example.org"))
+    ]
+    return {"hosts": hosts, **more}
+
+
+def gateway(host: GatewayHost, **more: t.Any) -> NimGateway:
+    resource = NimGateway(**options(**more))
+    resource.api = t.cast(t.Any, Api(host))
+    resource.manager = lambda host: t.cast(t.Any, Packages(t.cast(GatewayHost, host)))
+    resource.python = "/usr/bin/python3"
+    return resource
+
+
+def run(host: GatewayHost, check_mode: bool = False, **more: t.Any) -> Outcome[t.Any]:
+    return converge(host, gateway(host, **more), check_mode=check_mode)
+
+
+def refused(reason: str, host: GatewayHost | None = None, **more: t.Any) -> FleetError:
+    with pytest.raises(FleetError) as caught:
+        run(host or GatewayHost("3.0.11-1"), **more)
+    assert caught.value.reason == reason
+    return caught.value
+
+
+# -- from nothing to a gateway --------------------------------------------------------------------
+
+
+def test_a_bare_host_becomes_a_gateway_and_then_nothing_is_to_be_done() -> None:
+    host = GatewayHost()
+    planned = run(host, check_mode=True)
+    assert planned.changed
+    assert host.version == ""
+    assert run(host).changed
+    assert host.indexed
+    assert "nim_gateway-" in str(host.live)
+    assert "/etc/haproxy/nim.candidate" not in host.dirs
+    assert not run(host).changed
+    assert not run(host, check_mode=True).changed
+    assert host.reloads == 1
+    shown = answer(gateway(host), gateway(host).observe(host))["gateway"]
+    assert shown["models"] == [
+        {"name": "meta/llama", "backend": "meta_llama", "servers": ["gpu01:llama", "gpu02:llama"]}
+    ]
+
+
+def test_the_state_is_kept_before_the_distributions_own_reload() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    keep = "/usr/local/libexec/nim/gateway-state /run/haproxy/admin.sock /etc/haproxy/nim/servers"
+    reloads = [line for line in host.files[DROP_IN].decode().splitlines() if line.startswith("ExecReload=")]
+    assert reloads[0] == "ExecReload="
+    assert keep in reloads[1]
+    assert reloads[2:] == re.findall(r"(?m)^ExecReload=.*$", FRAGMENT)
+    assert host.modes["/usr/local/libexec/nim/gateway-state"] == (0o755, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"port": 9000},
+        {"body_limit": "2MB"},
+        {"api_keys": {"a": KEY}},
+        {"certificate": PEM, "private_key": PRIVATE},
+        {"hosts": options()["hosts"][:1]},
+    ],
+)
+def test_every_change_is_a_reload(change: dict[str, t.Any]) -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    outcome = run(host, **change)
+    assert [str(entry.disruption) for entry in outcome.changes if entry.action == "reload"] == ["reload"]
+    assert host.reloads == 2
+    assert not run(host, **change).changed
+    # And back, with nothing left behind.
+    run(host)
+    assert "/etc/haproxy/nim/tls.pem" not in host.files
+    assert not run(host).changed
+
+
+@pytest.mark.parametrize("path", [CONFIGURATION, "/etc/haproxy/nim/models.map", "/etc/haproxy/nim/keys.map", DROP_IN])
+def test_files_changed_by_hand_are_put_right(path: str) -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    host.files[path] += b"# mine\n"
+    outcome = run(host)
+    assert [change.what for change in outcome.changes] == [path]
+    host.modes[path] = (0o666, 0, 0)
+    assert [change.what for change in run(host).changes] == [path]
+    del host.files[path]
+    assert run(host).changed
+    assert not run(host).changed
+
+
+def test_a_process_that_has_not_read_its_files_is_reloaded() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    host.live = "nim_gateway-0123"
+    assert [change.what for change in run(host).changes] == ["running configuration"]
+
+
+def test_a_stopped_gateway_is_started() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    host.stop()
+    outcome = run(host)
+    assert [change.action for change in outcome.changes] == ["start"]
+    assert host.active
+    assert host.enabled
+
+
+def test_a_renewed_certificate_is_read() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.files["/etc/ssl/gw.pem"] = (PEM + PRIVATE).encode()
+    run(host, certificate_file="/etc/ssl/gw.pem")
+    assert b"ssl crt /etc/ssl/gw.pem alpn" in host.files[CONFIGURATION]
+    assert not run(host, certificate_file="/etc/ssl/gw.pem").changed
+    host.files["/etc/ssl/gw.pem"] += b"\n"
+    assert "running configuration" in [change.what for change in run(host, certificate_file="/etc/ssl/gw.pem").changes]
+    del host.files["/etc/ssl/gw.pem"]
+    refused("certificate_missing", host, certificate_file="/etc/ssl/gw.pem")
+
+
+def test_selinux_is_told_that_servers_are_to_be_reached() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.files["/sys/fs/selinux/enforce"] = b"1"
+    switch = {"now": "off"}
+    host.commands["getsebool haproxy_connect_any"] = lambda *args: "haproxy_connect_any --> %s\n" % switch["now"]
+
+    def turn_on(*args: t.Any) -> str:
+        switch["now"] = "on"
+        return ""
+
+    host.commands["setsebool -P haproxy_connect_any on"] = turn_on
+    assert "SELinux haproxy_connect_any" in [change.what for change in run(host).changes]
+    assert not run(host).changed
+
+
+def test_a_gateway_is_removed() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host, api_keys={"a": KEY})
+    assert run(host, state="absent").changed
+    assert not host.active
+    assert not [path for path in host.files if "nim" in path]
+    assert not run(host, state="absent").changed
+    # Somebody else's HAProxy is no gateway of ours.
+    other = GatewayHost("2.6.12-1")
+    other.files[CONFIGURATION] = b"frontend mine\n"
+    assert not run(other, state="absent").changed
+    assert other.active
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def test_somebody_elses_configuration_is_left_alone() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.files[CONFIGURATION] = b"frontend mine\n"
+    assert "replace_configuration" in refused("foreign_configuration", host).message
+    assert host.files[CONFIGURATION] == b"frontend mine\n"
+    assert run(host, replace_configuration=True).changed
+
+
+def test_a_configuration_that_haproxy_refuses_never_gets_there() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    before = dict(host.files)
+    host.refused = "parsing [/etc/haproxy/nim.candidate/haproxy.cfg:30] : unknown keyword 'x'"
+    error = refused("configuration_refused", host, port=9000)
+    assert "parsing [/etc/haproxy/nim/haproxy.cfg:30] : unknown keyword" in error.message
+    assert host.files == before
+    assert host.reloads == 1
+
+
+def test_a_reload_that_fails_leaves_the_old_gateway_and_its_files() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    before, live = dict(host.files), host.live
+    host.busy = "9000"
+    error = refused("reload_failed", host, port=9000, certificate=PEM, private_key=PRIVATE)
+    assert "cannot bind socket" in error.message
+    assert host.files == before
+    assert host.live == live
+    host.busy = ""
+    assert run(host, port=9000).changed
+
+
+def test_a_start_that_fails_says_why() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.stop()
+    host.busy = "8080"
+    assert "cannot bind socket" in refused("start_failed", host).message
+
+
+def test_a_masked_service_stays_masked() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.masked = True
+    assert "systemctl unmask" in refused("service_masked", host).message
+
+
+def test_an_old_haproxy_is_refused_before_it_is_installed() -> None:
+    host = GatewayHost()
+    host.offer = "1.8.27-5.el8"
+    assert "2.4" in refused("haproxy_too_old", host).message
+    assert host.version == ""
+    refused("haproxy_too_old", GatewayHost("2.2.9-2"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"hosts": []}, "hosts"),
+        ({"port": 0}, "port = 0"),
+        ({"port": 8405}, "metrics_port = 8405"),
+        ({"bind_address": "all"}, None),
+        ({"bind_address": "a b"}, "bind_address = 'a b'"),
+        ({"body_limit": "1"}, "body_limit = 1"),
+        ({"body_limit": "1GB"}, "body_limit = 1GB"),
+        ({"inactivity_timeout": 1}, "inactivity_timeout = 1"),
+        ({"server_connections": 0}, "server_connections = 0"),
+        ({"certificate": "x"}, "certificate = (not shown)"),
+        ({"certificate": PEM}, "private_key = (not shown)"),
+        ({"certificate": PEM, "private_key": PRIVATE, "certificate_file": "/etc/x.pem"}, "certificate_file"),
+        ({"certificate_file": "x.pem"}, "certificate_file = x.pem"),
+        ({"certificate_file": "/etc/x y.pem"}, "certificate_file"),
+        ({"api_keys": {"a": "short"}}, "api_keys.a = (not shown)"),
+        ({"api_keys": {"a": KEY + " x"}}, "api_keys.a = (not shown)"),
+        ({"api_keys": {"a": "sha256:0123"}}, "api_keys.a = (not shown)"),
+        ({"api_keys": {"a": KEY, "b": KEY}}, "api_keys.b = (not shown)"),
+        ({"api_keys": {KEY + "!": "a"}}, "api_keys = (not shown)"),
+    ],
+)
+def test_options_are_checked(more: dict[str, t.Any], said: str | None) -> None:
+    if said is None:
+        NimGateway(**options(**more))
+        return
+    with pytest.raises(FleetError) as caught:
+        NimGateway(**options(**more))
+    assert caught.value.reason == "invalid_option"
+    assert caught.value.message.startswith(said)
+    assert KEY not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ({"name": "gpu01", "address": "10.0.0.9"}, "hosts[2].name = gpu01: is there twice"),
+        ({"name": "gpu 01"}, None),
+        ({"address": "a;b"}, "hosts[2].address"),
+        ({"models": [{"name": "m", "port": 70000, "served": ["x"]}]}, "hosts[2].models.m.port"),
+        ({"models": [{"name": "m", "port": 8000, "served": ["x y"]}]}, "hosts[2].models.m.served"),
+        ({"models": [{"name": "m", "port": 8000, "served": ["x\ny z"]}]}, "hosts[2].models.m.served"),
+        ({"models": [{"name": "m", "port": 8000, "served": []}]}, "hosts[2].models.m.served"),
+    ],
+)
+def test_hosts_are_checked(host: dict[str, t.Any], said: str | None) -> None:
+    entry = {"name": "gpu03", "address": "::1", "models": [{"name": "m", "port": 8000, "served": ["x"]}], **host}
+    hosts = [*options()["hosts"], entry]
+    if said is None:
+        assert (
+            "server gpu_01:m [::1]:8000"
+            in gateway(GatewayHost(), hosts=hosts).rendered(_nim_gateway.GatewayState())[1][-1].content
+        )
+        return
+    with pytest.raises(FleetError) as caught:
+        NimGateway(hosts=hosts)
+    assert caught.value.message.startswith(said)
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+def test_keys_are_in_no_file_diff_or_result() -> None:
+    host = GatewayHost("2.6.12-1")
+    outcome = run(host, api_keys={"a": KEY}, certificate=PEM, private_key=PRIVATE)
+    hashed = hashlib.sha256(KEY.encode()).hexdigest()
+    told = str(render_diff(outcome.changes)) + str([change.as_dict() for change in outcome.changes])
+    rotated = run(host, api_keys={"a": KEY + "2"}, certificate=PEM + PEM, private_key=PRIVATE)
+    told += str(render_diff(rotated.changes)) + str([change.as_dict() for change in rotated.changes])
+    for secret in (KEY, "TOPSECRET", hashed, hashed.upper()):
+        assert secret not in told
+    assert "sha256:" + hashed[:12] in told
+    assert KEY.encode() not in b"".join(host.files.values())
+    for path in ("/etc/haproxy/nim/keys.map", "/etc/haproxy/nim/tls.pem"):
+        assert host.modes[path] == (0o600, 0, 0)
+
+
+def test_a_hashed_key_is_as_good() -> None:
+    hashed = hashlib.sha256(KEY.encode()).hexdigest()
+    assert hash_keys({"a": "sha256:" + hashed}) == hash_keys({"a": KEY}) == {"a": hashed.upper()}
+
+
+# -- backends and hosts ---------------------------------------------------------------------------
+
+
+def test_names_with_the_same_servers_share_a_backend_and_others_do_not() -> None:
+    backends = make_backends(
+        [
+            Server("gpu01", "a", "10.0.0.1", 8000, ("base", "lora")),
+            Server("gpu02", "a", "10.0.0.2", 8000, ("base",)),
+            Server("gpu02", "b", "10.0.0.2", 8001, ("nim_gateway",)),
+            Server("gpu03", "b", "10.0.0.3", 8001, ("a/b",)),
+            Server("gpu04", "b", "10.0.0.4", 8001, ("a:b",)),
+        ]
+    )
+    found = {backend.served: [server.name for server in backend.servers] for backend in backends}
+    assert found == {
+        ("base",): ["gpu01:a", "gpu02:a"],
+        ("lora",): ["gpu01:a"],
+        ("nim_gateway",): ["gpu02:b"],
+        ("a/b",): ["gpu03:b"],
+        ("a:b",): ["gpu04:b"],
+    }
+    names = [backend.name for backend in backends]
+    assert len(set(names)) == 5
+    assert "nim_gateway" not in names
+    assert all(re.match(r"[A-Za-z0-9_.-]+\Z", name) for name in names)
+
+
+def test_hosts_that_haproxy_could_not_tell_apart_are_refused() -> None:
+    with pytest.raises(FleetError, match="same name in HAProxy"):
+        make_backends([Server("gpu/1", "a", "x", 1, ("m",)), Server("gpu_1", "a", "y", 1, ("m",))])
+
+
+def test_what_a_gateway_serves_of_a_host() -> None:
+    image = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4"
+    models = [
+        {"name": "plain", "image": image},
+        {"name": "named", "image": image, "port": 8001, "served_model_name": "base,alias"},
+        {"name": "custom", "image": image, "port": 8002, "custom_model_name": "mine"},
+        {"name": "other", "image": image, "port": 8003, "bind_address": "10.1.0.1"},
+        {"name": "private", "image": image, "port": 8004, "bind_address": "127.0.0.1"},
+        {"name": "stopped", "image": image, "port": 8005, "state": "stopped"},
+    ]
+    entry = gateway_host("gpu01", "10.0.0.1", models, {"custom": ["x", "y"], "other": "z"})
+    assert entry == {
+        "name": "gpu01",
+        "address": "10.0.0.1",
+        "models": [
+            {"name": "plain", "port": 8000, "served": ["meta/llama-3.1-8b-instruct"]},
+            {"name": "named", "port": 8001, "served": ["base", "alias"]},
+            {"name": "custom", "port": 8002, "served": ["x", "y"]},
+            {"name": "other", "port": 8003, "served": ["z"], "address": "10.1.0.1"},
+        ],
+    }
+    assert gateway_host("gpu01", "10.0.0.1", models[4:]) is None
+
+
+# -- the state of the servers ---------------------------------------------------------------------
+
+
+def test_what_is_known_of_a_server_is_kept_only_when_it_is_the_same() -> None:
+    rest = "1 1 60 15 3 3 6 0 0 0"
+    state = "\n".join(
+        [
+            "1",
+            HEADER,
+            "4 a 1 gpu01:m 10.0.0.1 2 8 %s - 8000 - 0 0 - - 0" % rest,
+            "4 a 2 gpu02:m 10.0.0.2 2 0 %s gpu02.example.org 8000 - 0 0 - - 0" % rest,
+            "4 a 3 gpu03:m 10.0.0.3 2 1 %s - 8000 - 0 0 - - 0" % rest,
+            "4 a 4 gone:m 10.0.0.4 2 0 %s - 8000 - 0 0 - - 0" % rest,
+        ]
+    )
+    servers = (
+        "a gpu01:m 10.0.0.1 8000\na gpu02:m gpu02.example.org 8000\na gpu03:m 10.0.0.3 8001\na new:m fe80::1 8000\n"
+    )
+    found = {row["srv_name"]: row for row in rows(merged(state, servers, True))[1]}
+    assert list(found) == ["gpu01:m", "gpu02:m", "gpu03:m", "new:m"]
+    assert (found["gpu01:m"]["srv_op_state"], found["gpu01:m"]["srv_admin_state"]) == ("2", "8")
+    assert found["gpu02:m"]["srv_op_state"] == "2"
+    assert (found["gpu03:m"]["srv_op_state"], found["gpu03:m"]["srv_admin_state"]) == ("0", "0")
+    assert (found["new:m"]["srv_addr"], found["new:m"]["srv_check_status"]) == ("fe80::1", "1")
+    # After a stop, what was up must prove it again, and what was drained stays so.
+    kept = {row["srv_name"]: row for row in rows(merged(state, servers, False))[1]}
+    assert (kept["gpu01:m"]["srv_op_state"], kept["gpu01:m"]["srv_admin_state"]) == ("0", "8")
+    assert kept["gpu02:m"]["srv_op_state"] == "0"
+
+
+@pytest.mark.parametrize("state", ["", "2\n# x\n", "1\n", "nonsense", "1\n# be_name srv_name\na\n"])
+def test_a_state_of_another_form_is_no_state(state: str) -> None:
+    found = rows(merged(state, "a gpu01:m 10.0.0.1 8000\n", True))[1]
+    assert [(row["srv_name"], row["srv_op_state"]) for row in found] == [("gpu01:m", "0")]
+
+
+# -- HAProxy's own opinion ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(HAPROXY is None, reason="needs haproxy; `make unit` installs it")
+def test_haproxy_takes_a_configuration_with_everything_in_it(tmp_path: t.Any) -> None:
+    subject = ["-subj", "/CN=gateway", "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject],
+        check=True,
+        capture_output=True,
+    )
+    resource = gateway(
+        GatewayHost(),
+        certificate=(tmp_path / "crt").read_text(),
+        private_key=(tmp_path / "key").read_text(),
+        api_keys={"a": KEY},
+        bind_address="::",
+        metrics_address="::1",
+        body_limit="64MB",
+        slow_start=0,
+        hosts=options()["hosts"][:1],
+    )
+    layout = _nim_gateway.Layout(
+        str(tmp_path / "cfg"), str(tmp_path / "nim"), str(tmp_path / "s"), str(tmp_path / "st")
+    )
+    (tmp_path / "nim").mkdir()
+    (tmp_path / "st").write_text(merged("", "", False))
+    for file in resource.rendered(_nim_gateway.GatewayState(), layout)[1]:
+        with open(file.path, "w", encoding="utf-8") as stream:
+            stream.write(file.content)
+    done = subprocess.run([str(HAPROXY), "-c", "-f", layout.configuration], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[WARNING]" not in done.stderr, done.stderr
