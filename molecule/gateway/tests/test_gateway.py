@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What clients of a gateway see: routing, a host that leaves and returns, reloads, keys and TLS."""
+
+from __future__ import annotations
+
+import copy
+import http.client
+import json
+import pathlib
+import ssl
+from typing import Any
+
+from fleet_testing import Fleet, Run, wait_until
+
+FLEET = Fleet("gateway")
+GPU01, GPU02, GATEWAY = FLEET.host("gpu01"), FLEET.host("gpu02"), FLEET.host("gw01")
+TAKE_OUT = pathlib.Path(__file__).parents[1] / "take_out.yml"
+PORT = 8080
+MODEL = "meta/llama-3.1-8b-instruct"
+KEY = "sk-gateway-scenario-0123456789"
+
+
+def states() -> dict[str, str]:
+    """Server -> status, as HAProxy itself says."""
+    program = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy/admin.sock'); "
+        "s.sendall(b'show stat -1 4 -1\\n'); print(s.makefile().read())"
+    )
+    rows = [line.split(",") for line in GATEWAY.run('python3 -c "%s"' % program).splitlines()]
+    return {row[1]: row[17] for row in rows if len(row) > 17 and ":" in row[1]}
+
+
+def take_out(host: str, state: str, *, seconds: int = 60, succeeds: bool = True) -> Run:
+    limit = "%s,%s" % (FLEET.host(host).name, GATEWAY.name)
+    options = ("-e", "state=" + state, "-e", "seconds=%d" % seconds, "--limit", limit)
+    return FLEET.play(TAKE_OUT, *options, succeeds=succeeds)
+
+
+def requests_of(host: Any) -> int:
+    """Requests that a host's NIM has answered so far."""
+    text = host.run("curl -s http://127.0.0.1:8000/v1/metrics")
+    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("request_success_total"))
+
+
+def test_the_models_are_listed_and_requests_reach_both_hosts() -> None:
+    assert GATEWAY.model_names(PORT) == [MODEL]
+    before = requests_of(GPU01), requests_of(GPU02)
+    for _number in range(8):
+        assert GATEWAY.complete(PORT, MODEL)[0] == 200
+    assert requests_of(GPU01) > before[0]
+    assert requests_of(GPU02) > before[1]
+    status, error = GATEWAY.complete(PORT, "meta/llama-3.1-70b-instruct")
+    assert (status, error["error"]["code"]) == (404, "model_not_found")
+    assert "haproxy_server_status" in GATEWAY.run("curl -s http://127.0.0.1:8405/metrics")
+
+
+def test_a_host_leaves_is_worked_on_and_returns_and_nobody_notices() -> None:
+    name = GPU01.name + ":llama"
+    with GATEWAY.client(PORT) as first, GATEWAY.client(PORT) as second:
+        with GATEWAY.stream(PORT, 800) as one, GATEWAY.stream(PORT, 800) as other:
+            assert take_out("gpu01", "drained", seconds=0, succeeds=False).failure(GPU01.name)
+            assert states()[name] == "DRAIN"
+        assert (one["done"], other["done"]) == (True, True)
+        run = take_out("gpu01", "maintenance")
+        assert run.changed()
+        assert take_out("gpu01", "maintenance").changed() == []
+        GPU01.run("systemctl stop nim-llama")
+        # Whoever reloads or restarts it, and however the collection itself changes it.
+        for command in ("reload", "restart"):
+            if command == "reload":
+                GATEWAY.run("systemctl reload haproxy")
+            else:
+                inventory = copy.deepcopy(FLEET.inventory)
+                inventory["nim_gateways"]["vars"] = {"nim_gateway_body_limit": "2MB"}
+                assert FLEET.play("gateway", inventory=inventory).changed()
+            wait_until(lambda: GATEWAY.ready(PORT), "the gateway is ready")
+            assert states()[name] == "MAINT"
+        # The other one is the last now.
+        refused = take_out("gpu02", "drained", succeeds=False)
+        assert "allow_last" in refused.failure(GPU02.name)
+        # Enabled only when it has proved ready.
+        failed = take_out("gpu01", "enabled", seconds=3, succeeds=False)
+        assert "not ready" in failed.failure(GPU01.name) or "not all of its servers" in failed.failure(GPU01.name)
+        GPU01.run("systemctl start nim-llama")
+        assert take_out("gpu01", "enabled").changed()
+        assert take_out("gpu01", "enabled").changed() == []
+        before = requests_of(GPU01)
+        wait_until(lambda: requests_of(GPU01) > before, "it serves again")
+    assert first.failures == second.failures == []
+    assert len(first.answers) > 50
+
+
+def test_drain_survives_a_restart_and_a_reboot_of_the_gateway() -> None:
+    take_out("gpu02", "drained")
+    name = GPU02.name + ":llama"
+    GATEWAY.run("systemctl restart haproxy")
+    wait_until(lambda: GATEWAY.ready(PORT), "the gateway is ready after a restart")
+    assert states()[name].startswith("DRAIN")
+    GATEWAY.reboot()
+    wait_until(lambda: GATEWAY.ready(PORT), "the gateway is ready after a reboot")
+    assert states()[name].startswith("DRAIN")
+    assert take_out("gpu02", "enabled").changed()
+    assert GATEWAY.complete(PORT, MODEL)[0] == 200
+
+
+def test_keys_and_tls() -> None:
+    GATEWAY.run(
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=gateway -keyout /root/key -out /root/crt 2>&1"
+    )
+    inventory = copy.deepcopy(FLEET.inventory)
+    inventory["nim_gateways"]["vars"] = {
+        "nim_gateway_certificate": GATEWAY.run("cat /root/crt") + "\n",
+        "nim_gateway_private_key": GATEWAY.run("cat /root/key") + "\n",
+        "nim_gateway_api_keys": {"team-a": KEY},
+    }
+    run = FLEET.play("gateway", "--diff", inventory=inventory)
+    assert run.changed()
+    assert FLEET.play("gateway", inventory=inventory).changed() == []
+    context = ssl.create_default_context(cadata=GATEWAY.run("cat /root/crt"))
+    context.check_hostname = False
+    found = {}
+    for key in (KEY, KEY + "x"):
+        connection = http.client.HTTPSConnection(GATEWAY.address, PORT, timeout=10, context=context)
+        body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 2})
+        connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer " + key})
+        found[key] = connection.getresponse().status
+        connection.close()
+    assert found == {KEY: 200, KEY + "x": 401}
+    secret = GATEWAY.run("cat /root/key").splitlines()[5]
+    for said in (run.output, json.dumps(run.results), GATEWAY.journal(400)):
+        assert KEY not in said
+        assert secret not in said
+    assert not GATEWAY.succeeds("grep -rqF %s /etc/haproxy /var/lib/haproxy /var/lib/gpu_fleet" % KEY)
+    # Back to plain HTTP; the certificate goes.
+    assert FLEET.play("gateway").changed()
+    assert not GATEWAY.succeeds("test -e /etc/haproxy/nim/tls.pem")
+    assert GATEWAY.complete(PORT, MODEL)[0] == 200
+
+
+def test_a_run_with_nothing_to_do_changes_nothing() -> None:
+    run = FLEET.play("site")
+    assert run.changed() == []
+    assert [entry["task"] for entry in run.of(GATEWAY.name, "gateway")]
