@@ -38,7 +38,8 @@ Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]
 PREFIXES = ("nvidia_driver_", "nvidia_container_toolkit_", "ngc_", "nim_", "docker_")
 SHARED_PREFIXES = ("docker_",)
 #: Variables whose values are never shown. (no_log in the roles' specifications breaks Vault in ansible-core 2.18.)
-SECRETS = ("ngc_api_key", "nim_ngc_api_key", "nim_gateway_api_keys", "nim_gateway_private_key")
+KEYS = ("ngc_api_key", "nim_ngc_api_key")
+SECRETS = (*KEYS, "nim_gateway_api_keys", "nim_gateway_private_key")
 #: How alike a misspelt name and a known one are (0 to 1, difflib's ratio). Shared prefixes make names alike by
 #: themselves, so there the rest of the name is compared.
 LIKENESS = 0.72
@@ -220,7 +221,7 @@ class _Check:
             spec = self.options[name]
             if value is None:
                 # Set to nothing is set: the default of the role is gone. No key at all is a choice that one may state.
-                if name not in SECRETS:
+                if name not in KEYS:
                     self.add(
                         name, "null", "is empty, and that replaces the default", "give a value, or remove the line"
                     )

@@ -5,6 +5,7 @@ done once is found done; what is refused is refused in check mode too. Modules t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -15,13 +16,16 @@ import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _docker_daemon_planner,
+    _haproxy_server,
     _host_cleanup,
     _module,
     _module_progress,
+    _nim_gateway,
     _nim_service,
     _packages,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_runtime import LiveServer
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_lookup import look_up
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import fingerprint
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
@@ -31,6 +35,8 @@ from driver_world import DriverWorld
 from engine_machine import Machine as EngineMachine
 from engine_machine import ce
 from fake_host import FakeHost
+from gateway_fakes import Api, GatewayHost, Packages, Runtime
+from gateway_fakes import options as gateway_options
 from image_world import DIGEST, KEY, LLAMA, FakeClient, image_world
 from nim_machine import Machine as NimMachine
 from nim_machine import llama
@@ -332,6 +338,59 @@ def gpu_host_cleanup(bench: Bench) -> Case:
     )
 
 
+def nim_gateway(bench: Bench) -> Case:
+    host = GatewayHost()
+    bench.host(host)
+    bench.patch.setattr(_nim_gateway, "RuntimeApi", lambda _path: Api(host))
+    bench.patch.setattr(_nim_gateway, "package_manager", Packages)
+    return Case(
+        host,
+        {**gateway_options(), "api_keys": {"team": KEY}},
+        [
+            "package haproxy",
+            "/usr/local/libexec/nim/gateway-state",
+            "/etc/systemd/system/haproxy.service.d/nim-gateway.conf",
+            "/etc/haproxy/nim/models.map",
+            "/etc/haproxy/nim/models.json",
+            "/etc/haproxy/nim/servers",
+            "/etc/haproxy/nim/keys.map",
+            "/etc/haproxy/haproxy.cfg",
+            "haproxy.service",
+        ],
+        ["balance leastconn", "haproxy.service: running", fingerprint(KEY) + " team\n"],
+        {},
+        ({}, "foreign_configuration", "replace_configuration: true"),
+        lambda: host.files.update({"/etc/haproxy/haproxy.cfg": b"frontend mine"}),
+    )
+
+
+def haproxy_server(bench: Bench) -> Case:
+    host = FakeHost()
+    runtime = Runtime(
+        *(
+            LiveServer("llama", name + ":m", "10.0.0.1", 8000, "enabled", "UP", 0, True, True)
+            for name in ("gpu01", "gpu02")
+        )
+    )
+    bench.host(host)
+    bench.patch.setattr(_haproxy_server, "RuntimeApi", lambda _path: runtime)
+    bench.patch.setattr(_haproxy_server, "locked", contextlib.nullcontext)
+    return Case(
+        host,
+        {"host": "gpu01", "state": "maintenance"},
+        ["server llama/gpu01:m", "requests on gpu01", "server llama/gpu01:m"],
+        ["server llama/gpu01:m: drained\n", "server llama/gpu01:m: maintenance\n"],
+        {
+            "servers": [
+                {"backend": "llama", "server": "gpu01:m", "state": "maintenance", "status": "MAINT", "sessions": 0}
+            ],
+            "drained": True,
+            "reason": "",
+        },
+        ({"host": "gpu02"}, "last_server", "gpu02:m is the last one"),
+    )
+
+
 #: Every module that changes something.
 CHANGING: dict[str, t.Callable[[Bench], Case]] = {
     build.__name__: build
@@ -346,6 +405,8 @@ CHANGING: dict[str, t.Callable[[Bench], Case]] = {
         nim_image,
         nim_service,
         gpu_host_cleanup,
+        nim_gateway,
+        haproxy_server,
     )
 }
 

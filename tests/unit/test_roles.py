@@ -11,9 +11,12 @@ import typing as t
 import pytest
 import yaml
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import branch_names
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import GATEWAY_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 ROLES = sorted(path for path in (pathlib.Path(__file__).resolve().parents[2] / "roles").iterdir())
+#: A gateway is no resource of a GPU host.
+OPTIONS = {**RESOURCE_OPTIONS, "nim_gateway": GATEWAY_OPTIONS}
 #: Variables that are not set by default, and why.
 UNSET = {"docker_users": "undefined leaves the group alone"}
 #: Options whose meaning in a role is not the module's alone.
@@ -48,11 +51,11 @@ def test_variables_are_what_the_modules_take(role: pathlib.Path) -> None:
     for task in load(role, "tasks/main.yml"):
         for key, given in task.items():
             module = key.rpartition(".")[2]
-            if not key.startswith("gpu_fleet.nim.") or module not in RESOURCE_OPTIONS:
+            if not key.startswith("gpu_fleet.nim.") or module not in OPTIONS:
                 continue
             for option, template in given.items():
                 variable = re.fullmatch(r"\{\{ (\w+) \}\}", str(template))
-                spec = RESOURCE_OPTIONS[module].get(option)
+                spec = OPTIONS[module].get(option)
                 if variable is None or spec is None or variable.group(1) not in options:
                     continue
                 said = options[variable.group(1)]
