@@ -289,7 +289,10 @@ class Load:
         self.answers = 0
         self.failures: list[str] = []
         self.stop = threading.Event()
-        self.threads = [threading.Thread(target=self.work, args=(streamed or bool(n % 2),)) for n in range(clients)]
+        # Daemons: a test that fails must not leave them asking for ever.
+        self.threads = [
+            threading.Thread(target=self.work, args=(streamed or bool(n % 2),), daemon=True) for n in range(clients)
+        ]
         for thread in self.threads:
             thread.start()
 
