@@ -477,10 +477,11 @@ class NimGateway(Resource[GatewayState]):
         if state.active and state.live == version:
             return
         verb = "reload" if state.active else "start"
+        began = host.time()
         done = host.run(["systemctl", verb, SERVICE], timeout=120)
         if done.ok and self._answers(host, version):
             return
-        said = self._last_words(host) or done.last_line()
+        said = self._last_words(host, began) or done.last_line()
         back = self._go_back(host, verb)
         raise FleetError(
             "reload_failed" if verb == "reload" else "start_failed",
@@ -496,15 +497,16 @@ class NimGateway(Resource[GatewayState]):
         return True
 
     @staticmethod
-    def _last_words(host: Host) -> str:
-        """The newest alert of HAProxy in its journal."""
+    def _last_words(host: Host, since: float) -> str:
+        """Why HAProxy failed, in its own words; ``since`` is in seconds since the epoch."""
         journal = host.run(
-            ["journalctl", "--unit", SERVICE, "--since", "-2min", "--output", "cat", "--no-pager", "--lines", "200"],
-            timeout=30,
+            ["journalctl", "--unit", SERVICE, "--since", "@%d" % since, "--output", "cat", "--no-pager"], timeout=30
         )
-        alerts = [line for line in journal.stdout.splitlines() if "[ALERT]" in line]
-        # The first one says what is wrong, the others that it was.
-        return re.sub(r"^.*?\[ALERT\]\s*\S*\s*:?\s*", "", alerts[0]).strip() if alerts else ""
+        # The first alert says what is wrong, the others that it was; that an old process has ended is one too.
+        for line in journal.stdout.splitlines():
+            if "[ALERT]" in line and " exited with code " not in line:
+                return re.sub(r"^.*?\[ALERT\]\s*\S*\s*:?\s*", "", line).strip()
+        return ""
 
     def _go_back(self, host: Host, verb: str) -> str:
         """Put the files back that a running HAProxy was started with, so that it also starts after a reboot."""

@@ -81,7 +81,11 @@ class GatewayHost(FakeHost):
                 )
             ),
             "haproxy -c -f *": self.check_configuration,
-            "journalctl *": "[ALERT]    (1) : Starting frontend nim_gateway: cannot bind socket [0.0.0.0:8080]\n",
+            "journalctl --unit haproxy.service --since @1000000 *": (
+                "[ALERT]    (1) : Current worker (1422) exited with code 143 (Terminated)\n"
+                "[ALERT]    (1) : Binding [/etc/haproxy/haproxy.cfg:40]: cannot bind socket [0.0.0.0:8080]\n"
+                "[ALERT]    (1) : Some protocols failed to start their listeners! Exiting.\n"
+            ),
         }
         if version:
             self.offer = version

@@ -42,6 +42,17 @@ def test_unresolved_template() -> None:
     assert "nvapi" not in problem.message
 
 
+def test_certificates_have_lines_and_keys_of_gateways_are_not_shown() -> None:
+    pem = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+    names = ("nim_gateway_certificate", "nim_gateway_private_key", "nim_gateway_api_keys")
+    specs = {"nim_gateway": {name: {"type": "str"} for name in names}}
+    assert validate(dict.fromkeys(names, pem), specs) == []
+    for name in names[1:]:
+        (problem,) = validate({name: ["sk-0123456789"]}, specs)
+        assert "(not shown)" in problem.message
+        assert "sk-0123456789" not in problem.message
+
+
 def test_secrets_inside_other_values_are_masked() -> None:
     [problem] = validate({"nim_model": "nvapi-abcdefghijklmnop"}, SPECS)
     assert problem.message == "nim_model = '***': no such variable; did you mean nim_models."

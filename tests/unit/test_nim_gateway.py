@@ -204,7 +204,9 @@ def test_a_reload_that_fails_leaves_the_old_gateway_and_its_files() -> None:
     before, live = dict(host.files), host.live
     host.busy = "9000"
     error = refused("reload_failed", host, port=9000, certificate=PEM, private_key=PRIVATE)
-    assert "cannot bind socket" in error.message
+    assert (
+        "configuration: Binding [/etc/haproxy/haproxy.cfg:40]: cannot bind socket [0.0.0.0:8080]. The" in error.message
+    )
     assert host.files == before
     assert host.live == live
     host.busy = ""
