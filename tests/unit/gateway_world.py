@@ -31,7 +31,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config impo
 )
 
 HAPROXY = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-WAIT = 10.0
+#: Seconds; far more than anything takes on a machine that is not busy with ten other things.
+WAIT = 30.0
 
 
 def free_port() -> int:

@@ -215,12 +215,12 @@ def test_readiness_is_asked_of_the_servers(world: World) -> None:
 
 
 def test_a_stream_lasts_longer_than_the_timeout_and_silence_does_not() -> None:
-    for world in make_world(inactivity_timeout=1):
-        world.other.tokens, world.other.pause = 25, 0.1
+    for world in make_world(inactivity_timeout=2):
+        world.other.tokens, world.other.pause = 14, 0.2
         answer = world.gateway.request(body={"model": "mistralai/mistral", "stream": True})
         assert answer.status == 200
-        assert answer.text.endswith("data: other 24\n\ndata: [DONE]\n\n")
-        answer = world.gateway.request(body={"model": "mistralai/mistral", "seconds": 3})
+        assert answer.text.endswith("data: other 13\n\ndata: [DONE]\n\n")
+        answer = world.gateway.request(body={"model": "mistralai/mistral", "seconds": 4})
         assert (answer.status, answer.code) == (504, "gateway_timeout")
 
 
