@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._gateway_state import ask, rows
+from ._untrusted import whole_number
 
 ENABLED, DRAINED, MAINTENANCE = "enabled", "drained", "maintenance"
 
@@ -123,8 +124,8 @@ class RuntimeApi:
 
 
 def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str]) -> LiveServer:
-    bits = _number(row.get("srv_admin_state"))
-    rise, fall, health = (_number(stat.get(name)) for name in ("check_rise", "check_fall", "check_health"))
+    bits = whole_number(row.get("srv_admin_state"))
+    rise, fall, health = (whole_number(stat.get(name)) for name in ("check_rise", "check_fall", "check_health"))
     state = MAINTENANCE if bits & _MAINTENANCE_BITS else DRAINED if bits & _DRAIN_BITS else ENABLED
     checked = bool(stat.get("check_status"))
     # When checks begin again after maintenance, health begins one below the most: it takes a new success to get there.
@@ -133,18 +134,14 @@ def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str]) -> LiveServer:
         row["be_name"],
         row["srv_name"],
         row.get("srv_addr", "-"),
-        _number(row.get("srv_port")),
+        whole_number(row.get("srv_port")),
         state,
         stat.get("status") or "",
-        _number(stat.get("scur")) + _number(stat.get("qcur")),
+        whole_number(stat.get("scur")) + whole_number(stat.get("qcur")),
         checked,
-        state != MAINTENANCE and _number(row.get("srv_op_state")) != 0 and (passed or not checked),
+        state != MAINTENANCE and whole_number(row.get("srv_op_state")) != 0 and (passed or not checked),
         row.get("srv_use_ssl") == "1",
     )
-
-
-def _number(text: t.Optional[str]) -> int:
-    return int(text) if text and text.isdigit() else 0
 
 
 def probe(address: str, port: int) -> t.Optional[str]:

@@ -19,10 +19,11 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._haproxy_config import Layout, host_of, safe_host
+from ._gateway_settings import Layout, host_of, safe_host
 from ._haproxy_runtime import DRAINED, ENABLED, MAINTENANCE, LiveServer, RuntimeApi, probe
 from ._host import Host
 from ._resource import Change, Resource
+from ._untrusted import json_object
 
 RECORD = "/var/lib/gpu_fleet/gateway-servers.json"
 LOCK = "/run/gpu_fleet/gateway-servers.lock"
@@ -115,15 +116,9 @@ class HaproxyServer(Resource[GatewayServers]):
 
     @staticmethod
     def _record(host: Host) -> t.Dict[str, str]:
-        text = host.read_text(RECORD)
-        if text is None:
-            return {}
-        try:
-            servers = json.loads(text)["servers"]
-            return {str(name): str(state) for name, state in servers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            # What is not known to be ours is somebody else's.
-            return {}
+        servers = json_object(host.read_text(RECORD)).get("servers")
+        # What is not known to be ours is somebody else's.
+        return {name: str(state) for name, state in servers.items()} if isinstance(servers, dict) else {}
 
     # -- plan -------------------------------------------------------------------------------------
 

@@ -39,9 +39,8 @@ PREFIXES = ("nvidia_driver_", "nvidia_container_toolkit_", "ngc_", "nim_", "dock
 SHARED_PREFIXES = ("docker_",)
 #: Variables whose values are never shown. (no_log in the roles' specifications breaks Vault in ansible-core 2.18.)
 KEYS = ("ngc_api_key", "nim_ngc_api_key")
-SECRETS = (*KEYS, "nim_gateway_api_keys", "nim_gateway_private_key")
-#: Texts of several lines.
-TEXTS = ("nim_gateway_certificate",)
+# A certificate is none, but people put its key into the same text.
+SECRETS = (*KEYS, "nim_gateway_api_keys", "nim_gateway_private_key", "nim_gateway_certificate")
 #: How alike a misspelt name and a known one are (0 to 1, difflib's ratio). Shared prefixes make names alike by
 #: themselves, so there the rest of the name is compared.
 LIKENESS = 0.72
@@ -263,7 +262,7 @@ class _Check:
                     + (" (did you mean %s)" % near[0] if near else ""),
                 )
                 continue
-            if isinstance(value, str) and not secret and name not in TEXTS and _CONTROL.search(value):
+            if isinstance(value, str) and not secret and _CONTROL.search(value):
                 self.broken.add(name)
                 self.add(name, value, "holds a newline or another control character", "remove it")
             if isinstance(value, (list, tuple)) and spec.get("elements") in ("str", "int", "dict"):

@@ -18,12 +18,8 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._gateway_state import source
-from ._haproxy_config import (
-    MARKER,
-    MINIMUM_VERSION,
+from ._gateway_settings import (
     Layout,
-    RenderedFile,
     Settings,
     check_address,
     check_path,
@@ -34,8 +30,9 @@ from ._haproxy_config import (
     make_backends,
     parse_body_limit,
     parse_servers,
-    render,
 )
+from ._gateway_state import source
+from ._haproxy_config import MARKER, MINIMUM_VERSION, RenderedFile, render
 from ._haproxy_runtime import RuntimeApi
 from ._haproxy_server import RECORD, STATE_PROGRAM
 from ._host import Host
@@ -83,7 +80,8 @@ GATEWAY_OPTIONS: t.Dict[str, t.Dict[str, t.Any]] = {
     "server_connections": {"type": "int", "default": 256},
     "max_connections": {"type": "int", "default": 4096},
     "api_keys": {"type": "dict", "default": {}, "no_log": True},
-    "certificate": {"type": "str"},
+    # People put the key into the same text.
+    "certificate": {"type": "str", "no_log": True},
     "private_key": {"type": "str", "no_log": True},
     "certificate_file": {"type": "path"},
     "metrics_address": {"type": "str", "default": "0.0.0.0"},  # noqa: S104
@@ -106,6 +104,7 @@ class GatewayState:
         version: Version of the package, None when it is not installed.
         files: Path -> file, of those that are ours or would be.
         foreign: Whether the configuration there is neither ours nor the one that the package came with.
+        former: Whether the configuration that ours took the place of is kept.
         fragment: Text of the distribution's unit, None when there is none.
         active: Whether the service runs.
         enabled: Whether it starts at boot.
@@ -119,6 +118,7 @@ class GatewayState:
     version: t.Optional[str] = None
     files: t.Mapping[str, FileState] = dataclasses.field(default_factory=dict)
     foreign: bool = False
+    former: bool = False
     fragment: t.Optional[str] = None
     active: bool = False
     enabled: bool = False
@@ -145,7 +145,7 @@ class NimGateway(Resource[GatewayState]):
         self.python = sys.executable or "/usr/bin/python3"
         self.manager: t.Callable[[Host], PackageManager] = package_manager
         #: What was there before this run, for the way back when a reload fails.
-        self._before: t.Dict[str, t.Optional[FileState]] = {}
+        self._before: t.Dict[str, t.Optional[t.Tuple[bytes, int]]] = {}
 
     @staticmethod
     def _settings(given: t.Mapping[str, t.Any]) -> Settings:
@@ -203,6 +203,7 @@ class NimGateway(Resource[GatewayState]):
             foreign=configuration is not None
             and not configuration.content.startswith(MARKER)
             and not self._packaged(host),
+            former=host.exists(self.layout.former),
             fragment=host.read_text(unit["FragmentPath"]) if unit.get("FragmentPath") else None,
             active=active,
             enabled=unit.get("UnitFileState") == "enabled",
@@ -248,7 +249,12 @@ class NimGateway(Resource[GatewayState]):
                 action=action,
                 data={"file": file},
             )
-        shown = _masked(before) if secret and before else before
+        if file.path == self.layout.configuration and before and not before.startswith(MARKER):
+            why += "; what is there is kept as %s" % self.layout.former
+            # Whoever wrote it may have passwords in it.
+            shown = "(somebody else's, not shown)\n"
+        else:
+            shown = _masked(before) if secret and before else before
         return Change(
             self.name,
             file.path,
@@ -374,7 +380,11 @@ class NimGateway(Resource[GatewayState]):
         if ours and (state.active or state.enabled):
             changes.append(Change(self.name, SERVICE, "running", None, "the gateway is to be gone", action="stop"))
         for path in sorted(state.files):
-            if path != self.layout.configuration or ours:
+            if path != self.layout.configuration:
+                changes.append(Change(self.name, path, "there", None, "the gateway is to be gone", action="remove"))
+            elif ours and state.former:
+                changes.append(Change(self.name, path, "ours", "as before", "it was there before", action="restore"))
+            elif ours:
                 changes.append(Change(self.name, path, "there", None, "the gateway is to be gone", action="remove"))
         return changes
 
@@ -401,6 +411,11 @@ class NimGateway(Resource[GatewayState]):
             host.check(["systemctl", "daemon-reload"], reason="systemd_failed", doing="Reading units anew", timeout=120)
         elif change.action == "configuration":
             self._write_configuration(host)
+        elif change.action == "restore":
+            former, found = host.read_bytes(self.layout.former), host.stat(self.layout.former)
+            if former is not None and found is not None:
+                host.write_file(self.layout.configuration, former, mode=found.mode, uid=found.uid, gid=found.gid)
+                host.remove(self.layout.former)
         elif change.action == "remove":
             host.remove(change.what)
             if change.what == DROP_IN:
@@ -458,11 +473,18 @@ class NimGateway(Resource[GatewayState]):
                 stderr=checked.stderr[-4000:].replace(directory, self.layout.directory),
             )
         host.make_dir(self.layout.directory, mode=0o755)
+        self._keep_former(host)
         for file in self.rendered(state)[1]:
-            found = state.files.get(file.path)
-            self._before[file.path] = found
-            if found != FileState(file.content, file.mode):
+            content, found = host.read_bytes(file.path), host.stat(file.path)
+            self._before[file.path] = None if content is None or found is None else (content, found.mode)
+            if state.files.get(file.path) != FileState(file.content, file.mode):
                 host.write_file(file.path, file.content, mode=file.mode)
+
+    def _keep_former(self, host: Host) -> None:
+        """A configuration that is not ours is not lost: what has taken its place can be taken back."""
+        content, found = host.read_bytes(self.layout.configuration), host.stat(self.layout.configuration)
+        if content is not None and found is not None and not content.startswith(MARKER.encode()):
+            host.write_file(self.layout.former, content, mode=found.mode, uid=found.uid, gid=found.gid)
 
     def _bring_up(self, host: Host) -> None:
         state = self.observe(host)
@@ -516,7 +538,7 @@ class NimGateway(Resource[GatewayState]):
             if found is None:
                 host.remove(path)
             else:
-                host.write_file(path, found.content, mode=found.mode)
+                host.write_file(path, found[0], mode=found[1])
         host.run(["systemctl", "reload", SERVICE], timeout=120)
         return (
             "The configuration that it had is back, and it goes on with that; free what it needs, for example its port, and "

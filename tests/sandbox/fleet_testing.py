@@ -86,6 +86,10 @@ class Run:
         assert failed, "the run did not fail on %s:\n%s" % (host, self.output)
         return str(failed[-1]["result"]["msg"])
 
+    def executions(self, host: Host) -> int:
+        """Commands that Ansible ran on a host over SSH, file transfers included; the run must have been loud (-vvv)."""
+        return len(re.findall(r"<%s> (?:SSH: EXEC|PUT |FETCH )" % re.escape(host.address), self.output))
+
     def warnings(self) -> str:
         return "\n".join(str(text) for entry in self.results for text in entry["result"].get("warnings") or [])
 

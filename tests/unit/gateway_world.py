@@ -22,13 +22,13 @@ import time
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _gateway_state
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import (
     Layout,
     Server,
     Settings,
     make_backends,
-    render,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import render
 
 HAPROXY = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 #: Seconds; far more than anything takes on a machine that is not busy with ten other things.

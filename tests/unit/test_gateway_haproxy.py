@@ -11,7 +11,7 @@ import time
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server, hash_keys
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server, hash_keys
 from gateway_world import HAPROXY, Gateway, Load, Nim, until
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="needs haproxy; `make unit` installs it")

@@ -14,7 +14,7 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _haproxy_server
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_server import HaproxyServer, answer, locked
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from fake_host import FakeHost

@@ -13,16 +13,16 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_gateway
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_hosts import gateway_host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_state import HEADER, merged, rows
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import (
     Server,
     hash_keys,
     make_backends,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_state import HEADER, merged, rows
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import render_diff
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import DROP_IN, NimGateway, answer
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
-from gateway_fakes import CONFIGURATION, FRAGMENT, Api, GatewayHost, Packages, options
+from gateway_fakes import CONFIGURATION, DEFAULT, FRAGMENT, Api, GatewayHost, Packages, options
 from gateway_world import HAPROXY
 
 KEY = "sk-test-0123456789abcdef"
@@ -168,6 +168,8 @@ def test_a_gateway_is_removed() -> None:
     assert run(host, state="absent").changed
     assert not host.active
     assert not [path for path in host.files if "nim" in path]
+    # The package's own is back: HAProxy does not start without one.
+    assert host.files[CONFIGURATION] == DEFAULT.encode()
     assert not run(host, state="absent").changed
     # Somebody else's HAProxy is no gateway of ours.
     other = GatewayHost("2.6.12-1")
@@ -184,7 +186,16 @@ def test_somebody_elses_configuration_is_left_alone() -> None:
     host.files[CONFIGURATION] = b"frontend mine\n"
     assert "replace_configuration" in refused("foreign_configuration", host).message
     assert host.files[CONFIGURATION] == b"frontend mine\n"
-    assert run(host, replace_configuration=True).changed
+    # And when it may be replaced, it is neither shown nor lost.
+    host.files[CONFIGURATION] = mine = b"userlist x\n  user a insecure-password TOPSECRET\n  # \xff\n"
+    host.modes[CONFIGURATION] = (0o640, 0, 7)
+    outcome = run(host, replace_configuration=True)
+    assert "TOPSECRET" not in str(render_diff(outcome.changes)) + str([change.as_dict() for change in outcome.changes])
+    assert host.files[CONFIGURATION].startswith(b"# Managed by")
+    assert not run(host).changed
+    assert run(host, state="absent").changed
+    assert (host.files[CONFIGURATION], host.modes[CONFIGURATION]) == (mine, (0o640, 0, 7))
+    assert not run(host, state="absent").changed
 
 
 def test_a_configuration_that_haproxy_refuses_never_gets_there() -> None:
@@ -433,7 +444,10 @@ def test_haproxy_takes_a_configuration_with_everything_in_it(tmp_path: t.Any) ->
         hosts=options()["hosts"][:1],
     )
     layout = _nim_gateway.Layout(
-        str(tmp_path / "cfg"), str(tmp_path / "nim"), str(tmp_path / "s"), str(tmp_path / "st")
+        configuration=str(tmp_path / "cfg"),
+        directory=str(tmp_path / "nim"),
+        socket=str(tmp_path / "s"),
+        state_file=str(tmp_path / "st"),
     )
     (tmp_path / "nim").mkdir()
     (tmp_path / "st").write_text(merged("", "", False))

@@ -21,11 +21,6 @@ CHECK = "Find all mistakes in the variables of all hosts"
 LOOK = "Ask the host what would change"
 
 
-def executions(run: Run, address: str) -> int:
-    """Commands that Ansible ran on a host over SSH, file transfers included; the run must have been loud."""
-    return len(re.findall(r"<%s> (?:SSH: EXEC|PUT |FETCH )" % re.escape(address), run.output))
-
-
 def tasks(run: Run, name: str) -> list[str]:
     return [entry["task"] for entry in run.of(name) if entry["task"] != CHECK and entry["outcome"] != "skipped"]
 
@@ -35,10 +30,10 @@ def test_one_look_is_all_that_a_converged_host_costs(options: tuple[str, ...]) -
     run = FLEET.site("-vvv", *options)
     assert run.changed() == []
     assert tasks(run, HOST.name) == [LOOK]
-    assert executions(run, HOST.address) == 1
+    assert run.executions(HOST) == 1
     # A host without a GPU is told so and left.
     assert tasks(run, LOGIN.name) == [LOOK, "Nothing to do on a host without an NVIDIA GPU"]
-    assert executions(run, LOGIN.address) == 1
+    assert run.executions(LOGIN) == 1
     assert "%s has no NVIDIA GPU on its PCI bus" % LOGIN.name in run.output
     for secret in SECRETS:
         assert secret not in run.output + json.dumps(run.results)
@@ -47,7 +42,7 @@ def test_one_look_is_all_that_a_converged_host_costs(options: tuple[str, ...]) -
 def test_the_plan_says_nothing(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "plan.json"
     run = FLEET.play("plan", "-vvv", "-e", "plan_fail_on_drift=true", "-e", "plan_output=%s" % output)
-    assert executions(run, HOST.address) == executions(run, LOGIN.address) == 1
+    assert run.executions(HOST) == run.executions(LOGIN) == 1
     assert "2 of 2 hosts are as wanted; 0 changes." in run.output
     assert [(row["host"], row["state"]) for row in json.loads(output.read_text())] == [
         (HOST.name, "as wanted"),
