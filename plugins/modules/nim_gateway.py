@@ -186,7 +186,8 @@ reason:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, run_resource
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import GATEWAY_OPTIONS, NimGateway, answer
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import NimGateway, answer
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import GATEWAY_OPTIONS
 
 
 def main() -> None:

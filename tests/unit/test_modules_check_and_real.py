@@ -20,7 +20,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _host_cleanup,
     _module,
     _module_progress,
-    _nim_gateway,
+    _nim_gateway_planner,
     _nim_service,
     _packages,
 )
@@ -341,8 +341,8 @@ def gpu_host_cleanup(bench: Bench) -> Case:
 def nim_gateway(bench: Bench) -> Case:
     host = GatewayHost()
     bench.host(host)
-    bench.patch.setattr(_nim_gateway, "RuntimeApi", lambda _path: Api(host))
-    bench.patch.setattr(_nim_gateway, "package_manager", Packages)
+    bench.patch.setattr(_nim_gateway_planner, "RuntimeApi", lambda _path: Api(host))
+    bench.patch.setattr(_nim_gateway_planner, "package_manager", Packages)
     return Case(
         host,
         {**gateway_options(), "api_keys": {"team": KEY}},

@@ -10,7 +10,7 @@ import subprocess
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_gateway
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_gateway_planner
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_hosts import gateway_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import (
@@ -20,7 +20,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings im
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_state import HEADER, merged, rows
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import render_diff
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import DROP_IN, NimGateway, answer
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import NimGateway, answer
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import DROP_IN
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from gateway_fakes import CONFIGURATION, DEFAULT, FRAGMENT, Api, GatewayHost, Packages, options
 from gateway_world import HAPROXY
@@ -298,7 +299,7 @@ def test_hosts_are_checked(host: dict[str, t.Any], said: str | None) -> None:
     if said is None:
         assert (
             "server gpu_01:m [::1]:8000"
-            in gateway(GatewayHost(), hosts=hosts).rendered(_nim_gateway.GatewayState())[1][-1].content
+            in gateway(GatewayHost(), hosts=hosts).rendered(_nim_gateway_planner.GatewayState())[1][-1].content
         )
         return
     with pytest.raises(FleetError) as caught:
@@ -443,7 +444,7 @@ def test_haproxy_takes_a_configuration_with_everything_in_it(tmp_path: t.Any) ->
         slow_start=0,
         hosts=options()["hosts"][:1],
     )
-    layout = _nim_gateway.Layout(
+    layout = _nim_gateway_planner.Layout(
         configuration=str(tmp_path / "cfg"),
         directory=str(tmp_path / "nim"),
         socket=str(tmp_path / "s"),
@@ -451,7 +452,7 @@ def test_haproxy_takes_a_configuration_with_everything_in_it(tmp_path: t.Any) ->
     )
     (tmp_path / "nim").mkdir()
     (tmp_path / "st").write_text(merged("", "", False))
-    for file in resource.rendered(_nim_gateway.GatewayState(), layout)[1]:
+    for file in resource.rendered(_nim_gateway_planner.GatewayState(), layout)[1]:
         with open(file.path, "w", encoding="utf-8") as stream:
             stream.write(file.content)
     done = subprocess.run([str(HAPROXY), "-c", "-f", layout.configuration], capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ import typing as t
 import pytest
 import yaml
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import branch_names
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import GATEWAY_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import GATEWAY_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
 
 ROLES = sorted(path for path in (pathlib.Path(__file__).resolve().parents[2] / "roles").iterdir())
