@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import typing as t
 
 from ._errors import FleetError
 from ._haproxy_config import MARKER
-from ._haproxy_server import RECORD
+from ._haproxy_server import RECORD, STATE_PROGRAM
 from ._host import Host
 from ._nim_gateway_planner import (
     DROP_IN,
@@ -50,12 +51,12 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
                 timeout=300,
             )
         elif change.action == "program":
-            host.make_dir("/usr/local/libexec/nim", mode=0o755)
+            host.make_dir(os.path.dirname(STATE_PROGRAM), mode=0o755)
             file = change.data["file"]
             host.write_file(file.path, file.content, mode=file.mode)
         elif change.action == "unit":
             file = self.drop_in(self.observe(host))
-            host.make_dir(DROP_IN.rpartition("/")[0], mode=0o755)
+            host.make_dir(os.path.dirname(DROP_IN), mode=0o755)
             host.write_file(file.path, file.content, mode=file.mode)
             host.check(["systemctl", "daemon-reload"], reason="systemd_failed", doing="Reading units anew", timeout=120)
         elif change.action == "configuration":
@@ -74,8 +75,9 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
             if self.wanted == "absent":
                 host.remove(RECORD)
                 host.remove(self.layout.state_file)
-                if not host.list_dir(self.layout.directory):
-                    host.remove(self.layout.directory)
+                for directory in (self.layout.directory, os.path.dirname(DROP_IN), os.path.dirname(STATE_PROGRAM)):
+                    if not host.list_dir(directory):
+                        host.remove(directory)
         elif change.action == "stop":
             host.check(
                 ["systemctl", "disable", "--now", SERVICE],

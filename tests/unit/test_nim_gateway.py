@@ -168,7 +168,7 @@ def test_a_gateway_is_removed() -> None:
     run(host, api_keys={"a": KEY})
     assert run(host, state="absent").changed
     assert not host.active
-    assert not [path for path in host.files if "nim" in path]
+    assert not [path for path in (*host.files, *host.dirs) if "nim" in path or "haproxy.service.d" in path]
     # The package's own is back: HAProxy does not start without one.
     assert host.files[CONFIGURATION] == DEFAULT.encode()
     assert not run(host, state="absent").changed
