@@ -242,24 +242,28 @@ def check_address(option: str, address: str) -> str:
     return address
 
 
-def check_port(option: str, port: int, *, zero: bool = False) -> int:
-    if not (1 <= port <= 65535 or (zero and port == 0)):
-        raise _invalid(option, port, "is out of range", "give a port from 1 to 65535")
-    return port
+def _port(option: str, *, zero: bool = False) -> t.Callable[[t.Any], int]:
+    def check(value: t.Any) -> int:
+        port = int(value)
+        if not (1 <= port <= 65535 or (zero and port == 0)):
+            raise _invalid(option, port, "is out of range", "give a port from 1 to 65535")
+        return port
+
+    return check
 
 
-def check_seconds(option: str, seconds: int, least: int, most: int) -> int:
-    if not least <= seconds <= most:
-        raise _invalid(option, seconds, "is out of range", "give a whole number from %d to %d" % (least, most))
-    return seconds
+def _number(option: str, least: int, most: int) -> t.Callable[[t.Any], int]:
+    def check(value: t.Any) -> int:
+        number = int(value)
+        if not least <= number <= most:
+            raise _invalid(option, number, "is out of range", "give a whole number from %d to %d" % (least, most))
+        return number
+
+    return check
 
 
-def parse_body_limit(text: str) -> int:
-    """Bytes of ``body_limit``.
-
-    Raises:
-        FleetError: ``invalid_option``.
-    """
+def _body_limit(value: t.Any) -> int:
+    text = str(value)
     size = parse_size(text)
     if size is None or not 2**14 <= size <= 2**26:
         raise _invalid("body_limit", text, "is no size from 16KB to 64MB", "write a number and a unit, for example 1MB")
@@ -322,7 +326,26 @@ def check_pem(certificate: t.Optional[str], private_key: t.Optional[str]) -> t.O
     return "\n".join(part for part in (certificate, private_key) if part) + "\n"
 
 
-def check_path(option: str, path: str) -> str:
+def _certificate_file(value: t.Any) -> str:
+    path = str(value)
     if not _PATH.match(path) or ".." in path:
-        raise _invalid(option, path, "is no absolute path that HAProxy takes unquoted", "choose another path")
+        raise _invalid(
+            "certificate_file", path, "is no absolute path that HAProxy takes unquoted", "choose another path"
+        )
     return path
+
+
+#: Option -> its check, of those that can be judged alone. Each gives the value to use, or raises ``invalid_option``.
+OPTION_CHECKS: t.Mapping[str, t.Callable[[t.Any], t.Any]] = {
+    "bind_address": lambda value: check_address("bind_address", str(value)),
+    "port": _port("port"),
+    "body_limit": _body_limit,
+    "inactivity_timeout": _number("inactivity_timeout", 10, 86400),
+    "slow_start": _number("slow_start", 0, 3600),
+    "server_connections": _number("server_connections", 1, 100000),
+    "max_connections": _number("max_connections", 16, 1000000),
+    "api_keys": hash_keys,
+    "certificate_file": _certificate_file,
+    "metrics_address": lambda value: check_address("metrics_address", str(value)),
+    "metrics_port": _port("metrics_port", zero=True),
+}

@@ -11,6 +11,7 @@ here with the same functions that the modules use, so that the two cannot disagr
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import typing as t
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ._docker_daemon_planner import DaemonPlanner
 from ._docker_engine_planner import EnginePlanner
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
+from ._gateway_settings import OPTION_CHECKS, check_pem
 from ._image_reference import ImageReference, check_mirrors, port_exists
 from ._ngc_key import USERNAME, check_api_key, check_password
 from ._ngc_login_planner import LoginPlanner
@@ -130,6 +132,7 @@ class _Check:
         self._toolkit()
         self._ngc()
         self._nim()
+        self._gateway()
         return [Problem(_one_line(problem.variable), _one_line(problem.message)) for problem in self.problems]
 
     # -- tools ------------------------------------------------------------------------------------
@@ -292,6 +295,19 @@ class _Check:
         else:
             self.take(lambda: check_url(name, value))
 
+    def _file(self, name: str, needed: bool = True) -> str | None:
+        """Content of a file on the controller, when it is needed and can be read."""
+        path = self.text(name)
+        if path and not path.startswith("/"):
+            self.add(name, path, "is not an absolute path", "start it with /")
+        elif path and needed:
+            content = self.read_file(path)
+            if content is None:
+                remedy = "create it there, readable for the user that runs Ansible"
+                self.add(name, path, "cannot be read on the controller", remedy)
+            return content
+        return None
+
     def _version(self, name: str) -> bool:
         value = self.text(name)
         if value and not _VERSION.match(value):
@@ -377,21 +393,10 @@ class _Check:
             self.take(lambda: check(key, source))
         if "ngc_username" not in self.broken:
             self.take(lambda: LoginPlanner(None, username=username), lambda message: "ngc_" + message)
-        path = self.text("ngc_api_key_file")
-        if path and not path.startswith("/"):
-            self.add("ngc_api_key_file", path, "is not an absolute path", "start it with /")
-        elif path and not key and not absent:
-            content = self.read_file(path)
-            if content is None:
-                self.add(
-                    "ngc_api_key_file",
-                    path,
-                    "cannot be read on the controller",
-                    "create it there, readable for the user that runs Ansible",
-                )
-            else:
-                # The file's last line ends with a newline; the role's lookup strips it.
-                self.take(lambda: check(content.rstrip("\r\n"), "ngc_api_key_file"))
+        content = self._file("ngc_api_key_file", needed=not key and not absent)
+        if content is not None:
+            # The file's last line ends with a newline; the role's lookup strips it.
+            self.take(lambda: check(content.rstrip("\r\n"), "ngc_api_key_file"))
         registry = self.text("ngc_registry")
         if registry and "://" in registry:
             self.add(
@@ -405,6 +410,18 @@ class _Check:
         repository = self.text("ngc_check_repository")
         if repository:
             self.take(lambda: ImageReference.parse(repository, option="ngc_check_repository"))
+
+    def _gateway(self) -> None:
+        def of_role(message: str) -> str:
+            return "nim_gateway_" + message
+
+        for option, check in OPTION_CHECKS.items():
+            value = self.get("nim_gateway_" + option)
+            if value not in (None, ""):
+                self.take(functools.partial(check, value), of_role)
+        certificate, private_key = self.text("nim_gateway_certificate"), self.text("nim_gateway_private_key")
+        self.take(lambda: check_pem(certificate, private_key), of_role)
+        self._file("nim_gateway_api_keys_file")
 
     def _nim(self) -> None:
         mirrors = self.get("nim_registry_mirrors")

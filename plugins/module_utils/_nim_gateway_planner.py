@@ -18,19 +18,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._gateway_settings import (
-    Layout,
-    Settings,
-    check_address,
-    check_path,
-    check_pem,
-    check_port,
-    check_seconds,
-    hash_keys,
-    make_backends,
-    parse_body_limit,
-    parse_servers,
-)
+from ._gateway_settings import OPTION_CHECKS, Layout, Settings, check_pem, make_backends, parse_servers
 from ._gateway_state import source
 from ._haproxy_config import MARKER, MINIMUM_VERSION, RenderedFile, render
 from ._haproxy_runtime import RuntimeApi
@@ -143,7 +131,8 @@ class GatewayPlanner(Planner[GatewayState]):
 
     @staticmethod
     def _settings(given: t.Mapping[str, t.Any]) -> Settings:
-        certificate_file = given["certificate_file"]
+        checked = {name: check(given[name]) for name, check in OPTION_CHECKS.items() if given[name] is not None}
+        certificate_file = checked.get("certificate_file")
         pem = check_pem(given["certificate"], given["private_key"])
         if certificate_file and pem:
             raise FleetError(
@@ -151,29 +140,15 @@ class GatewayPlanner(Planner[GatewayState]):
                 "certificate_file = %s: certificate is given too; give one of the two." % certificate_file,
                 option="certificate_file",
             )
-        metrics_port = check_port("metrics_port", given["metrics_port"], zero=True)
-        port = check_port("port", given["port"])
-        if port == metrics_port:
+        if checked["port"] == checked["metrics_port"]:
             raise FleetError(
                 "invalid_option",
-                "metrics_port = %d: is the port of the gateway itself; choose another one, or 0 for no metrics." % port,
+                "metrics_port = %d: is the port of the gateway itself; choose another one, or 0 for no metrics."
+                % checked["port"],
                 option="metrics_port",
             )
-        return Settings(
-            backends=make_backends(parse_servers(given["hosts"])),
-            bind_address=check_address("bind_address", given["bind_address"]),
-            port=port,
-            body_limit=parse_body_limit(given["body_limit"]),
-            inactivity_timeout=check_seconds("inactivity_timeout", given["inactivity_timeout"], 10, 86400),
-            slow_start=check_seconds("slow_start", given["slow_start"], 0, 3600),
-            server_connections=check_seconds("server_connections", given["server_connections"], 1, 100000),
-            max_connections=check_seconds("max_connections", given["max_connections"], 16, 1000000),
-            keys=hash_keys(given["api_keys"]),
-            pem=pem,
-            certificate_file=check_path("certificate_file", certificate_file) if certificate_file else None,
-            metrics_address=check_address("metrics_address", given["metrics_address"]),
-            metrics_port=metrics_port,
-        )
+        keys = checked.pop("api_keys")
+        return Settings(make_backends(parse_servers(given["hosts"])), keys=keys, pem=pem, **checked)
 
     # -- look -------------------------------------------------------------------------------------
 

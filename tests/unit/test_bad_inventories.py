@@ -73,6 +73,17 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
         "'green'",
         "give a variable of your own another prefix",
     ),
+    # -- gateways
+    ({"nim_gateway_prot": 443}, "nim_gateway_prot", "443", "did you mean nim_gateway_port"),
+    ({"nim_gateway_port": 0}, "nim_gateway_port", "0", "1 to 65535"),
+    ({"nim_gateway_metrics_port": 70000}, "nim_gateway_metrics_port", "70000", "1 to 65535"),
+    ({"nim_gateway_body_limit": "1GB"}, "nim_gateway_body_limit", "1GB", "for example 1MB"),
+    ({"nim_gateway_bind_address": "all hosts"}, "nim_gateway_bind_address", "all hosts", "correct it"),
+    ({"nim_gateway_api_keys": {"team": KEY[:12]}}, "nim_gateway_api_keys.team", "(not shown)", "openssl rand"),
+    ({"nim_gateway_api_keys_file": "keys.yml"}, "nim_gateway_api_keys_file", "keys.yml", "start it with /"),
+    ({"nim_gateway_api_keys_file": "/no/file"}, "nim_gateway_api_keys_file", "/no/file", "create it there"),
+    ({"nim_gateway_certificate": KEY}, "nim_gateway_certificate", "(not shown)", "give the chain"),
+    ({"nim_gateway_certificate_file": "a.pem"}, "nim_gateway_certificate_file", "a.pem", "choose another path"),
     # -- types
     ({"nim_models": "llama"}, "nim_models", "(not shown)", "write each entry as one list item"),
     ({"nim_models": {"llama": {}}}, "nim_models", "(not shown)", "write each entry as one list item"),

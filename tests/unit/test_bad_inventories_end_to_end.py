@@ -43,6 +43,11 @@ gpu_hosts:
   hosts:
     gpu01: {ansible_host: 192.0.2.1}
     gpu02: {ansible_host: 192.0.2.2}
+nim_gateways:
+  vars:
+    ansible_connection: loud
+  hosts:
+    gateway01: {ansible_host: 192.0.2.3}
 """
 SOUND = "nim_models: [{name: llama, image: 'nvcr.io/nim/meta/x:1', port: 8000}]\n"
 
@@ -126,3 +131,22 @@ def test_nobody_is_connected_to(play: t.Callable[[str, str], tuple[int, str, boo
         ):
             assert told in output, told
         assert KEY not in output
+
+
+def test_a_gateway_that_cannot_be_made_is_told_before_anything_is_touched(
+    play: t.Callable[[str, str], tuple[int, str, bool]], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "group_vars" / "nim_gateways.yml").write_text(
+        "nim_gateway_body_limit: 1GB\nnim_gateway_api_keys: {team: %s!}\nnim_gateway_prot: 443\n" % KEY[:9]
+    )
+    for playbook in ("site", "gateway"):
+        code, output, connected = play(playbook, SOUND)
+        assert not connected, output
+        assert code != 0
+        for told in (
+            "gateway01: nim_gateway_body_limit = 1GB: is no size from 16KB to 64MB",
+            "gateway01: nim_gateway_api_keys.team = (not shown): ",
+            "gateway01: nim_gateway_prot = 443: no such variable; did you mean nim_gateway_port.",
+        ):
+            assert told in output, output
+        assert KEY[:9] not in output

@@ -43,12 +43,17 @@ def test_unresolved_template() -> None:
 
 
 def test_certificates_have_lines_and_keys_of_gateways_are_not_shown() -> None:
+    specs = action.load_specs()
     pem = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
-    names = ("nim_gateway_certificate", "nim_gateway_private_key", "nim_gateway_api_keys")
-    specs = {"nim_gateway": {name: {"type": "str"} for name in names}}
-    assert validate(dict.fromkeys(names, pem), specs) == []
-    for name in names[1:]:
-        (problem,) = validate({name: ["sk-0123456789"]}, specs)
+    sound = {
+        "nim_gateway_certificate": pem,
+        "nim_gateway_private_key": pem.replace("CERTIFICATE", "PRIVATE KEY"),
+        "nim_gateway_api_keys": {"team-a": "sk-0123456789abcdef"},
+    }
+    assert validate(sound, specs) == []
+    for name in sound:
+        (problem,) = validate({**sound, name: ["sk-0123456789"]}, {"nim_gateway": specs["nim_gateway"]})[:1]
+        assert problem.variable == name
         assert "(not shown)" in problem.message
         assert "sk-0123456789" not in problem.message
 
