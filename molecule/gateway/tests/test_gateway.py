@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import http.client
 import json
@@ -78,8 +79,10 @@ def test_requests_are_routed_by_their_model_and_reach_both_hosts() -> None:
 
 def test_a_host_leaves_is_worked_on_and_returns_and_nobody_notices() -> None:
     name = GPU01.name + ":llama"
-    with GATEWAY.client(PORT) as first, GATEWAY.client(PORT) as second:
-        with GATEWAY.stream(PORT, 800) as one, GATEWAY.stream(PORT, 800) as other:
+    with contextlib.ExitStack() as clients:
+        # One on each host, while nobody else asks; the first one is the longer, because it is waited for last.
+        with GATEWAY.stream(PORT, 3000) as one, GATEWAY.stream(PORT, 1500) as other:
+            first, second = (clients.enter_context(GATEWAY.client(PORT)) for _number in range(2))
             assert take_out("gpu01", "drained", seconds=0, succeeds=False).failure(GPU01.name)
             assert states()[name] == "DRAIN"
         assert (one["done"], other["done"]) == (True, True)
@@ -186,6 +189,7 @@ def test_a_gateway_is_taken_back() -> None:
     assert not GATEWAY.succeeds(
         "ls -d /etc/haproxy/nim* /etc/systemd/system/haproxy.service.d/nim* /etc/haproxy/*.before-*"
     )
-    # The distribution's own configuration is back.
-    assert GATEWAY.run("dpkg --verify haproxy") == ""
+    # The distribution's own configuration is back; documents are no trace: minimal systems leave them out.
+    differs = GATEWAY.run("dpkg --verify haproxy").splitlines()
+    assert [line for line in differs if " /usr/share/" not in line] == []
     assert FLEET.play("remove", *options).changed() == []
