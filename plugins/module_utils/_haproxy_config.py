@@ -27,6 +27,9 @@ BUFFER_RESERVE = 32768
 #: Bytes of headers above which a request is refused, so that a body within the limit always fits.
 HEADER_LIMIT = 16384
 
+#: Bytes of a body that are taken in before anything is refused: many clients read no answer while they still send.
+POLITE_BYTES = 65536
+
 #: Seconds within which a request's head and its body must have arrived.
 REQUEST_SECONDS = 30
 #: Seconds that a request may wait for a server when all have as many as they may.
@@ -138,10 +141,11 @@ def render_configuration(settings: Settings, layout: Layout, version: str) -> st
     lines += [
         "",
         "frontend nim_gateway",
+        # No HTTP/2: HAProxy 2.6 ends what it refuses before the body is there with RST_STREAM(CANCEL), and curl then shows no error.
         _bind(
             settings.bind_address,
             settings.port,
-            " ssl crt %s alpn h2,http/1.1" % certificate if settings.tls else "",
+            " ssl crt %s alpn http/1.1" % certificate if settings.tls else "",
         ),
         '    http-request return status 200 content-type application/json string \'{"object": "health.response", '
         '"message": "live"}\' if { path /v1/health/live }',
@@ -154,6 +158,10 @@ def render_configuration(settings: Settings, layout: Layout, version: str) -> st
             503, openai_error("No model is ready.", "model_unavailable", **gateway), "if { path /v1/health/ready }"
         ),
     ]
+    lines.append(
+        "    http-request wait-for-body time %ds if { req.hdr_val(content-length) le %d }"
+        % (REQUEST_SECONDS, min(limit, POLITE_BYTES))
+    )
     if settings.keys:
         lines += [
             "    http-request set-var(txn.client) req.fhdr(authorization),word(2,\\ ),sha2(256),hex,map_str(%s) "
@@ -217,7 +225,9 @@ def render_configuration(settings: Settings, layout: Layout, version: str) -> st
         _refuse(
             400,
             openai_error(
-                "The body of the request is no JSON object with a model; GET /v1/models lists the models.",
+                # HAProxy's reader of JSON follows 19 levels (MJSON_MAX_DEPTH), and ends at what it looks for.
+                "The body of the request is no JSON object with a model, or is nested too deeply before it: put the model "
+                "first. GET /v1/models lists the models.",
                 "missing_model",
                 param="model",
             ),

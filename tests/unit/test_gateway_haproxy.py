@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import pathlib
+import ssl
+import subprocess
 import tempfile
 import time
 import typing as t
@@ -114,6 +117,20 @@ def test_an_unknown_model_is_an_error_that_names_it(shared: World, name: str) ->
     assert name[:3].strip("\0\n") in answer.json["error"]["message"]
 
 
+@pytest.mark.parametrize(("levels", "first"), [(19, False), (200, True)])
+def test_a_body_may_be_nested(shared: World, levels: int, first: bool) -> None:
+    tools = b'"tools": %s%s' % (b"[" * levels, b"]" * levels)
+    model = b'"model": "mistralai/mistral"'
+    answer = shared.gateway.request(body=b"{%s}" % b", ".join((model, tools) if first else (tools, model)))
+    assert (answer.status, answer.json["server"]) == (200, "other")
+
+
+def test_a_body_that_is_nested_too_deeply_is_told_so(shared: World) -> None:
+    answer = shared.gateway.request(body=b'{"tools": %s%s, "model": "base"}' % (b"[" * 20, b"]" * 20))
+    assert (answer.status, answer.code) == (400, "missing_model")
+    assert "put the model first" in answer.json["error"]["message"]
+
+
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"model=base", b'{"messages": {"model": "base"}}', b'{"model": '])
 def test_a_body_without_a_model_is_an_error(shared: World, raw: bytes) -> None:
     answer = shared.gateway.request(body=raw, method="POST")
@@ -196,6 +213,30 @@ def test_keys_are_asked_for_and_kept_from_the_servers() -> None:
         assert "client team-a" in kept
 
 
+def test_tls_speaks_http_1_1_so_that_refusals_are_read(tmp_path: pathlib.Path) -> None:
+    made = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=gateway", *made],
+        check=True,
+        capture_output=True,
+    )
+    pem = (tmp_path / "crt").read_text() + (tmp_path / "key").read_text()
+    for world in make_world(pem=pem, keys=hash_keys({"team-a": KEY})):
+        context = ssl.create_default_context(cafile=str(tmp_path / "crt"))
+        context.check_hostname = False
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        # Ten times: without the body being taken in first, about every second client breaks off while it sends.
+        for key, status in ((KEY, 200), *[(KEY + "x", 401)] * 10):
+            connection = http.client.HTTPSConnection("127.0.0.1", world.gateway.port, timeout=10, context=context)
+            body = json.dumps({"messages": "x" * 60000, "model": "base"})
+            connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer " + key})
+            assert connection.sock.selected_alpn_protocol() == "http/1.1"
+            assert connection.getresponse().status == status
+            connection.close()
+        with pytest.raises((OSError, http.client.HTTPException)):
+            world.gateway.request("/v1/health/live")
+
+
 # -- health, streams, failures --------------------------------------------------------------------
 
 
@@ -225,8 +266,6 @@ def test_a_stream_lasts_longer_than_the_timeout_and_silence_does_not() -> None:
 
 
 def test_tokens_are_passed_on_as_they_come(world: World) -> None:
-    import http.client
-
     world.other.tokens, world.other.pause = 5, 0.2
     connection = http.client.HTTPConnection("127.0.0.1", world.gateway.port, timeout=10)
     connection.request(
