@@ -65,6 +65,8 @@ class Layout:
     former: str = "/etc/haproxy/haproxy.cfg.before-nim-gateway"
     directory: str = "/etc/haproxy/nim"
     socket: str = "/run/haproxy/admin.sock"
+    #: Where the units of Debian and Ubuntu have it.
+    master_socket: str = "/run/haproxy-master.sock"
     state_file: str = "/var/lib/haproxy/nim-server-state"
     chroot: str = "/var/lib/haproxy"
 

@@ -54,6 +54,8 @@ def ask(path: str, command: str) -> str:
         connection.settimeout(SOCKET_SECONDS)
         connection.connect(path)
         connection.sendall(command.encode("utf-8") + b"\n")
+        # HAProxy's master would wait for a further command.
+        connection.shutdown(socket.SHUT_WR)
         parts: list[bytes] = []
         while True:
             part = connection.recv(65536)

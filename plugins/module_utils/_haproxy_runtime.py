@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._gateway_state import ask, rows
-from ._untrusted import whole_number
+from ._untrusted import is_digits, whole_number
 
 ENABLED, DRAINED, MAINTENANCE = "enabled", "drained", "maintenance"
 
@@ -35,7 +35,7 @@ class LiveServer:
     Attributes:
         state: What an operator made of it: ``enabled``, ``drained`` or ``maintenance``.
         status: HAProxy's own word: ``UP``, ``UP 1/2``, ``DOWN``, ``DRAIN``, ``MAINT``, ``no check``, …
-        sessions: Requests that run on it or wait for it.
+        sessions: Requests that run on it or wait for it, those included that processes of before a reload still have.
         checked: Whether it has an active check.
         proven: Whether every check of late has passed; always false in maintenance, when nothing is checked.
         tls: Whether HAProxy speaks TLS to it.
@@ -59,14 +59,20 @@ class LiveServer:
     @property
     def serving(self) -> bool:
         """Whether it gets new requests."""
-        return self.state == ENABLED and (self.status.startswith("UP") or self.status == "no check")
+        return self.state == ENABLED and _gets_requests(self.status)
 
 
 class RuntimeApi:
-    """HAProxy's runtime API over its UNIX socket."""
+    """HAProxy's runtime API over its UNIX socket.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: The stats socket.
+        master: The socket of the master process, through which the processes of before a reload can still be asked.
+    """
+
+    def __init__(self, path: str, master: str = "") -> None:
         self.path = path
+        self.master = master
 
     def ask(self, command: str) -> str:
         """Answer to one command.
@@ -101,14 +107,44 @@ class RuntimeApi:
     def servers(self) -> t.List[LiveServer]:
         """All servers of all backends."""
         _columns, states = rows(self.ask("show servers state"))
-        text = self.ask("show stat -1 4 -1").lstrip("# \n")
-        stats = {(row.get("pxname"), row.get("svname")): row for row in csv.DictReader(text.splitlines())}
+        stats = {(row.get("pxname"), row.get("svname")): row for row in _table(self.ask("show stat -1 4 -1"))}
+        earlier = self._earlier_requests()
         found = []
         for row in states:
             stat = stats.get((row["be_name"], row["srv_name"]))
             if stat is not None:
-                found.append(_live(row, stat))
+                found.append(_live(row, stat, earlier.pop(row["srv_name"], 0)))
         return found
+
+    def _earlier_requests(self) -> t.Dict[str, int]:
+        """Name of a server -> requests that processes of before a reload have on it, or may still give to it.
+
+        Such a process ends what it has begun. It cannot be told to drain a server any more ("Proxy is disabled"), so a request
+        that it has taken in and not given to a server yet counts on every server that gets requests there.
+        """
+        found: t.Dict[str, int] = {}
+        for process in self._earlier():
+            try:
+                table = _table(ask(self.master, "@!%s show stat -1 5 -1" % process))
+            except OSError:
+                continue
+            servers = [row for row in table if row.get("type") == "2"]
+            taken = sum(whole_number(row.get("scur")) for row in table if row.get("type") == "0")
+            undecided = max(0, taken - sum(_requests(row) for row in servers))
+            for row in servers:
+                name = row.get("svname") or ""
+                count = _requests(row) + (undecided if _gets_requests(row.get("status") or "") else 0)
+                found[name] = found.get(name, 0) + count
+        return found
+
+    def _earlier(self) -> t.List[str]:
+        """Numbers of the processes of before a reload; none where there is no master to ask."""
+        try:
+            text = ask(self.master, "show proc") if self.master else ""
+        except OSError:
+            return []
+        lines = [line.split() for line in text.partition("# old workers")[2].partition("\n#")[0].splitlines()]
+        return [words[0] for words in lines if words[1:2] == ["worker"] and is_digits(words[0])]
 
     def version(self) -> t.Optional[str]:
         """The description that the running process was configured with; None where no HAProxy answers."""
@@ -123,7 +159,19 @@ class RuntimeApi:
         return ""
 
 
-def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str]) -> LiveServer:
+def _table(text: str) -> t.List[t.Dict[str, str]]:
+    return list(csv.DictReader(text.lstrip("# \n").splitlines()))
+
+
+def _gets_requests(status: str) -> bool:
+    return status.startswith("UP") or status == "no check"
+
+
+def _requests(stat: t.Mapping[str, str]) -> int:
+    return whole_number(stat.get("scur")) + whole_number(stat.get("qcur"))
+
+
+def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str], earlier: int) -> LiveServer:
     bits = whole_number(row.get("srv_admin_state"))
     rise, fall, health = (whole_number(stat.get(name)) for name in ("check_rise", "check_fall", "check_health"))
     state = MAINTENANCE if bits & _MAINTENANCE_BITS else DRAINED if bits & _DRAIN_BITS else ENABLED
@@ -137,7 +185,7 @@ def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str]) -> LiveServer:
         whole_number(row.get("srv_port")),
         state,
         stat.get("status") or "",
-        whole_number(stat.get("scur")) + whole_number(stat.get("qcur")),
+        _requests(stat) + earlier,
         checked,
         state != MAINTENANCE and whole_number(row.get("srv_op_state")) != 0 and (passed or not checked),
         row.get("srv_use_ssl") == "1",

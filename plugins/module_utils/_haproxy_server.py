@@ -40,6 +40,7 @@ SERVER_OPTIONS: t.Dict[str, t.Dict[str, t.Any]] = {
     "state": {"type": "str", "choices": [DRAINED, MAINTENANCE, ENABLED], "required": True},
     "timeout": {"type": "int", "default": 300},
     "socket": {"type": "path", "default": Layout.socket},
+    "master_socket": {"type": "path", "default": Layout.master_socket},
     "allow_last": {"type": "bool", "default": False},
     "ignore_unknown": {"type": "bool", "default": False},
 }
@@ -79,6 +80,7 @@ class HaproxyServer(Resource[GatewayServers]):
         state: ``drained`` (nothing new, running requests end), ``maintenance`` (the same, and not checked) or ``enabled``.
         timeout: Seconds that running requests, or checks, may take.
         socket: HAProxy's stats socket.
+        master_socket: That of its master process.
         allow_last: Whether the last server of a model that serves may be taken out.
         ignore_unknown: Whether a host that the gateway does not know is fine.
     """
@@ -92,6 +94,7 @@ class HaproxyServer(Resource[GatewayServers]):
         state: str,
         timeout: int = 300,
         socket: str = Layout.socket,
+        master_socket: str = Layout.master_socket,
         allow_last: bool = False,
         ignore_unknown: bool = False,
     ) -> None:
@@ -105,7 +108,7 @@ class HaproxyServer(Resource[GatewayServers]):
         self.socket = socket
         self.allow_last = allow_last
         self.ignore_unknown = ignore_unknown
-        self.api = RuntimeApi(socket)
+        self.api = RuntimeApi(socket, master_socket)
         self.probe = probe
         self.locked: t.Callable[[], t.ContextManager[None]] = locked
 

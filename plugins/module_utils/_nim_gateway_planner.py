@@ -328,11 +328,16 @@ class GatewayPlanner(Planner[GatewayState]):
         )
         # Added commands come after the distribution's, and the state must be there before the reload; so these are repeated.
         reload = re.findall(r"(?m)^ExecReload=(.+)$", state.fragment or "")
+        start = re.findall(r"(?m)^ExecStart=(.+)$", state.fragment or "")
+        # The units of EL have no socket of the master process, which alone knows of requests from before a reload.
+        master = [] if re.search(r"[\s=\"]-S\s", state.fragment or "=-S ") else ["ExecStart="]
+        master += ["ExecStart=%s -S %s" % (command, self.layout.master_socket) for command in start if master]
         lines = [
             MARKER,
             "[Service]",
             "RuntimeDirectory=haproxy",
             "RuntimeDirectoryPreserve=yes",
+            *master,
             "ExecStartPre=-%s" % keep,
             "ExecReload=",
             "ExecReload=-%s" % keep,

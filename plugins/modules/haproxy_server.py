@@ -47,6 +47,12 @@ options:
     description: HAProxy's stats socket, of level admin.
     type: path
     default: /run/haproxy/admin.sock
+  master_socket:
+    description:
+      - Socket of HAProxy's master process, through which requests are counted that began before a reload.
+      - Where it does not exist, such requests are not waited for. Role C(nim_gateway) sees to it that it exists.
+    type: path
+    default: /run/haproxy-master.sock
   allow_last:
     description: Whether the last server that serves a model may be taken out; every request for that model is refused then.
     type: bool
@@ -101,7 +107,7 @@ servers:
       description: HAProxy's own word for it.
       type: str
     sessions:
-      description: Requests that run on it or wait for it.
+      description: Requests that run on it or wait for it, also those that began before HAProxy was reloaded.
       type: int
   sample:
     - backend: meta_llama-3.1-8b-instruct

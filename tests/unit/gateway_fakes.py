@@ -15,8 +15,10 @@ from fake_host import FakeHost
 
 CONFIGURATION = "/etc/haproxy/haproxy.cfg"
 DEFAULT = "global\n    daemon\n"
+#: As Debian and Ubuntu have it.
 FRAGMENT = """[Service]
-ExecStart=/usr/sbin/haproxy -Ws -f $CONFIG
+Environment="CONFIG=/etc/haproxy/haproxy.cfg" "PIDFILE=/run/haproxy.pid" "EXTRAOPTS=-S /run/haproxy-master.sock"
+ExecStart=/usr/sbin/haproxy -Ws -f $CONFIG -p $PIDFILE $EXTRAOPTS
 ExecReload=/usr/sbin/haproxy -Ws -f $CONFIG -c -q
 ExecReload=/bin/kill -USR2 $MAINPID
 """

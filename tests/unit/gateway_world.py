@@ -169,6 +169,7 @@ class Gateway:
             directory=str(directory / "nim"),
             # The path of a UNIX socket must be short.
             socket=str(directory / "s"),
+            master_socket=str(directory / "m"),
             state_file=str(directory / "state"),
         )
         self.port, self.metrics_port = free_port(), free_port()
@@ -179,7 +180,9 @@ class Gateway:
         self.log = open(directory / "log", "wb")  # noqa: SIM115 - closed with the gateway
         assert HAPROXY is not None
         self.process = subprocess.Popen(
-            [HAPROXY, "-W", "-f", self.layout.configuration], stdout=self.log, stderr=subprocess.STDOUT
+            [HAPROXY, "-W", "-S", self.layout.master_socket, "-f", self.layout.configuration],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
         )
         try:
             self.wait_for_version()
@@ -236,6 +239,11 @@ class Gateway:
             if len(fields) > 17 and fields[1] == server:
                 return fields[17]
         return ""
+
+    def frontend(self, column: str) -> str:
+        """What ``show stat`` says of the frontend of clients."""
+        head, *rest = self.ask("show stat nim_gateway 1 -1").lstrip("# ").splitlines()
+        return rest[0].split(",")[head.split(",").index(column)]
 
     def wait_for(self, server: str, status: str) -> None:
         until(lambda: self.status(server).startswith(status), "%s is %s" % (server, status))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import socket
 import tempfile
 import threading
 import time
@@ -50,7 +51,8 @@ class World:
 
     def resource(self, host: str, state: str, **options: t.Any) -> HaproxyServer:
         options.setdefault("timeout", 10)
-        resource = HaproxyServer(host, state, socket=self.gateway.layout.socket, **options)
+        layout = self.gateway.layout
+        resource = HaproxyServer(host, state, socket=layout.socket, master_socket=layout.master_socket, **options)
         resource.locked = contextlib.nullcontext
         return resource
 
@@ -224,6 +226,40 @@ def test_a_reload_in_between_changes_nothing(world: World) -> None:
     assert not world.run("gpu01", "maintenance").changed
     assert world.run("gpu01", "enabled").changed
     assert world.served_by() == {"one", "two"}
+
+
+def test_requests_of_before_a_reload_are_waited_for(world: World) -> None:
+    for nim in world.nims.values():
+        nim.tokens, nim.pause = 100, 0.02
+    load = Load(world.gateway, "llama", clients=2, streamed=True)
+    until(lambda: world.nims["one"].running and world.nims["two"].running, "a stream runs on each")
+    load.stop.set()
+    world.gateway.reload()
+    assert world.fails("gpu01", "drained", "drain_timeout", timeout=0).facts["servers"][0]["sessions"] == 1
+    assert world.nims["one"].running == 1
+    world.run("gpu01", "drained")
+    assert world.nims["one"].running == 0
+    load.end()
+    assert load.failures == []
+
+
+def test_a_request_that_arrives_during_a_reload_may_still_get_to_the_host(world: World) -> None:
+    body = b'{"model": "llama"}'
+    with socket.create_connection(("127.0.0.1", world.gateway.port), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n{" % len(body))
+        until(lambda: world.gateway.frontend("scur") == "1", "the request has begun to arrive")
+        world.gateway.reload()
+        # Both hosts may be given it by the process of before, which knows of no drain.
+        assert world.fails("gpu01", "drained", "drain_timeout", timeout=0).facts["servers"][0]["sessions"] == 1
+        client.sendall(body[1:])
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    world.run("gpu01", "drained")
+    # What was drained before the reload gets nothing from any process.
+    with socket.create_connection(("127.0.0.1", world.gateway.port), timeout=30) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n{" % len(body))
+        until(lambda: world.gateway.frontend("scur") == "1", "the request has begun to arrive")
+        world.gateway.reload()
+        assert answer(world.run("gpu01", "drained", timeout=0).state, "gpu01")["drained"]
 
 
 def test_several_gateways_are_told_one_by_one(world: World) -> None:

@@ -82,6 +82,18 @@ def test_the_state_is_kept_before_the_distributions_own_reload() -> None:
     assert host.modes["/usr/local/libexec/nim/gateway-state"] == (0o755, 0, 0)
 
 
+def test_the_master_process_can_be_asked_for_requests_of_before_a_reload() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    assert b"ExecStart=" not in host.files[DROP_IN]
+    # The unit of EL has no such socket.
+    start = "ExecStart=/usr/sbin/haproxy -Ws -f $CONFIG -f $CFGDIR -p $PIDFILE $OPTIONS"
+    host.files["/lib/systemd/system/haproxy.service"] = ("[Service]\n%s\n" % start).encode()
+    assert run(host).changed
+    assert "\nExecStart=\n%s -S /run/haproxy-master.sock\n" % start in host.files[DROP_IN].decode()
+    assert not run(host).changed
+
+
 @pytest.mark.parametrize(
     "change",
     [
