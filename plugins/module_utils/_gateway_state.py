@@ -8,9 +8,9 @@
 This file is a program of its own: it is copied to the gateway as it is, so it uses the standard library only. systemd runs
 it before HAProxy is started, reloaded and stopped; HAProxy reads what it wrote (``server-state-file``).
 
-A server that is the same before and after keeps its state, drain and maintenance included. One that is new, or has another
-address, begins as down: it gets requests when its checks have passed, not before. Where HAProxy does not run, the last
-state counts for drain and maintenance, and every server begins as down.
+A server that is the same before and after keeps its state, also when its backend has another name or it gets a further one.
+One that is new, or has another address, begins as down: it gets requests when its checks have passed, not before. Drain and
+maintenance stay in any case. Where HAProxy does not run, the last state counts for them, and every server begins as down.
 
 Exit code 0 always when the file was written; a message and 1 otherwise, which is no reason not to reload.
 """
@@ -76,6 +76,16 @@ def rows(text: str) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [dict(zip(columns, values)) for values in found if len(values) == len(columns)]
 
 
+def _taken_out(row: t.Mapping[str, str]) -> int:
+    """What an operator made of a server: bits 1 (maintenance) and 8 (drain). Other bits HAProxy finds out by itself."""
+    bits = row["srv_admin_state"]
+    return int(bits) & 9 if bits.isdigit() else 0
+
+
+def _is_at(row: t.Mapping[str, str], address: str, port: str) -> bool:
+    return address in (row["srv_addr"], row["srv_fqdn"]) and row["srv_port"] == port
+
+
 def merged(state: str, servers: str, running: bool) -> str:
     """The state to start with.
 
@@ -85,22 +95,25 @@ def merged(state: str, servers: str, running: bool) -> str:
         running: Whether ``state`` is what HAProxy says now.
     """
     columns, found = rows(state)
-    known = {(row.get("be_name"), row.get("srv_name")): row for row in found}
     chosen = []
     for line in servers.splitlines():
         backend, name, address, port = line.split()
-        row = known.get((backend, name))
-        if row is None or address not in (row.get("srv_addr"), row.get("srv_fqdn")) or row.get("srv_port") != port:
+        # Its own row, or that of the backend in which it is furthest out.
+        known = [row for row in found if row["srv_name"] == name]
+        known.sort(key=lambda row: (row["be_name"] != backend, -_taken_out(row)))
+        row = next((row for row in known[:1] if _is_at(row, address, port)), None)
+        if row is None:
             row = {column: "-" if column in TEXTS else "0" for column in columns}
-            row.update(FRESH, be_name=backend, srv_name=name, srv_port=port)
+            row.update(FRESH, srv_name=name, srv_port=port, srv_admin_state=str(_taken_out(known[0]) if known else 0))
             if ":" in address or address.replace(".", "").isdigit():
                 row["srv_addr"] = address
             else:
                 row["srv_fqdn"] = address
-            # HAProxy finds rows by name where the numbers are not forced; they only must not be zero.
-            row.update(be_id="1", srv_id="1")
         elif not running:
             row = dict(row, **UNPROVEN)
+        if row.get("be_name") != backend:
+            # HAProxy finds rows by name where the numbers are not forced; they only must not be zero.
+            row = dict(row, be_name=backend, be_id="1", srv_id="1")
         chosen.append(row)
     lines = ["1", "# " + " ".join(columns)]
     lines += [" ".join(row[column] for column in columns) for row in chosen]

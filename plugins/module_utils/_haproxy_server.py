@@ -10,23 +10,17 @@ somebody else's, and is never enabled here.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
 import sys
 import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._gateway_notes import Notes, locked, read_notes, server_part, write_notes
 from ._gateway_settings import Layout, host_of, safe_host
 from ._haproxy_runtime import DRAINED, ENABLED, MAINTENANCE, LiveServer, RuntimeApi, probe
 from ._host import Host
 from ._resource import Change, Resource
-from ._untrusted import json_object
 
-RECORD = "/var/lib/gpu_fleet/gateway-servers.json"
-LOCK = "/run/gpu_fleet/gateway-servers.lock"
 STATE_PROGRAM = "/usr/local/libexec/nim/gateway-state"
 
 #: Seconds between two looks while requests end or checks pass.
@@ -56,20 +50,20 @@ class GatewayServers:
     def of(self, host: str) -> t.List[LiveServer]:
         return [server for server in self.servers if host_of(server.server) == safe_host(host)]
 
+    def current_notes(self) -> Notes:
+        """The notes without those of servers that somebody else has enabled since, or that are gone.
+
+        Whoever takes such a server out the next time is not us.
+        """
+        enabled = {server.name for server in self.servers if server.state == ENABLED}
+        there = {server.server for server in self.servers}
+        return {name: state for name, state in self.ours.items() if name not in enabled and server_part(name) in there}
+
     def is_foreign(self, server: LiveServer) -> bool:
         """Whether somebody else took it out, or put what we had drained into maintenance."""
         given = self.ours.get(server.name)
         # On its way into maintenance a server of ours is drained.
         return server.state != ENABLED and given != server.state and (given, server.state) != (MAINTENANCE, DRAINED)
-
-
-@contextlib.contextmanager
-def locked(path: str = LOCK) -> t.Iterator[None]:
-    """Two runs at once must not drain the last two servers of a model, each counting on the other."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 class HaproxyServer(Resource[GatewayServers]):
@@ -115,13 +109,7 @@ class HaproxyServer(Resource[GatewayServers]):
     # -- look -------------------------------------------------------------------------------------
 
     def observe(self, host: Host) -> GatewayServers:
-        return GatewayServers(tuple(self.api.servers()), self._record(host))
-
-    @staticmethod
-    def _record(host: Host) -> t.Dict[str, str]:
-        servers = json_object(host.read_text(RECORD)).get("servers")
-        # What is not known to be ours is somebody else's.
-        return {name: str(state) for name, state in servers.items()} if isinstance(servers, dict) else {}
+        return GatewayServers(tuple(self.api.servers()), read_notes(host))
 
     # -- plan -------------------------------------------------------------------------------------
 
@@ -164,7 +152,11 @@ class HaproxyServer(Resource[GatewayServers]):
                 )
             elif server.state != ENABLED:
                 changes.append(self._change(server, ENABLED, "its host is to serve again"))
-        mine = [change.data["server"] for change in changes if not change.blocked]
+            elif server.name in state.ours:
+                what = "note on server " + server.name
+                why = "somebody else has enabled it"
+                changes.append(Change(self.name, what, state.ours[server.name], None, why, action="forget", proof=True))
+        mine = [change.data["server"] for change in changes if change.action == ENABLED and not change.blocked]
         if mine:
             proof = Change(
                 self.name,
@@ -217,8 +209,17 @@ class HaproxyServer(Resource[GatewayServers]):
                     )
         return changes
 
-    def _check_last(self, state: GatewayServers, drains: t.Sequence[LiveServer]) -> None:
-        """Refuse to take away the last server that serves a model."""
+    def _check_last(
+        self,
+        state: GatewayServers,
+        drains: t.Sequence[LiveServer],
+        refuses: t.Callable[[LiveServer], t.Optional[str]] = lambda server: None,
+    ) -> None:
+        """Refuse to take away the last server that serves a model.
+
+        Args:
+            refuses: Why a server that HAProxy gives requests may not count all the same.
+        """
         if self.allow_last:
             return
         for server in drains:
@@ -227,27 +228,36 @@ class HaproxyServer(Resource[GatewayServers]):
                 for other in state.servers
                 if other.backend == server.backend and other.serving and host_of(other.server) != host_of(server.server)
             ]
-            if server.serving and not others:
-                raise FleetError(
-                    "last_server",
-                    "Server %s is the last one that serves %s, so draining it would refuse every request for that model; "
-                    "bring another replica up first, or allow it (allow_last: true)." % (server.name, server.backend),
-                    backend=server.backend,
-                    server=server.server,
-                )
+            said = []
+            for other in others:
+                why = refuses(other)
+                if why is None:
+                    break
+                said.append("%s does not say that it is ready: %s" % (other.name, why))
+            else:
+                if server.serving:
+                    raise FleetError(
+                        "last_server",
+                        "Server %s is the last one that serves %s%s, so draining it would refuse every request for that model; "
+                        "bring another replica up first, or allow it (allow_last: true)."
+                        % (server.name, server.backend, " (%s)" % "; ".join(said) if said else ""),
+                        backend=server.backend,
+                        server=server.server,
+                    )
 
     # -- apply ------------------------------------------------------------------------------------
 
     def apply(self, host: Host, change: Change) -> None:
         if change.action == "wait":
             self._wait(host)
+        elif change.action == "forget":
+            self._forget(host)
         elif change.action == "prove":
             self._prove(host, [server.name for server in change.data["servers"]])
         else:
             self._set(host, change.data["server"].name, change.action)
 
     def _set(self, host: Host, name: str, to: str) -> None:
-        host.make_dir(os.path.dirname(RECORD), mode=0o755)
         with self.locked():
             state = self.observe(host)
             server = next((server for server in state.servers if server.name == name), None)
@@ -257,24 +267,26 @@ class HaproxyServer(Resource[GatewayServers]):
                 # Since the first look: from now on it is another's.
                 return
             if server.state == ENABLED:
-                self._check_last(state, [server])
+                # HAProxy's checks of the others are seconds old. All servers of the host at once, so that it is all or nothing.
+                drains = [own for own in state.of(self.host) if own.state == ENABLED]
+                self._check_last(state, drains, self._asked)
             # Further out is noted before it is done, and back afterwards: a run that breaks off in between leaves no server
             # that would be taken for somebody else's.
             further = server.state == ENABLED or to == MAINTENANCE
-            ours = {other: given for other, given in state.ours.items() if other != name}
+            ours = {other: given for other, given in state.current_notes().items() if other != name}
             if to != ENABLED:
                 ours[name] = to
             if further:
-                self._write(host, ours)
+                write_notes(host, ours)
             self.api.set_state(server, WORDS[to])
             if not further:
-                self._write(host, ours)
+                write_notes(host, ours)
             self._keep(host)
 
-    @staticmethod
-    def _write(host: Host, ours: t.Mapping[str, str]) -> None:
-        text = json.dumps({"version": 1, "servers": ours}, indent=1, sort_keys=True) + "\n"
-        host.write_file(RECORD, text, mode=0o644)
+    def _forget(self, host: Host) -> None:
+        with self.locked():
+            state = self.observe(host)
+            write_notes(host, state.current_notes())
 
     def _keep(self, host: Host) -> None:
         """Also a HAProxy that is killed must come back with this server out. Reloads and stops keep the state themselves."""
@@ -329,6 +341,10 @@ class HaproxyServer(Resource[GatewayServers]):
         """Why a server may not serve yet. HAProxy's checks are seconds old, so it is asked itself too."""
         if server.checked and not server.proven:
             return "the gateway's checks have not passed"
+        return self._asked(server)
+
+    def _asked(self, server: LiveServer) -> t.Optional[str]:
+        """What a server says that is not ready; one that cannot be asked is as its checks say."""
         if server.tls or server.address == "-":
             return None if server.checked else "it cannot be asked"
         return self.probe(server.address, server.port)

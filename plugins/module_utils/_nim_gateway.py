@@ -12,8 +12,9 @@ import re
 import typing as t
 
 from ._errors import FleetError
+from ._gateway_notes import RECORD, carried, locked, read_notes, write_notes
 from ._haproxy_config import MARKER
-from ._haproxy_server import RECORD, STATE_PROGRAM
+from ._haproxy_server import STATE_PROGRAM
 from ._host import Host
 from ._nim_gateway_planner import (
     DROP_IN,
@@ -39,6 +40,7 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
         super().__init__(**options)
         #: What was there before this run, for the way back when a reload fails.
         self._before: t.Dict[str, t.Optional[t.Tuple[bytes, int]]] = {}
+        self.locked: t.Callable[[], t.ContextManager[None]] = locked
 
     def apply(self, host: Host, change: Change) -> None:
         if change.action == "package":
@@ -125,11 +127,27 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
             )
         host.make_dir(self.layout.directory, mode=0o755)
         self._keep_former(host)
+        self._carry_notes(host, state)
         for file in self.rendered(state)[1]:
             content, found = host.read_bytes(file.path), host.stat(file.path)
             self._before[file.path] = None if content is None or found is None else (content, found.mode)
             if state.files.get(file.path) != FileState(file.content, file.mode):
                 host.write_file(file.path, file.content, mode=file.mode)
+
+    def _carry_notes(self, host: Host, state: GatewayState) -> None:
+        """A server that was taken out by us is out in further backends too (gateway-state), and is ours there."""
+        if not read_notes(host):
+            return
+        servers = state.files.get(self.layout.servers)
+        before = {"/".join(line.split()[:2]) for line in (servers.content if servers else "").splitlines()}
+        after = [
+            "%s/%s" % (backend.name, server.name) for backend in self.settings.backends for server in backend.servers
+        ]
+        with self.locked():
+            notes = read_notes(host)
+            found = carried(notes, before, after)
+            if found != notes:
+                write_notes(host, found)
 
     def _keep_former(self, host: Host) -> None:
         """A configuration that is not ours is not lost: what has taken its place can be taken back."""

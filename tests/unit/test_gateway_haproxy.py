@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import pathlib
@@ -316,6 +317,40 @@ def test_a_reload_under_load_loses_nothing(world: World) -> None:
         until(lambda seen=seen: load.answers > seen + 12, "requests are answered after the reload")
     load.end()
     assert load.failures == []
+
+
+def test_another_name_for_a_model_costs_nothing_and_brings_nobody_back(world: World) -> None:
+    gateway, servers = world.gateway, world.servers()
+    # By its name, as an inventory without addresses has it.
+    servers[0] = dataclasses.replace(servers[0], address="localhost")
+    gateway.write(servers)
+    gateway.reload()
+    gateway.wait_for("gpu01:llama", "UP")
+    gateway.ask("set server meta_llama/gpu02:llama state maint")
+    gateway.ask("set server mistralai_mistral/gpu02:mistral state drain")
+    load = Load(gateway, "meta/llama", clients=3)
+    until(lambda: load.answers > 6, "requests are answered")
+    before = len(world.two.requests)
+    # "alias" is the first name now, so the backends are called after it; "lora" is on one server only, in a further backend.
+    servers[:2] = [dataclasses.replace(server, served=("alias", *server.served)) for server in servers[:2]]
+    servers[1] = dataclasses.replace(servers[1], served=(*servers[1].served, "lora"))
+    servers[2] = dataclasses.replace(servers[2], port=world.one.port)
+    gateway.write(servers)
+    gateway.reload()
+    seen = load.answers
+    until(lambda: load.answers > seen + 12, "requests are answered after the reload")
+    load.end()
+    assert load.failures == []
+    assert len(world.two.requests) == before
+    # Also where it has moved; known when it has been checked there.
+    gateway.wait_for("gpu02:mistral", "DRAIN")
+    rows = [line.split(",") for line in gateway.ask("show stat -1 4 -1").splitlines()[1:-1]]
+    assert {(row[0], row[1]): row[17].split()[0] for row in rows} == {
+        ("alias", "gpu01:llama"): "UP",
+        ("alias", "gpu02:llama"): "MAINT",
+        ("lora", "gpu02:llama"): "MAINT",
+        ("mistralai_mistral", "gpu02:mistral"): "DRAIN",
+    }
 
 
 def test_a_new_server_gets_requests_only_when_it_is_ready(world: World) -> None:

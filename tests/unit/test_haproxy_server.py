@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import socket
 import tempfile
@@ -13,10 +14,10 @@ import time
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _haproxy_server
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_notes import RECORD, carried, locked
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_server import HaproxyServer, answer, locked
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_server import HaproxyServer, answer
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from fake_host import FakeHost
 from gateway_world import HAPROXY, Gateway, Load, Nim, until
@@ -130,7 +131,7 @@ def test_a_second_run_changes_nothing_and_check_mode_nothing_at_all(world: World
         assert world.run("gpu01", state).changed
         assert not world.run("gpu01", state).changed
         assert not world.run("gpu01", state, check_mode=True).changed
-    assert b"gpu01" not in world.host.files[_haproxy_server.RECORD]
+    assert b"gpu01" not in world.host.files[RECORD]
 
 
 def test_the_last_server_of_a_model_stays_unless_it_is_allowed(world: World) -> None:
@@ -156,6 +157,22 @@ def test_a_replica_that_is_down_does_not_count(world: World) -> None:
     assert not world.run("gpu02", "drained").changed
 
 
+def test_a_replica_whose_last_check_is_old_does_not_count(world: World) -> None:
+    resource = world.resource("gpu01", "drained")
+    asked = []
+
+    def probe(address: str, port: int) -> str:
+        asked.append(port)
+        return "Connection refused"
+
+    resource.probe = probe
+    with pytest.raises(FleetError, match="gpu02:llama does not say that it is ready: Connection refused") as caught:
+        converge(world.host, resource, check_mode=False)
+    assert caught.value.reason == "last_server"
+    assert asked == [world.nims["two"].port]
+    assert world.gateway.status("gpu01:llama").startswith("UP")
+
+
 def test_what_somebody_else_drained_is_left_alone(world: World) -> None:
     world.gateway.ask("set server llama/gpu01:llama state drain")
     outcome = world.run("gpu01", "drained")
@@ -174,12 +191,34 @@ def test_what_somebody_else_drained_is_left_alone(world: World) -> None:
     assert world.gateway.status("gpu02:llama").startswith("MAINT")
 
 
-def test_a_server_that_somebody_enabled_is_drained_anew(world: World) -> None:
+def test_a_server_that_somebody_enabled_is_drained_anew_and_is_no_more_ours(world: World) -> None:
     world.run("gpu01", "drained")
     world.gateway.ask("set server llama/gpu01:llama state ready")
     assert world.run("gpu01", "drained").changed
     world.gateway.ask("set server llama/gpu01:llama state ready")
+    planned = world.run("gpu01", "enabled", check_mode=True)
+    assert [change.what for change in planned.changes] == ["note on server llama/gpu01:llama"]
+    assert not planned.changed
     assert not world.run("gpu01", "enabled").changed
+    world.gateway.ask("set server llama/gpu01:llama state drain")
+    assert answer(world.run("gpu01", "enabled").state, "gpu01")["reason"] == "foreign_drain"
+    world.gateway.ask("set server llama/gpu01:llama state ready")
+    # It is found out on the way to another host too; a host that is gone leaves no note.
+    world.run("gpu01", "drained")
+    world.gateway.ask("set server llama/gpu01:llama state ready")
+    world.host.files[RECORD] = world.host.files[RECORD].replace(b'"llama/', b'"x/gone:llama": "drained", "llama/')
+    world.run("gpu02", "drained")
+    assert json.loads(world.host.files[RECORD])["servers"] == {"llama/gpu02:llama": "drained"}
+    world.gateway.ask("set server llama/gpu01:llama state drain")
+    assert not world.run("gpu01", "enabled").changed
+
+
+def test_notes_are_carried_into_further_backends_and_no_others() -> None:
+    notes = {"base/gpu01:m": "maintenance", "alias/gpu01:m": "drained", "base/gpu02:m": "drained"}
+    before = {*notes, "lora/gpu02:m", "base/gpu03:m"}
+    after = [*before, "new/gpu01:m", "new/gpu02:m", "new/gpu03:m"]
+    # In lora, somebody else has drained gpu02.
+    assert carried(notes, before, after) == {**notes, "new/gpu01:m": "maintenance", "new/gpu02:m": "drained"}
 
 
 def test_the_wait_for_running_requests_ends(world: World) -> None:
@@ -284,7 +323,7 @@ def test_a_gateway_that_is_away_and_a_host_that_it_does_not_know(world: World) -
 
 def test_a_broken_note_makes_a_drain_somebody_elses(world: World) -> None:
     world.run("gpu01", "drained")
-    world.host.files[_haproxy_server.RECORD] = b"{"
+    world.host.files[RECORD] = b"{"
     assert answer(world.run("gpu01", "enabled").state, "gpu01")["reason"] == "foreign_drain"
 
 

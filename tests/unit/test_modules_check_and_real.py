@@ -373,7 +373,8 @@ def haproxy_server(bench: Bench) -> Case:
         )
     )
     bench.host(host)
-    bench.patch.setattr(_haproxy_server, "RuntimeApi", lambda _path: runtime)
+    bench.patch.setattr(_haproxy_server, "RuntimeApi", lambda _path, _master: runtime)
+    bench.patch.setattr(_haproxy_server, "probe", lambda _address, _port: None)
     bench.patch.setattr(_haproxy_server, "locked", contextlib.nullcontext)
     return Case(
         host,

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import re
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_gateway_planner
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_hosts import gateway_host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_notes import RECORD, read_notes, write_notes
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import (
     Server,
     hash_keys,
@@ -36,6 +39,7 @@ def gateway(host: GatewayHost, **more: t.Any) -> NimGateway:
     resource.api = t.cast(t.Any, Api(host))
     resource.manager = lambda host: t.cast(t.Any, Packages(t.cast(GatewayHost, host)))
     resource.python = "/usr/bin/python3"
+    resource.locked = contextlib.nullcontext
     return resource
 
 
@@ -115,6 +119,18 @@ def test_every_change_is_a_reload(change: dict[str, t.Any]) -> None:
     run(host)
     assert "/etc/haproxy/nim/tls.pem" not in host.files
     assert not run(host).changed
+
+
+def test_what_was_taken_out_by_us_is_ours_in_a_backend_of_another_name() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    assert RECORD not in host.files
+    write_notes(host, {"meta_llama/gpu01:llama": "drained"})
+    hosts = copy.deepcopy(options()["hosts"])
+    for entry in hosts:
+        entry["models"][0]["served"].insert(0, "alias")
+    run(host, hosts=hosts)
+    assert read_notes(host) == {"meta_llama/gpu01:llama": "drained", "alias/gpu01:llama": "drained"}
 
 
 @pytest.mark.parametrize("path", [CONFIGURATION, "/etc/haproxy/nim/models.map", "/etc/haproxy/nim/keys.map", DROP_IN])
@@ -420,12 +436,36 @@ def test_what_is_known_of_a_server_is_kept_only_when_it_is_the_same() -> None:
     assert list(found) == ["gpu01:m", "gpu02:m", "gpu03:m", "new:m"]
     assert (found["gpu01:m"]["srv_op_state"], found["gpu01:m"]["srv_admin_state"]) == ("2", "8")
     assert found["gpu02:m"]["srv_op_state"] == "2"
-    assert (found["gpu03:m"]["srv_op_state"], found["gpu03:m"]["srv_admin_state"]) == ("0", "0")
+    # Elsewhere now: to be proved, and still in maintenance.
+    assert (found["gpu03:m"]["srv_op_state"], found["gpu03:m"]["srv_admin_state"]) == ("0", "1")
+    assert found["new:m"]["srv_admin_state"] == "0"
     assert (found["new:m"]["srv_addr"], found["new:m"]["srv_check_status"]) == ("fe80::1", "1")
     # After a stop, what was up must prove it again, and what was drained stays so.
     kept = {row["srv_name"]: row for row in rows(merged(state, servers, False))[1]}
     assert (kept["gpu01:m"]["srv_op_state"], kept["gpu01:m"]["srv_admin_state"]) == ("0", "8")
     assert kept["gpu02:m"]["srv_op_state"] == "0"
+
+
+def test_a_server_in_another_backend_is_the_same_server() -> None:
+    rest = "1 1 60 15 3 3 6 0 0 0"
+    state = "\n".join(
+        [
+            "1",
+            HEADER,
+            "4 a 1 gpu01:m 10.0.0.1 2 0 %s - 8000 - 0 0 - - 0" % rest,
+            "5 b 1 gpu01:m 10.0.0.1 0 1 %s - 8000 - 0 0 - - 0" % rest,
+            "6 c 1 gpu01:m 10.0.0.1 2 x %s - 8000 - 0 0 - - 0" % rest,
+        ]
+    )
+    found = rows(
+        merged(state, "a gpu01:m 10.0.0.1 8000\nnew gpu01:m 10.0.0.1 8000\nmoved gpu01:m 10.0.0.2 8000\n", True)
+    )
+    assert [(row["be_name"], row["srv_op_state"], row["srv_admin_state"]) for row in found[1]] == [
+        ("a", "2", "0"),
+        # As where it is furthest out.
+        ("new", "0", "1"),
+        ("moved", "0", "1"),
+    ]
 
 
 @pytest.mark.parametrize("state", ["", "2\n# x\n", "1\n", "nonsense", "1\n# be_name srv_name\na\n"])
