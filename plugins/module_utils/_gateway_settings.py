@@ -198,6 +198,13 @@ def parse_servers(hosts: t.Sequence[t.Mapping[str, t.Any]]) -> t.Tuple[Server, .
             raise _invalid(path + ".name", host["name"], "is there twice", "name every host once")
         for model in host["models"]:
             at = "%s.models.%s" % (path, model["name"])
+            if not str(model["name"]) or _HOST_UNSAFE.search(str(model["name"])):
+                raise _invalid(
+                    path + ".models",
+                    repr(model["name"]),
+                    "cannot be the name of a server",
+                    "use letters, digits and _.-",
+                )
             if not 1 <= int(model["port"]) <= 65535:
                 raise _invalid(at + ".port", model["port"], "is out of range", "give a port from 1 to 65535")
             for name in model["served"]:

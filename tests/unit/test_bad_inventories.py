@@ -80,6 +80,8 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
     ({"nim_gateway_body_limit": "1GB"}, "nim_gateway_body_limit", "1GB", "for example 1MB"),
     ({"nim_gateway_bind_address": "all hosts"}, "nim_gateway_bind_address", "all hosts", "correct it"),
     ({"nim_gateway_api_keys": {"team": KEY[:12]}}, "nim_gateway_api_keys.team", "(not shown)", "openssl rand"),
+    ({"nim_gateway_api_keys": KEY}, "nim_gateway_api_keys", "(not shown)", "dict"),
+    ({"nim_gateway_api_keys": [KEY]}, "nim_gateway_api_keys", "(not shown)", "dict"),
     ({"nim_gateway_api_keys_file": "keys.yml"}, "nim_gateway_api_keys_file", "keys.yml", "start it with /"),
     ({"nim_gateway_api_keys_file": "/no/file"}, "nim_gateway_api_keys_file", "/no/file", "create it there"),
     ({"nim_gateway_certificate": KEY}, "nim_gateway_certificate", "(not shown)", "give the chain"),
