@@ -12,13 +12,13 @@ import re
 import typing as t
 
 from ._errors import FleetError
+from ._gateway_binds import PACKAGE
 from ._gateway_notes import RECORD, carried, locked, read_notes, write_notes
 from ._haproxy_config import MARKER
 from ._haproxy_server import STATE_PROGRAM
 from ._host import Host
 from ._nim_gateway_planner import (
     DROP_IN,
-    PACKAGE,
     SELINUX,
     SERVICE,
     FileState,

@@ -18,6 +18,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._gateway_binds import PACKAGE, Binds, check_binds, look_at_binds
 from ._gateway_settings import OPTION_CHECKS, Layout, Settings, check_pem, make_backends, parse_servers
 from ._gateway_state import source
 from ._haproxy_config import MARKER, MINIMUM_VERSION, RenderedFile, render
@@ -28,7 +29,6 @@ from ._packages import PackageManager, package_manager
 from ._resource import Change, Disruption, FileDiff, Planner
 from ._systemd import unit_properties
 
-PACKAGE = "haproxy"
 SERVICE = "haproxy.service"
 DROP_IN = "/etc/systemd/system/haproxy.service.d/nim-gateway.conf"
 
@@ -96,6 +96,7 @@ class GatewayState:
         daemon_reload: Whether systemd has yet to read the unit.
         live: What identifies the running configuration; None when nothing answers.
         foreign_pem: Content of the certificate file that somebody else keeps.
+        binds: What is in the way of the ports, where HAProxy does not run with what is wanted.
         selinux_blocks: Whether SELinux keeps HAProxy from connecting to the servers.
     """
 
@@ -110,6 +111,7 @@ class GatewayState:
     daemon_reload: bool = False
     live: t.Optional[str] = None
     foreign_pem: t.Optional[str] = None
+    binds: Binds = dataclasses.field(default_factory=Binds)
     selinux_blocks: bool = False
 
 
@@ -166,6 +168,9 @@ class GatewayPlanner(Planner[GatewayState]):
         )
         configuration = files.get(self.layout.configuration)
         active = unit.get("ActiveState") in ("active", "reloading")
+        live = self.api.version() if active else None
+        foreign_pem = host.read_text(self.settings.certificate_file) if self.settings.certificate_file else None
+        as_wanted = self.wanted == "absent" or (live and live == render(self.settings, self.layout, foreign_pem)[0])
         return GatewayState(
             version=version,
             files=files,
@@ -178,8 +183,10 @@ class GatewayPlanner(Planner[GatewayState]):
             enabled=unit.get("UnitFileState") == "enabled",
             masked=unit.get("LoadState") == "masked",
             daemon_reload=unit.get("NeedDaemonReload") == "yes",
-            live=self.api.version() if active else None,
-            foreign_pem=host.read_text(self.settings.certificate_file) if self.settings.certificate_file else None,
+            live=live,
+            foreign_pem=foreign_pem,
+            # Looking for who holds a port takes a look at all processes.
+            binds=Binds() if as_wanted else look_at_binds(host, self.settings, SERVICE),
             selinux_blocks=(host.read_text("/sys/fs/selinux/enforce") or "").strip() == "1"
             and host.run(["getsebool", SELINUX]).stdout.strip().endswith("off"),
         )
@@ -264,6 +271,7 @@ class GatewayPlanner(Planner[GatewayState]):
                 "it, in PEM form." % self.settings.certificate_file,
                 path=self.settings.certificate_file,
             )
+        check_binds(state.binds)
         if state.selinux_blocks:
             changes.append(
                 Change(

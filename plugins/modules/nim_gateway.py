@@ -178,7 +178,7 @@ blocked:
 reason:
   description:
     - Stable name of the failure, for example V(configuration_refused), V(foreign_configuration), V(reload_failed),
-      V(start_failed), V(haproxy_too_old), V(certificate_missing), V(service_masked).
+      V(start_failed), V(haproxy_too_old), V(certificate_missing), V(service_masked), V(port_in_use), V(address_missing).
   returned: failure
   type: str
 """

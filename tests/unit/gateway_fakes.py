@@ -93,6 +93,19 @@ class GatewayHost(FakeHost):
             self.offer = version
             Packages(self).install({})
 
+    def listen(self, address: str, port: int, unit: str, command: str) -> None:
+        """A process, with the port's number, that listens; ``address`` as in /proc/net/tcp, no unit where none is known."""
+        head = b"  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+        line = "0: %s:%04X 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 %d 1\n" % (
+            address,
+            port,
+            1000 + port,
+        )
+        self.files["/proc/net/tcp"] = self.files.get("/proc/net/tcp", head) + line.encode()
+        self.links["/proc/%d/fd/3" % port] = "socket:[%d]" % (1000 + port)
+        self.files["/proc/%d/comm" % port] = command.encode()
+        self.files["/proc/%d/cgroup" % port] = ("0::/system.slice/%s\n" % unit if unit else "0::/\n").encode()
+
     def show(self, *args: t.Any) -> str:
         if not self.version:
             return "LoadState=not-found\nActiveState=inactive\nUnitFileState=\n"

@@ -253,6 +253,39 @@ def test_a_reload_that_fails_leaves_the_old_gateway_and_its_files() -> None:
     assert run(host, port=9000).changed
 
 
+def test_a_port_that_somebody_holds_is_refused_before_haproxy_stops_listening_for_it() -> None:
+    host = GatewayHost("2.6.12-1")
+    run(host)
+    before = dict(host.files)
+    host.listen("00000000", 8080, "haproxy.service", "haproxy")
+    host.listen("0100007F", 9000, "nginx.service", "nginx")
+    for check_mode in (True, False):
+        error = refused("port_in_use", host, port=9000, check_mode=check_mode)
+        assert "port 9000 on 0.0.0.0: it is held by nginx (pid 9000) of unit nginx.service" in error.message
+        assert "(metrics_port)" in refused("port_in_use", host, metrics_port=9000, check_mode=check_mode).message
+    assert {path: text for path, text in host.files.items() if not path.startswith("/proc")} == before
+    assert host.reloads == 1
+    # On another address it is no obstacle, nor is what HAProxy itself has; and a gateway that is as wanted does not look.
+    assert run(host, port=9000, bind_address="::1").changed
+    assert run(host, body_limit="2MB").changed
+    host.files["/proc/8080/cgroup"] = b"0::/\n"
+    assert run(host, body_limit="3MB").changed
+    host.listen("00000000", 8405, "nginx.service", "nginx")
+    assert not run(host, body_limit="3MB").changed
+
+
+def test_an_address_that_the_host_does_not_have_is_refused() -> None:
+    host = GatewayHost("2.6.12-1")
+    host.files["/proc/net/fib_trie"] = b"  |-- 10.0.0.5\n     /32 host LOCAL\n"
+    assert "ip_nonlocal_bind" in refused("address_missing", host, bind_address="10.0.0.6").message
+    assert "metrics_address" in refused("address_missing", host, metrics_address="fd00::6").message
+    for address in ("10.0.0.5", "127.0.0.1", "0.0.0.0", "::", "gateway.example.org"):
+        assert run(host, bind_address=address, check_mode=True).changed
+    # A virtual address that is with another gateway now.
+    host.files["/proc/sys/net/ipv4/ip_nonlocal_bind"] = b"1\n"
+    assert run(host, bind_address="10.0.0.6").changed
+
+
 def test_a_start_that_fails_says_why() -> None:
     host = GatewayHost("2.6.12-1")
     host.stop()
