@@ -81,7 +81,7 @@ def test_a_host_leaves_is_worked_on_and_returns_and_nobody_notices() -> None:
     name = GPU01.name + ":llama"
     with contextlib.ExitStack() as clients:
         # One on each host, while nobody else asks; the first one is the longer, because it is waited for last.
-        with GATEWAY.stream(PORT, 3000) as one, GATEWAY.stream(PORT, 1500) as other:
+        with GATEWAY.stream(PORT, 3600) as one, GATEWAY.stream(PORT, 2400) as other:
             first, second = (clients.enter_context(GATEWAY.client(PORT)) for _number in range(2))
             assert take_out("gpu01", "drained", seconds=0, succeeds=False).failure(GPU01.name)
             assert states()[name] == "DRAIN"
