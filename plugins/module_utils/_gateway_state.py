@@ -79,7 +79,7 @@ def rows(text: str) -> tuple[list[str], list[dict[str, str]]]:
 def _taken_out(row: t.Mapping[str, str]) -> int:
     """What an operator made of a server: bits 1 (maintenance) and 8 (drain). Other bits HAProxy finds out by itself."""
     bits = row["srv_admin_state"]
-    return int(bits) & 9 if bits.isdigit() else 0
+    return int(bits) & 9 if bits.isdecimal() else 0
 
 
 def _is_at(row: t.Mapping[str, str], address: str, port: str) -> bool:
