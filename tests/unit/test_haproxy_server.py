@@ -269,7 +269,7 @@ def test_a_reload_in_between_changes_nothing(world: World) -> None:
 
 def test_requests_of_before_a_reload_are_waited_for(world: World) -> None:
     for nim in world.nims.values():
-        nim.tokens, nim.pause = 100, 0.02
+        nim.tokens, nim.pause = 250, 0.02
     load = Load(world.gateway, "llama", clients=2, streamed=True)
     until(lambda: world.nims["one"].running and world.nims["two"].running, "a stream runs on each")
     load.stop.set()
