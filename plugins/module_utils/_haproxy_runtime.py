@@ -108,7 +108,7 @@ class RuntimeApi:
         """All servers of all backends."""
         _columns, states = rows(self.ask("show servers state"))
         stats = {(row.get("pxname"), row.get("svname")): row for row in _table(self.ask("show stat -1 4 -1"))}
-        earlier = self._earlier_requests()
+        earlier = self._earlier_requests({row["srv_name"] for row in states})
         found = []
         for row in states:
             stat = stats.get((row["be_name"], row["srv_name"]))
@@ -116,7 +116,7 @@ class RuntimeApi:
                 found.append(_live(row, stat, earlier.pop(row["srv_name"], 0)))
         return found
 
-    def _earlier_requests(self) -> t.Dict[str, int]:
+    def _earlier_requests(self, names: t.Collection[str]) -> t.Dict[str, int]:
         """Name of a server -> requests that processes of before a reload have on it, or may still give to it.
 
         Such a process ends what it has begun. It cannot be told to drain a server any more ("Proxy is disabled"), so a request
@@ -126,8 +126,12 @@ class RuntimeApi:
         for process in self._earlier():
             try:
                 table = _table(ask(self.master, "@!%s show stat -1 5 -1" % process))
+                # HAProxy 2.4 lists nothing of a process that is leaving but how many connections it has.
+                info = "" if table else ask(self.master, "@!%s show info" % process)
             except OSError:
                 continue
+            for name in names if info else ():
+                found[name] = found.get(name, 0) + whole_number(_info(info, "CurrConns"))
             servers = [row for row in table if row.get("type") == "2"]
             taken = sum(whole_number(row.get("scur")) for row in table if row.get("type") == "0")
             undecided = max(0, taken - sum(_requests(row) for row in servers))
@@ -152,11 +156,16 @@ class RuntimeApi:
             answer = self.ask("show info")
         except FleetError:
             return None
-        for line in answer.splitlines():
-            name, colon, value = line.partition(":")
-            if colon and name.strip().lower() == "description":
-                return value.strip()
-        return ""
+        return _info(answer, "Description")
+
+
+def _info(text: str, name: str) -> str:
+    """One line of ``show info``; empty where it is not there."""
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip().lower() == name.lower():
+            return value.strip()
+    return ""
 
 
 def _table(text: str) -> t.List[t.Dict[str, str]]:
