@@ -84,7 +84,10 @@ class Run:
         """The message with which the run failed on a host; it is an error that it did not."""
         failed = [entry for entry in self.of(host) if entry["outcome"] == "failed"]
         assert failed, "the run did not fail on %s:\n%s" % (host, self.output)
-        return str(failed[-1]["result"]["msg"])
+        result = failed[-1]["result"]
+        # Of a loop, the items tell it.
+        items = [item for item in result.get("results") or [] if item.get("failed")]
+        return "\n".join(str(item["msg"]) for item in items or [result])
 
     def executions(self, host: Host) -> int:
         """Commands that Ansible ran on a host over SSH, file transfers included; the run must have been loud (-vvv)."""
