@@ -280,7 +280,7 @@ def test_requests_of_before_a_reload_are_waited_for(
     if lists_nothing:
         monkeypatch.setattr(_haproxy_runtime, "ask", as_haproxy_2_4)
     for nim in world.nims.values():
-        nim.tokens, nim.pause = 250, 0.02
+        nim.tokens, nim.pause = 250, 0.2
     load = Load(world.gateway, "llama", clients=2, streamed=True)
     until(lambda: world.nims["one"].running and world.nims["two"].running, "a stream runs on each")
     load.stop.set()
@@ -289,6 +289,8 @@ def test_requests_of_before_a_reload_are_waited_for(
     # Which server they are on is not known there, so all are waited for.
     assert error.facts["servers"][0]["sessions"] == (2 if lists_nothing else 1)
     assert world.nims["one"].running == 1
+    for nim in world.nims.values():
+        nim.pause = 0.02
     world.run("gpu01", "drained")
     assert world.nims["one"].running == 0
     load.end()
