@@ -108,6 +108,43 @@ for _kind in ("defaults", "vars"):
         _EXPRESSIONS.learn(_text)
 
 
+def role_options(
+    given: t.Any, task_vars: t.Mapping[str, t.Any], names: t.Collection[str] = CHAIN
+) -> dict[str, dict[str, t.Any]]:
+    """Options of those resources of ``names`` that the roles would set up with the variables of a host.
+
+    Args:
+        given: The templar of the task.
+    """
+    variables = {**role_variables("defaults"), **task_vars, **role_variables("vars")}
+    templar: t.Any = None
+
+    def render(value: t.Any) -> t.Any:
+        nonlocal templar
+        try:
+            return _EXPRESSIONS.render(value, variables)
+        except NotPlainError:
+            templar = templar or given.copy_with_new_env(available_variables=variables)
+            return templar.template(_trusted(value))
+
+    options: dict[str, dict[str, t.Any]] = {}
+    for resource, part in parts().items():
+        if resource not in names:
+            continue
+        try:
+            if all(boolean(render(_condition(condition))) for condition in part.when):
+                options[resource] = {name: render(value) for name, value in part.options.items()}
+        except (AnsibleError, TypeError, RecursionError):
+            # The message may quote a template with a secret in it.
+            raise AnsibleActionFail(
+                "The variables of role %s that %s needs cannot be resolved; gpu_fleet.nim.validate_inventory says "
+                "which, and why." % (part.role, resource)
+            ) from None
+    if "nim_health" in options:
+        options["nim_health"]["models"] = without_secrets(options["nim_health"]["models"])
+    return options
+
+
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no type information
     TRANSFERS_FILES = False
     _supports_check_mode = True
@@ -130,29 +167,4 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         return result
 
     def options(self, task_vars: t.Mapping[str, t.Any]) -> dict[str, dict[str, t.Any]]:
-        """Options of every resource that the roles would set up with the variables of a host."""
-        variables = {**role_variables("defaults"), **task_vars, **role_variables("vars")}
-        templar: t.Any = None
-
-        def render(value: t.Any) -> t.Any:
-            nonlocal templar
-            try:
-                return _EXPRESSIONS.render(value, variables)
-            except NotPlainError:
-                templar = templar or self._templar.copy_with_new_env(available_variables=variables)
-                return templar.template(_trusted(value))
-
-        options: dict[str, dict[str, t.Any]] = {}
-        for resource, part in parts().items():
-            try:
-                if all(boolean(render(_condition(condition))) for condition in part.when):
-                    options[resource] = {name: render(value) for name, value in part.options.items()}
-            except (AnsibleError, TypeError, RecursionError):
-                # The message may quote a template with a secret in it.
-                raise AnsibleActionFail(
-                    "The variables of role %s that %s needs cannot be resolved; gpu_fleet.nim.validate_inventory says "
-                    "which, and why." % (part.role, resource)
-                ) from None
-        if "nim_health" in options:
-            options["nim_health"]["models"] = without_secrets(options["nim_health"]["models"])
-        return options
+        return role_options(self._templar, task_vars)

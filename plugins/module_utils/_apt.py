@@ -222,7 +222,7 @@ class Apt(PackageManager):
         if not result.ok:
             raise FleetError(
                 "repository_unreachable",
-                "%s failed: %s Check the URL, the proxy and the signing key." % (doing, _apt_cause(result)),
+                "%s failed: %s Check the URL, the proxy and the signing key." % (doing, apt_cause(result)),
                 url=repository.url if repository else "",
                 stderr=result.stderr[-4000:],
             )
@@ -248,7 +248,7 @@ class Apt(PackageManager):
             self.refresh()
             result = self._apt(*arguments)
         if not result.ok:
-            raise transaction_failed("Installing %s" % listing(wanted), result, _apt_cause(result))
+            raise transaction_failed("Installing %s" % listing(wanted), result, apt_cause(result))
 
     def remove(self, *names: str, purge: bool = False) -> None:
         present = [name for name in names if name in self.installed(*names)]
@@ -256,7 +256,7 @@ class Apt(PackageManager):
             return
         result = self._apt("purge" if purge else "remove", "--allow-change-held-packages", *present)
         if not result.ok:
-            raise transaction_failed("Removing %s" % ", ".join(present), result, _apt_cause(result))
+            raise transaction_failed("Removing %s" % ", ".join(present), result, apt_cause(result))
 
     def hold(self, *names: str) -> None:
         if names:
@@ -300,7 +300,7 @@ class Apt(PackageManager):
                 )
                 if result.ok:
                     return
-            raise transaction_failed("Finishing an interrupted installation", result, _apt_cause(result))
+            raise transaction_failed("Finishing an interrupted installation", result, apt_cause(result))
 
     def _cut_off(self) -> t.List[t.List[str]]:
         """Packages that are half installed, as arguments of apt: what is to be tried first, and what after it.
@@ -331,7 +331,7 @@ def _digest(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def _apt_cause(result: CommandResult) -> str:
+def apt_cause(result: CommandResult) -> str:
     """The first error of apt or dpkg: the later ones only follow from it."""
     # dpkg says "error processing package NAME (--configure):" and what was wrong on the next line.
     text = re.sub(r"(?m)^(dpkg: error processing .*:)\n\s+", r"\1 ", result.stderr + "\n" + result.stdout)

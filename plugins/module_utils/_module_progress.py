@@ -59,6 +59,7 @@ def run_resource_with_progress(
                 def tell(number: int, of: int, change: Change) -> None:
                     report({"text": "%s: %s (step %d of %d)" % (change.what, change.why, number, of)})
 
+                resource.tell = lambda text: report({"text": text})  # type: ignore[method-assign]  # one listener, this one
                 return converged(module, resource, result, host, tell)
 
             own = jobs.start(resource.name, work)

@@ -121,15 +121,7 @@ class ServiceWork:
         self._stop_containers(host, name, stop_timeout)
 
     def _stop_containers(self, host: Host, name: str, stop_timeout: int) -> None:
-        # A stop between an end of the wrapper and its restart leaves the container running.
-        for container in (container_name(name), container_name(name) + "-download"):
-            found = self.api.container(container)
-            if found is not None and (found.get("State") or {}).get("Running"):
-                host.check(
-                    ["docker", "stop", "-t", str(stop_timeout), container],
-                    reason="stop_failed",
-                    doing="Stopping container %s" % container,
-                )
+        stop_containers(host, self.api, name, stop_timeout)
 
     def _remove(self, host: Host, name: str) -> None:
         for container in (container_name(name), container_name(name) + "-download"):
@@ -220,3 +212,24 @@ class ServiceWork:
                 log=journal.stdout[-4000:],
             )
         return False
+
+
+def stop_containers(host: Host, api: DockerApi, name: str, stop_timeout: int) -> None:
+    """Stop what still runs of a service whose unit is stopped.
+
+    A stop between an end of the wrapper and its restart leaves the container running.
+
+    Args:
+        stop_timeout: Seconds before it is killed.
+
+    Raises:
+        FleetError: ``stop_failed``; ``docker_unavailable``.
+    """
+    for container in (container_name(name), container_name(name) + "-download"):
+        found = api.container(container)
+        if found is not None and (found.get("State") or {}).get("Running"):
+            host.check(
+                ["docker", "stop", "-t", str(stop_timeout), container],
+                reason="stop_failed",
+                doing="Stopping container %s" % container,
+            )

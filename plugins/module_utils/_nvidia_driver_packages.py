@@ -186,7 +186,7 @@ def repository_directory(os_release: OsRelease, machine: str, override: str = ""
     return "%s/%s" % (distribution, override or {"aarch64": "sbsa"}.get(machine, machine))
 
 
-def _preferences(branch: str, version: str) -> str:
+def apt_preferences(branch: str, version: str) -> str:
     """apt preferences that keep every driver package of NVIDIA's repository in one branch or version.
 
     Metapackages depend on their parts with >=, so without it the resolver takes a newer point release, or on Debian
@@ -271,7 +271,7 @@ def _apt_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
             branch,
             branch,
         )
-        pinning, preferences = "", _preferences(branch, wish.version)
+        pinning, preferences = "", apt_preferences(branch, wish.version)
         foreign += r"|.*nvidia-tesla-.*"
     # The other flavour's modules cannot be installed beside ours; without a module of ours they disturb nobody.
     others = (

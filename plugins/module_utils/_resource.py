@@ -92,6 +92,9 @@ class Planner(abc.ABC, t.Generic[S]):
 
     name: t.ClassVar[str] = ""
 
+    def tell(self, text: str) -> None:
+        """A line about what is being done within a change, for whoever watches; replaced by who listens."""
+
     @abc.abstractmethod
     def observe(self, host: Host) -> S:
         """Look at the host. Never changes it, starts a container, loads a module or contacts a registry."""

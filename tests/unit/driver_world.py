@@ -8,7 +8,7 @@ import re
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST, BLACKLIST_CONTENT
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import _preferences
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packages import apt_preferences
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_planner import UNATTENDED_CONTENT
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import PREFERENCES, UNATTENDED
 from fake_host import FakeHost
@@ -115,7 +115,7 @@ class DriverWorld(FakeHost):
             % URL
         ).encode()
         self.files["/etc/apt/keyrings/nvidia-cuda.gpg"] = b"\x99\x01key"
-        self.files[PREFERENCES] = _preferences("580", "").encode()
+        self.files[PREFERENCES] = apt_preferences("580", "").encode()
         self.files[BLACKLIST] = BLACKLIST_CONTENT.encode()
         self.files[UNATTENDED] = UNATTENDED_CONTENT.encode()
 

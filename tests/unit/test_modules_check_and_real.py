@@ -17,6 +17,7 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _docker_daemon_planner,
     _haproxy_server,
+    _driver_upgrade,
     _host_cleanup,
     _module,
     _module_progress,
@@ -41,6 +42,7 @@ from image_world import DIGEST, KEY, LLAMA, FakeClient, image_world
 from nim_machine import Machine as NimMachine
 from nim_machine import llama
 from toolkit_machine import Machine as ToolkitMachine
+from upgrade_world import UpgradeWorld, install_fakes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODULES = "ansible_collections.gpu_fleet.nim.plugins.modules."
@@ -84,7 +86,7 @@ class Bench:
             self.patch.setattr(importlib.import_module(MODULES + name), "Host", lambda: host)
 
     def docker(self, api: t.Any) -> None:
-        for util in (_docker_daemon_planner, _nim_service, _host_cleanup):
+        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade):
             self.patch.setattr(util, "DockerApi", lambda: api)
 
 
@@ -151,6 +153,38 @@ def nvidia_driver_reload(bench: Bench) -> Case:
         {"message": "Driver 580.95.05: loaded = on disk = user space.", "reboot_required": False},
         ({}, "gpu_in_use", "pid 812 (python3) of unit train.service"),
         somebody,
+    )
+
+
+def driver_upgrade(bench: Bench) -> Case:
+    world = UpgradeWorld()
+    install_fakes(bench.patch, world)
+    bench.host(world)
+    bench.docker(world.docker)
+    return Case(
+        world,
+        {"progress_interval": 0, "nvidia_driver": {}},
+        [
+            "record of the upgrade",
+            "packages of the driver",
+            "the host",
+            "NIM services llama, qwen",
+            "nvidia-cdi-refresh.path, nvidia-dcgm.service, nvidia-persistenced.service",
+            "kernel module nvidia",
+            "driver packages",
+            "kernel module nvidia",
+            "driver",
+            "NIM services llama, qwen",
+            "NIM services llama, qwen",
+        ],
+        ["driver packages: branch 580", "NIM services llama, qwen: ready"],
+        {"step": "ready", "loaded": "580.95.05", "reboot_required": False, "open": True},
+        (
+            {"state": "prestaged", "nvidia_driver": {"branch": "595"}},
+            "gpu_in_use",
+            "pid 812 (python3) of unit train.service",
+        ),
+        lambda: world.hold_gpu(812, "train.service"),
     )
 
 
@@ -398,6 +432,7 @@ CHANGING: dict[str, t.Callable[[Bench], Case]] = {
     for build in (
         nvidia_driver,
         nvidia_driver_reload,
+        driver_upgrade,
         docker_engine,
         docker_daemon,
         docker_group,
@@ -508,6 +543,13 @@ def test_looking_changes_nothing(name: str, bench: Bench, capsys: pytest.Capture
 def test_every_module_is_here() -> None:
     modules = {path.stem for path in (ROOT / "plugins/modules").glob("*.py")}
     on_controller = {name for name in modules if not hasattr(importlib.import_module(MODULES + name), "main")}
-    assert on_controller == {"validate_inventory", "fleet_status", "fleet_plan", "fleet_preflight", "fleet_diagnosis"}
+    assert on_controller == {
+        "validate_inventory",
+        "fleet_status",
+        "fleet_plan",
+        "fleet_preflight",
+        "fleet_diagnosis",
+        "driver_upgrade_fleet",
+    }
     # Its container makes a world of its own.
     assert modules - on_controller == {*CHANGING, *LOOKING, "nim_profile_info"}

@@ -1,0 +1,275 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What a fleet's upgrade is planned from, and how it is told: one look at every host, later what came of it."""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import replace
+
+from ._text_table import shorten, text_table
+from ._upgrade_fleet import CANARY, RESUME, Batch, FleetHost, FleetUpgrade
+
+Row = t.Dict[str, t.Any]
+Look = t.Optional[t.Mapping[str, t.Any]]
+
+#: A host whose look was refused: the run does not begin.
+REFUSED = "refused"
+UNREACHABLE = "unreachable"
+SKIPPED = "skipped"
+LEFT = "left"
+PLANNED = "planned"
+DONE = "as wanted"
+NO_GPU = "no GPU"
+#: What came of it.
+UPGRADED = "upgraded"
+RESTORED = "restored"
+ROLLED_BACK = "rolled back"
+OUT = "out of service"
+NOT_BEGUN = "not begun"
+
+_KIND_WORDS = {RESUME: "left by an earlier run", CANARY: "canary"}
+_DISRUPTIONS = ("none", "reload", "restart_docker", "restart_nim", "unload_driver", "reboot")
+_WIDTH = 70
+
+
+def state_of(look: Look, *, skip: bool = False) -> str:
+    """What a look at a host says of it before the upgrade."""
+    if look is None:
+        return UNREACHABLE
+    if look.get("unreachable"):
+        return UNREACHABLE
+    if skip:
+        return SKIPPED
+    if look.get("failed"):
+        return REFUSED
+    if not look.get("gpu", True):
+        return NO_GPU
+    return PLANNED if look.get("due") else DONE
+
+
+def fleet_host(
+    name: str, look: Look, *, skip: bool = False, canary: bool = False, gateways: t.Sequence[Look] = ()
+) -> FleetHost:
+    """A host as the plan of the fleet sees it.
+
+    Args:
+        look: What driver_upgrade returned for state prestaged.
+        skip: Whether the operator leaves it out.
+        canary: Whether the operator wants it to be tried before the others.
+        gateways: What haproxy_server says of it on each gateway, without a change.
+    """
+    found = look or {}
+    state = state_of(look, skip=skip)
+    models = frozenset(str(model) for model in found.get("models") or [])
+    serving = frozenset(str(model) for model in found.get("serving") or [])
+    reason = ""
+    available = True
+    if state == UNREACHABLE:
+        reason, available = "it cannot be reached", False
+    elif found.get("failed"):
+        reason, available = "its look failed", False
+    foreign = any((answer or {}).get("reason") == "foreign_drain" for answer in gateways)
+    if found.get("maintenance") == "foreign":
+        reason, available = "somebody else has put it under maintenance", False
+    elif foreign:
+        reason, available = "somebody else has drained it at a gateway", False
+    opened = bool(found.get("open"))
+    if opened:
+        available = False
+    if skip:
+        reason = "driver_upgrade_skip is true"
+    return FleetHost(
+        name,
+        serving=serving if available else frozenset(),
+        models=models,
+        due=state not in (DONE, NO_GPU),
+        available=available,
+        resumable=opened,
+        skip=reason,
+        canary=canary,
+    )
+
+
+# -- the plan as a table --------------------------------------------------------------------------
+
+
+def rows_of(name: str, look: Look, plan: FleetUpgrade, *, skip: bool = False, gateway_error: str = "") -> list[Row]:
+    """The row of one host."""
+    found = look or {}
+    state = state_of(look, skip=skip)
+    batch = next((batch for batch in plan.batches if name in batch.hosts), None)
+    steps = [step for step in found.get("steps") or [] if isinstance(step, dict)]
+    disruption = max((str(step.get("disruption")) for step in steps), key=_rank, default="none")
+    message = plan.left.get(name, "")
+    if state == REFUSED:
+        message = str(found.get("msg") or "it cannot be upgraded")
+    elif gateway_error and state == PLANNED:
+        state, message = REFUSED, gateway_error
+    elif batch is None and state == PLANNED:
+        state = LEFT
+    elif batch is not None:
+        message = str(found.get("way_back") or "")
+    return [
+        {
+            "host": name,
+            "state": state,
+            "batch": batch.number if batch else None,
+            "kind": batch.kind if batch else "",
+            "loaded": str(found.get("loaded") or ""),
+            "target": str(found.get("target") or ""),
+            "models": sorted(str(model) for model in found.get("models") or []),
+            "disruption": disruption if batch else "none",
+            "steps": [{key: step.get(key) for key in ("what", "from", "to", "why", "disruption")} for step in steps],
+            "message": message,
+            "reason": str(found.get("reason") or ""),
+        }
+    ]
+
+
+def _rank(disruption: str) -> int:
+    return _DISRUPTIONS.index(disruption) if disruption in _DISRUPTIONS else -1
+
+
+def refused(rows: t.Sequence[Row]) -> list[str]:
+    """Hosts for which the run must not begin."""
+    return [str(row["host"]) for row in rows if row["state"] == REFUSED]
+
+
+def render_plan(rows: t.Sequence[Row], plan: FleetUpgrade, *, steps: bool = False) -> str:
+    """The plan for people: a line a host, the batches with what serves meanwhile, and what is left and why.
+
+    Args:
+        steps: Whether the steps of each host are told, too.
+    """
+    lines = [
+        [
+            str(row["host"]),
+            str(row["batch"] or "-"),
+            str(row["loaded"] or "-"),
+            str(row["target"] or "-"),
+            ", ".join(row["models"]) or "-",
+            str(row["disruption"]).replace("_", " ") if row["batch"] else "-",
+            str(row["state"]),
+        ]
+        for row in rows
+    ]
+    text = text_table(["HOST", "BATCH", "LOADED", "WANTED", "MODELS", "DISRUPTION", "STATE"], lines)
+    below = [_batch_line(batch, plan) for batch in plan.batches]
+    below += ["%s: %s." % (row["host"], str(row["message"]).rstrip(".")) for row in rows if row["message"]]
+    if steps:
+        below += _steps(rows)
+    below.append(_summary(rows, plan))
+    return "\n".join([*text, "", *below])
+
+
+def _batch_line(batch: Batch, plan: FleetUpgrade) -> str:
+    kind = _KIND_WORDS.get(batch.kind, "")
+    ready = ", ".join(
+        "%s %d of %d" % (model, count, max(count, plan.capacity.get(model, 0)))
+        for model, count in sorted(batch.capacity.items())
+    )
+    return "Batch %d%s: %s. Out of service meanwhile: %d of at most %d hosts%s." % (
+        batch.number,
+        " (%s)" % kind if kind else "",
+        ", ".join(batch.hosts),
+        batch.unavailable,
+        plan.max_unavailable,
+        "; ready: " + ready if ready else "",
+    )
+
+
+def _steps(rows: t.Sequence[Row]) -> list[str]:
+    """The steps, once for all hosts that have the same ones."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row["batch"]:
+            told = tuple(
+                "  %d. %s: %s -> %s"
+                % (number, shorten(str(step["what"]), _WIDTH), step["from"] or "-", step["to"] or "-")
+                for number, step in enumerate(row["steps"], 1)
+            )
+            same.setdefault(told, []).append(str(row["host"]))
+    return [line for told, hosts in same.items() for line in ("Steps on %s:" % ", ".join(hosts), *told)]
+
+
+def _summary(rows: t.Sequence[Row], plan: FleetUpgrade) -> str:
+    return "%d of %d hosts are to be upgraded in %d batch%s; %d %s as wanted." % (
+        len(plan.order),
+        len(rows),
+        len(plan.batches),
+        "" if len(plan.batches) == 1 else "es",
+        len(plan.done),
+        "is" if len(plan.done) == 1 else "are",
+    )
+
+
+# -- what came of it ------------------------------------------------------------------------------
+
+
+def outcome_of(results: t.Sequence[Look], *, resumable: bool = False) -> str:
+    """What came of a host's turn.
+
+    Args:
+        results: What driver_upgrade returned for it after the look, the last call first; None for calls that never came. The
+            last entry is the call with which the turn begins.
+        resumable: Whether the host was out of service before.
+    """
+    answers = [answer if answer and not answer.get("skipped") else None for answer in results]
+    if not any(answers):
+        return NOT_BEGUN
+    if any(answer.get("unreachable") for answer in answers if answer):
+        return OUT
+    words = {"upgraded": UPGRADED, "restored": RESTORED, "rolled_back": ROLLED_BACK, "stranded": OUT}
+    last = next(answer for answer in answers if answer)
+    if last is not answers[-1]:
+        return words.get(str(last.get("outcome") or ""), OUT)
+    if last.get("failed"):
+        # Refused before anything was touched.
+        return OUT if resumable or last.get("outcome") == "stranded" else RESTORED
+    if last.get("maintenance") == "foreign":
+        return NOT_BEGUN
+    return OUT if last.get("due") else UPGRADED
+
+
+def after(host: FleetHost, outcome: str) -> FleetHost:
+    """A host of the plan as it is after its turn."""
+    if outcome == NOT_BEGUN:
+        return host
+    serves = outcome in (UPGRADED, RESTORED, ROLLED_BACK)
+    # It had its turn: the next run asks again.
+    return replace(
+        host,
+        due=False,
+        available=serves,
+        resumable=False,
+        serving=host.serving | host.models if serves else frozenset(),
+    )
+
+
+def record_of(results: t.Sequence[Look]) -> t.Mapping[str, t.Any]:
+    """The newest record of a host among results, the last call first."""
+    for answer in results:
+        record = (answer or {}).get("record")
+        if isinstance(record, dict) and record:
+            return record
+    return {}
+
+
+def message_of(results: t.Sequence[Look]) -> str:
+    """Why a host was not upgraded, in its own words; empty when nothing failed."""
+    for answer in results:
+        if answer and (answer.get("failed") or answer.get("unreachable")):
+            return str(answer.get("msg") or "it cannot be reached")
+    return ""
+
+
+def render_end(outcomes: t.Mapping[str, str], messages: t.Mapping[str, str]) -> str:
+    """What came of all hosts, for people."""
+    lines = [[name, outcome] for name, outcome in outcomes.items()]
+    counted = {word: list(outcomes.values()).count(word) for word in dict.fromkeys(outcomes.values())}
+    below = ["%s: %s" % (name, message) for name, message in messages.items() if message]
+    below.append(", ".join("%d %s" % (count, word) for word, count in counted.items()) + ".")
+    return "\n".join([*text_table(["HOST", "OUTCOME"], lines), "", *below]) if lines else "No host was upgraded."
