@@ -38,6 +38,7 @@ _OPTIONS: dict[str, dict[str, t.Any]] = {
     "min_ready": {"type": "int", "default": 1},
     "min_ready_of": {"type": "dict", "default": {}},
     "failure_budget": {"type": "str", "default": "0"},
+    "fail_on_failure": {"type": "bool", "default": False},
     "output": {"type": "path"},
     "report": {"type": "path"},
 }
@@ -202,6 +203,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         if outcomes:
             self._display.display("\n%s\n" % looks.render_end(outcomes, messages))
         self._write_page()
+        other = [name for name, outcome in outcomes.items() if outcome != looks.UPGRADED]
+        if other and self.args["fail_on_failure"]:
+            raise AnsibleActionFail("Not upgraded: %s. Run again to go on with them." % ", ".join(other))
         return {"changed": False, "outcomes": outcomes}
 
     def _write_page(self) -> None:

@@ -75,6 +75,10 @@ options:
     description: Hosts that may fail or get lost before the run stops, as a number or a percentage of those to be upgraded.
     type: str
     default: "0"
+  fail_on_failure:
+    description: With O(phase=end), fail when a host of the plan was not upgraded.
+    type: bool
+    default: false
   output:
     description: File on the controller that gets the plan as JSON.
     type: path

@@ -172,6 +172,8 @@ def test_the_end_tells_what_came_of_every_host(fleet: Fleet) -> None:
         "d": "not begun",
     }
     assert "b: Somebody computes." in fleet.shown
+    with pytest.raises(AnsibleActionFail, match="Not upgraded: b, c, d"):
+        fleet.call("end", fail_on_failure=True)
 
 
 # -- the module's own plugin ----------------------------------------------------------------------

@@ -1,0 +1,213 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Playbook upgrade_drivers and role driver_upgrade under a real ansible-playbook; what hosts and gateways answer is scripted."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import typing as t
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+#: In the place of the modules that would connect to a host: what they are asked is written down, and answered from a file.
+ACTION = """
+import json, os
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+class ActionModule(ActionBase):
+    _requires_connection = False
+    _supports_check_mode = True
+    def run(self, tmp=None, task_vars=None):
+        super().run(tmp, task_vars)
+        host, args = task_vars["inventory_hostname"], self._task.args
+        call = "%s %s" % ({NAME!r}, args["state"])
+        with open(os.environ["SCRIPT"]) as stream:
+            answers = json.load(stream).get(host, {{}}).get(call, {{}})
+        with open(os.environ["SCRIPT"] + ".log", "a") as stream:
+            stream.write("%s: %s%s\\n" % (host, call, " (check)" if self._task.check_mode else ""))
+        if answers == "unreachable":
+            raise AnsibleConnectionFailure("timed out")
+        return dict({{"changed": False}}, **answers)
+"""
+LOOK = {
+    "gpu": True,
+    "due": True,
+    "loaded": "570.124.06",
+    "target": "branch 580",
+    "models": ["llama"],
+    "serving": ["llama"],
+    "maintenance": "",
+    "open": False,
+    "steps": [{"what": "kernel module nvidia", "from": "570.124.06", "to": None, "disruption": "unload_driver"}],
+}
+GOOD: dict[str, t.Any] = {
+    "upgrade prestaged": LOOK,
+    "upgrade drained": {"due": True, "maintenance": "", "outcome": "", "open": True},
+    "upgrade ready": {"due": True, "outcome": "", "open": True, "reboot_required": False},
+    "upgrade returned": {"due": False, "outcome": "upgraded", "open": False},
+    "upgrade restored": {"due": True, "outcome": "restored", "open": False},
+}
+HOSTS = ("gpu01", "gpu02", "gpu03")
+#: What happens to a host that is upgraded.
+TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled", "upgrade returned"]
+
+
+class Play:
+    """A copy of the collection with the scripted modules in it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.script = folder / "script.json"
+        copy = folder / "collections" / "ansible_collections" / "gpu_fleet" / "nim"
+        copy.mkdir(parents=True)
+        for name in ("plugins", "roles", "playbooks", "meta"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "galaxy.yml", copy)
+        for module, name in (("driver_upgrade", "upgrade"), ("haproxy_server", "gateway")):
+            (copy / "plugins" / "action" / (module + ".py")).write_text(ACTION.format(NAME=name))
+            (copy / "plugins" / "modules" / (module + ".py")).touch()
+        self.answers: dict[str, dict[str, t.Any]] = {host: dict(GOOD) for host in HOSTS}
+        self.inventory: dict[str, t.Any] = {
+            "gpu_hosts": {"hosts": {host: {"driver_upgrade_skip": False} for host in HOSTS}},
+            "nim_gateways": {"hosts": {"gw1": {}}},
+        }
+
+    def run(self, *options: str, **variables: t.Any) -> tuple[int, str]:
+        self.script.write_text(json.dumps(self.answers))
+        log = pathlib.Path("%s.log" % self.script)
+        log.write_text("")
+        inventory = self.folder / "inventory.json"
+        inventory.write_text(json.dumps(self.inventory))
+        command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook"), "gpu_fleet.nim.upgrade_drivers"]
+        command += ["-i", str(inventory), "-e", json.dumps(variables), *options]
+        environment = {
+            **os.environ,
+            "ANSIBLE_COLLECTIONS_PATH": str(self.folder / "collections"),
+            "ANSIBLE_HOME": str(self.folder / "home"),
+            "ANSIBLE_NOCOLOR": "1",
+            "SCRIPT": str(self.script),
+        }
+        environment.pop("ANSIBLE_CONFIG", None)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, encoding="utf-8", timeout=300, cwd=self.folder, check=False
+        )
+        self.log = log.read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr
+
+    def turn(self, host: str) -> list[str]:
+        """What was asked of a host after the looks, in order."""
+        calls = [line.partition(": ")[2] for line in self.log if line.startswith(host + ": ")]
+        return [call for call in calls if "(check)" not in call and call != "upgrade prestaged"]
+
+
+@pytest.fixture
+def play(tmp_path: pathlib.Path) -> Play:
+    return Play(tmp_path)
+
+
+def test_batch_by_batch_each_in_order_and_all_looked_at_first(play: Play) -> None:
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0, output
+    assert [play.turn(host) for host in HOSTS] == [TURN] * 3
+    order = [line for line in play.log if "(check)" not in line]
+    assert order[:3] == ["%s: upgrade prestaged" % host for host in HOSTS]
+    assert order[3:] == ["%s: %s" % (host, call) for host in HOSTS for call in TURN]
+    assert "Batch 1 of 3: gpu01." in output and "3 upgraded." in output
+    # Nothing is taken out to ask the gateways.
+    assert play.log.count("gpu01: gateway enabled (check)") == 1
+
+
+def test_check_mode_asks_and_stops(play: Play) -> None:
+    code, output = play.run("--check")
+    assert code == 0, output
+    assert all("(check)" in line for line in play.log) and len(play.log) == 6
+    assert "Steps on gpu01, gpu02, gpu03:" in output
+
+
+def test_a_refused_host_ends_the_run_and_a_skipped_one_does_not(play: Play) -> None:
+    play.answers["gpu02"]["upgrade prestaged"] = {"failed": True, "msg": "There is no room."}
+    code, output = play.run()
+    assert code != 0 and "gpu02 cannot be upgraded, so nothing was begun" in output
+    assert [play.turn(host) for host in HOSTS] == [[], [], []]
+    play.inventory["gpu_hosts"]["hosts"]["gpu02"]["driver_upgrade_skip"] = True
+    code, output = play.run(driver_upgrade_max_unavailable=2)
+    assert code == 0, output
+    assert play.turn("gpu02") == [] and play.turn("gpu01") == play.turn("gpu03") == TURN
+    assert "gpu02: upgrade prestaged (check)" in play.log
+
+
+def test_a_rollback_gives_the_host_back_and_ends_the_run(play: Play, tmp_path: pathlib.Path) -> None:
+    play.answers["gpu01"]["upgrade ready"] = {
+        "failed": True,
+        "outcome": "rolled_back",
+        "msg": "Model llama is not ready.",
+    }
+    page = tmp_path / "page.html"
+    code, output = play.run(driver_upgrade_report=str(page))
+    assert code == 2, output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled"]
+    assert play.turn("gpu02") == play.turn("gpu03") == []
+    assert "gpu01: Model llama is not ready." in output and "The upgrade stops here, 1 of 3 hosts" in output
+    assert "rolled back" in page.read_text() and "Model llama is not ready." in page.read_text()
+
+
+def test_a_host_that_stays_out_is_not_given_back_and_the_budget_lets_others_go(play: Play) -> None:
+    play.answers["gpu01"]["upgrade ready"] = {"failed": True, "outcome": "stranded", "msg": "It does not load."}
+    code, output = play.run(driver_upgrade_failure_budget=1, driver_upgrade_max_unavailable=2)
+    assert code == 2, output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready"]
+    # Two were to go together; one of them still can, and the other is left for the next run.
+    assert play.turn("gpu02") == TURN and play.turn("gpu03") == []
+    assert "gpu03 is left for another run: 2 of at most 2 hosts are out of service (gpu01, gpu02)." in output
+    assert "Not upgraded: gpu01, gpu03." in output and "1 upgraded" in output
+
+
+def test_a_drain_that_is_refused_gives_the_upgrade_up(play: Play) -> None:
+    play.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
+    code, output = play.run()
+    assert code == 2 and "It is the last one that serves llama." in output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled"]
+    assert play.turn("gpu02") == []
+
+
+def test_a_host_that_is_lost_in_a_batch_counts(play: Play) -> None:
+    play.answers["gpu02"]["upgrade ready"] = "unreachable"
+    for host in HOSTS:
+        # Models of their own, so that two can go together.
+        look = dict(LOOK, models=[host], serving=[host])
+        play.answers[host]["upgrade prestaged"] = look
+    play.inventory["gpu_hosts"]["hosts"]["gpu04"] = {"driver_upgrade_skip": False}
+    play.answers["gpu04"] = dict(GOOD, **{"upgrade prestaged": dict(LOOK, models=[], serving=[])})
+    code, output = play.run(driver_upgrade_max_unavailable=2, driver_upgrade_min_ready=0)
+    assert code != 0
+    assert play.turn("gpu02") == ["upgrade drained", "gateway drained", "upgrade ready"]
+    assert play.turn("gpu01") == play.turn("gpu03") == TURN and play.turn("gpu04") == []
+    assert "The upgrade stops here, 3 of 4 hosts had their turn: 1 host failed or cannot be reached (gpu02)" in output
+
+
+def test_a_host_of_somebody_else_and_one_that_is_done_are_left(play: Play) -> None:
+    play.answers["gpu01"]["upgrade prestaged"] = dict(LOOK, due=False)
+    play.answers["gpu02"]["gateway enabled"] = {"reason": "foreign_drain"}
+    play.answers["gpu03"]["upgrade drained"] = {"due": True, "maintenance": "foreign", "outcome": ""}
+    code, output = play.run(driver_upgrade_max_unavailable=3, driver_upgrade_min_ready=0)
+    assert code == 2 and "Not upgraded: gpu03." in output, output
+    assert play.turn("gpu01") == play.turn("gpu02") == []
+    # Since the look somebody has put it under maintenance.
+    assert play.turn("gpu03") == ["upgrade drained"]
+    assert "gpu02: somebody else has drained it at a gateway." in output
+
+
+def test_nothing_to_do_is_one_look_a_host(play: Play) -> None:
+    for host in HOSTS:
+        play.answers[host]["upgrade prestaged"] = dict(LOOK, due=False)
+    code, output = play.run(driver_upgrade_drain="none")
+    assert code == 0, output
+    assert play.log == ["%s: upgrade prestaged" % host for host in HOSTS]
+    assert "0 of 3 hosts are to be upgraded in 0 batches; 3 are as wanted." in output
+    assert "WARNING" not in output
