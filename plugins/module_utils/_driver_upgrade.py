@@ -20,23 +20,14 @@ from ._driver_clients import foreign_holders, in_use_error
 from ._driver_swap import active_units, start_clients, stop_clients, unload_modules
 from ._driver_upgrade_precheck import precheck, prestage, way_back
 from ._driver_upgrade_record import (
-    RESTORED,
-    ROLLED_BACK,
+    RECORD,
     STEPS,
-    STRANDED,
-    UPGRADED,
     Before,
     Record,
     begin_maintenance,
-    claimed,
-    digest_of,
     end_maintenance,
-    finished,
     maintenance,
-    reached,
     read_record,
-    released,
-    write_record,
 )
 from ._driver_upgrade_services import (
     Service,
@@ -58,6 +49,20 @@ from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_reload_planner import ReloadState, observe_reload
 from ._nvidia_driver_state import DriverState
 from ._resource import Change, Disruption, Resource, converge
+from ._rollout_record import (
+    LEASE,
+    RESTORED,
+    ROLLED_BACK,
+    STRANDED,
+    UPDATED,
+    Rival,
+    claimed,
+    digest_of,
+    finished,
+    released,
+    rival,
+)
+from ._rollout_record import write as write_record
 from ._verdict import OK, REFUSED, Verdict
 
 #: Where a call of the module stops.
@@ -82,6 +87,7 @@ class UpgradeState:
         clients: Services of the driver that run now.
         serving: Models that are ready; looked for only where the fleet is planned with it.
         checks: Verdicts on the upgrade; likewise.
+        rival: Other work that has this host, or had.
         now: When it was, in seconds since the epoch.
     """
 
@@ -96,6 +102,7 @@ class UpgradeState:
     driver_error: FleetError | None = None
     serving: tuple[str, ...] = ()
     checks: tuple[Verdict, ...] = ()
+    rival: Rival | None = None
     now: float = 0.0
 
     @property
@@ -105,6 +112,15 @@ class UpgradeState:
     @property
     def packages_due(self) -> bool:
         return bool(self.changes) or self.driver_error is not None
+
+    @property
+    def held(self) -> str:
+        """Why the host is left alone; empty when it is not."""
+        if self.maintenance == "foreign":
+            return "somebody else has put this host under maintenance; it is left alone"
+        if self.rival is not None and self.rival.out:
+            return "%s has taken this host out of service and not given it back; run that again first" % self.rival.work
+        return ""
 
     @property
     def due(self) -> bool:
@@ -126,6 +142,7 @@ class DriverUpgrade(Resource[UpgradeState]):
         models: Entries of ``nim_models``: what to ask services, and how long to wait for them.
         run: Who upgrades, in words; another one is told of it.
         take_over: Honour no other run.
+        lease: Seconds that ``run`` is honoured by others without a sign of life.
 
     Raises:
         FleetError: ``invalid_option``.
@@ -145,6 +162,7 @@ class DriverUpgrade(Resource[UpgradeState]):
         models: t.Sequence[t.Any] = (),
         run: str = "",
         take_over: bool = False,
+        lease: int = LEASE,
         api: DockerApi | None = None,
     ) -> None:
         for option, value, allowed in (("state", goal, GOALS), ("reboot", reboot, REBOOTS)):
@@ -164,6 +182,7 @@ class DriverUpgrade(Resource[UpgradeState]):
         self.models = list(models)
         self.run = run
         self.take_over = take_over
+        self.lease = lease
         self.api = api or DockerApi()
 
     @property
@@ -192,7 +211,14 @@ class DriverUpgrade(Resource[UpgradeState]):
         """What the steps go by."""
         driver = self.driver.observe(host)
         state = UpgradeState(
-            driver, observe_reload(host), read_record(host), maintenance(host), (), (), now=host.time()
+            driver,
+            observe_reload(host),
+            read_record(host),
+            maintenance(host),
+            (),
+            (),
+            rival=rival(host, RECORD),
+            now=host.time(),
         )
         if not driver.inventory.pci:
             return state
@@ -223,6 +249,8 @@ class DriverUpgrade(Resource[UpgradeState]):
             return []
         # Whoever is told here has not even waited for the other one's job.
         claimed(record, self.run, state.now, take_over=self.take_over)
+        if state.rival is not None:
+            state.rival.refuse(self.run, state.now, take_over=self.take_over)
         if self.goal == "restored":
             return [self._change("restored", state, record)]
         return self._steps(state, record, self.goal)
@@ -231,9 +259,8 @@ class DriverUpgrade(Resource[UpgradeState]):
         """The steps that are left up to a goal."""
         steps = STEPS[: STEPS.index(goal) + 1]
         changes = [self._change(step, state, record) for step in steps if not self._done(step, state, record)]
-        if state.maintenance == "foreign":
-            why = "somebody else has put this host under maintenance; it is left alone"
-            return [replace(change, blocked=why) for change in changes]
+        if state.held:
+            return [replace(change, blocked=state.held) for change in changes]
         if self._rebooting(state, record):
             why = "a reboot is needed: %s" % record.reboot
             return [replace(change, blocked=why) for change in changes]
@@ -256,7 +283,8 @@ class DriverUpgrade(Resource[UpgradeState]):
         digest = self.digest(state)
         known = record.digest == digest and (record.open or not record.outcome)
         if step == "planned":
-            return known
+            # Two runs that both go on with what a third has left must not do so at once.
+            return known and (not self.run or record.claim.get("run") == self.run)
         if step == "prestaged":
             return not state.packages_due or (known and record.prestaged == digest)
         if step == "drained":
@@ -279,8 +307,8 @@ class DriverUpgrade(Resource[UpgradeState]):
         if step == "workloads_started":
             return not state.due and state.maintenance != "ours" and not self._missing(state, record)
         if step == "ready":
-            return known and reached(record, "ready") and self._done("validated", state, record)
-        return record.outcome == UPGRADED and known
+            return known and record.reached("ready") and self._done("validated", state, record)
+        return record.outcome == UPDATED and known
 
     @staticmethod
     def _valid(state: UpgradeState) -> str:
@@ -329,7 +357,7 @@ class DriverUpgrade(Resource[UpgradeState]):
         step = change.action
         began = host.time()
         state = self._look(host)
-        record = claimed(state.record or Record(), self.run, began, take_over=self.take_over)
+        record = claimed(state.record or Record(), self.run, began, lease=self.lease, take_over=self.take_over)
         if self._rebooting(state, record) and step != "restored":
             # It was found out in this very call; the steps behind it wait too.
             return
@@ -344,6 +372,9 @@ class DriverUpgrade(Resource[UpgradeState]):
 
     def _step_planned(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         digest = self.digest(state)
+        if record.digest == digest and not record.outcome:
+            # Known, and under way: only who is at it is new.
+            return record
         if record.open:
             # Another target, or another try: what ran before is still what has to run again.
             return replace(
@@ -539,13 +570,13 @@ class DriverUpgrade(Resource[UpgradeState]):
                 seen = host.time()
                 found = read_record(host)
                 if found is not None:
-                    write_record(host, replace(found, claim={"run": self.run, "seen": round(seen, 1)}))
+                    write_record(host, claimed(found, self.run, seen, lease=self.lease, take_over=True))
 
         wait_ready(host, self.api, state.services, record.workloads, self.models, tell)
 
     @staticmethod
     def _step_returned(_host: Host, _state: UpgradeState, record: Record) -> Record | None:
-        return released(replace(record, outcome=UPGRADED, failure={}))
+        return released(replace(record, outcome=UPDATED, failure={}))
 
     def _step_restored(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         if state.loaded != state.reload.user_space or state.reload.stopped_units:
@@ -567,7 +598,7 @@ class DriverUpgrade(Resource[UpgradeState]):
             return error
         failure = {"step": step, "reason": error.reason, "message": error.message, "at": round(host.time(), 1)}
         record = write_record(host, replace(record, failure=failure))
-        if not reached(record, "drained") or step not in STEPS:
+        if not record.reached("drained") or step not in STEPS:
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)
@@ -645,6 +676,7 @@ class DriverUpgrade(Resource[UpgradeState]):
             "open": record.open,
             "loaded": state.loaded,
             "maintenance": state.maintenance,
+            "held": state.held,
             "reboot_required": rebooting,
             "reboot_reason": record.reboot if rebooting else "",
             "models": sorted({*(service.name for service in state.services if service.active), *record.workloads})
@@ -668,8 +700,8 @@ class DriverUpgrade(Resource[UpgradeState]):
     def _message(self, state: UpgradeState, record: Record, rebooting: bool) -> str:
         if not state.driver.inventory.pci:
             return "This host has no NVIDIA GPU on its PCI bus; it was left alone."
-        if state.maintenance == "foreign":
-            return "Somebody else has put this host under maintenance; it was left alone."
+        if state.held:
+            return "This host was left alone: %s." % state.held
         if rebooting:
             return "Driver %s is installed; a reboot is needed to load it: %s." % (state.reload.on_disk, record.reboot)
         if not state.due:

@@ -72,7 +72,7 @@ options:
     default: []
   run:
     description:
-      - Who upgrades, in words. While a run is seen at the host, or was within the last 10 minutes, one with another name is refused.
+      - Who upgrades, in words. While a run is seen at the host, or was within O(lease) of that run, one with another name is refused.
       - The action plugin fills it in.
     type: str
     default: ""
@@ -80,10 +80,14 @@ options:
     description: Whether the claim of another run is void.
     type: bool
     default: false
+  lease:
+    description: Seconds that O(run) is honoured by others without a sign of life, for example while the host reboots.
+    type: int
+    default: 600
 seealso:
   - module: gpu_fleet.nim.nvidia_driver
   - module: gpu_fleet.nim.nvidia_driver_reload
-  - module: gpu_fleet.nim.driver_upgrade_fleet
+  - module: gpu_fleet.nim.fleet_rollout
 """
 
 EXAMPLES = r"""
@@ -130,7 +134,7 @@ step:
   type: str
 outcome:
   description:
-    - How the upgrade on record has ended, V(upgraded), V(restored) (the old driver was never out), V(rolled_back) (it was put back)
+    - How the upgrade on record has ended, V(updated), V(restored) (the old driver was never out), V(rolled_back) (it was put back)
       or V(stranded) (the host stays out); empty while it is under way.
     - After a failure it says where the host is. It is missing when nothing had been stopped.
   returned: always
@@ -145,6 +149,10 @@ loaded:
   type: str
 maintenance:
   description: Who keeps services from starting, V(ours) for this upgrade, V(foreign) for somebody else; empty for nobody.
+  returned: success
+  type: str
+held:
+  description: Why the host is left alone, for example because somebody else has it under maintenance; empty when it is not.
   returned: success
   type: str
 reboot_required:
@@ -233,13 +241,14 @@ def main() -> None:
             "models": {"type": "list", "elements": "dict", "default": []},
             "run": {"type": "str", "default": ""},
             "take_over": {"type": "bool", "default": False},
+            "lease": {"type": "int", "default": 600},
             **PROGRESS_OPTIONS,
         },
     )
     built: list[DriverUpgrade] = []
 
     def build() -> DriverUpgrade:
-        names = ("reboot", "gpu_injection", "gpu_health", "smoke_test", "models", "run", "take_over")
+        names = ("reboot", "gpu_injection", "gpu_health", "smoke_test", "models", "run", "take_over", "lease")
         built.append(
             DriverUpgrade(
                 driver=module.resources()["nvidia_driver"],

@@ -10,16 +10,15 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_precheck import installed_size
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_record import (
-    LEASE,
     RECORD,
     STEPS,
     Record,
-    claimed,
     read_record,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import MAINTENANCE_FILE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_record import LEASE, claimed
 from fake_host import FakeHost
 from upgrade_world import SERVICES, KilledError, UpgradeWorld, install_fakes, upgrade
 
@@ -82,7 +81,7 @@ def test_from_branch_to_branch_without_a_reboot(
     units = {unit: state[0] for unit, state in world.unit_state.items()}
     answer = roll(world, branch)
     assert world.serves() and world.loaded == new
-    assert answer["outcome"] == "upgraded" and answer["due"] is False
+    assert answer["outcome"] == "updated" and answer["due"] is False
     assert {unit: state[0] for unit, state in world.unit_state.items()} == units
     assert world.requests == list(SERVICES)
     assert [entry["step"] for entry in record_of(world).steps] == list(STEPS)
@@ -325,7 +324,7 @@ def test_without_the_old_packages_the_host_stays_out_with_its_record(world: Upgr
     world.nim_fails_on = ""
     assert call(world, "prestaged")[1]["open"]
     roll(world)
-    assert world.serves() and world.loaded == "580.95.05" and record_of(world).outcome == "upgraded"
+    assert world.serves() and world.loaded == "580.95.05" and record_of(world).outcome == "updated"
 
 
 def test_the_packages_for_the_way_back_are_there_before_anything_begins(world: UpgradeWorld) -> None:
@@ -455,7 +454,7 @@ def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None
 
 def test_the_second_operator_is_told_who_runs(world: UpgradeWorld) -> None:
     call(world, "prestaged", run="alice@ctl1")
-    with pytest.raises(FleetError, match="is being upgraded by alice@ctl1, last seen 0 seconds ago") as caught:
+    with pytest.raises(FleetError, match="alice@ctl1 is at the upgrade of its driver on this host, last seen 0 seconds ago") as caught:
         call(world, "drained", run="bob@ctl2")
     assert caught.value.reason == "upgrade_running"
     call(world, "drained", run="alice@ctl1")
@@ -499,7 +498,7 @@ def _kill_everywhere(monkeypatch: pytest.MonkeyPatch, make: t.Callable[[], Upgra
             roll(world, **more)
         except FleetError as error:
             return "%s %s" % (error.reason, error.facts.get("outcome"))
-        return "upgraded"
+        return "updated"
 
     world = make()
     install_fakes(monkeypatch, world)
@@ -544,7 +543,7 @@ def test_killed_anywhere_on_the_way_back(monkeypatch: pytest.MonkeyPatch, fault:
 def test_the_record_has_no_secrets_and_the_times_of_every_step(world: UpgradeWorld) -> None:
     roll(world)
     found = json.loads(world.files[RECORD])
-    assert found["version"] == 1 and found["outcome"] == "upgraded"
+    assert found["version"] == 1 and found["outcome"] == "updated"
     assert all(set(entry) == {"step", "at", "seconds"} for entry in found["steps"])
     assert world.modes[RECORD][0] == 0o644
 

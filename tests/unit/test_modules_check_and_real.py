@@ -549,7 +549,7 @@ def test_every_module_is_here() -> None:
         "fleet_plan",
         "fleet_preflight",
         "fleet_diagnosis",
-        "driver_upgrade_fleet",
+        "fleet_rollout",
     }
     # Its container makes a world of its own.
     assert modules - on_controller == {*CHANGING, *LOOKING, "nim_profile_info"}

@@ -12,16 +12,16 @@ import typing as t
 
 import pytest
 from ansible.errors import AnsibleActionFail
-from ansible_collections.gpu_fleet.nim.plugins.action import driver_upgrade, driver_upgrade_fleet
+from ansible_collections.gpu_fleet.nim.plugins.action import driver_upgrade, fleet_rollout
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._progress import ProgressActionBase
-from test_upgrade_looks import BEGUN, look
+from test_rollout_looks import BEGUN, look
 
 RESULTS = ["returned", "restored", "ready", "begun"]
 UPGRADED = {"returned": {"outcome": "upgraded"}, "ready": {"outcome": "", "due": True}, "begun": BEGUN}
 
 
 class Fleet:
-    """A play with hosts, what was registered on them, and a task of driver_upgrade_fleet."""
+    """A play with hosts, what was registered on them, and a task of fleet_rollout."""
 
     def __init__(self, looks: dict[str, t.Any]) -> None:
         self.hostvars: dict[str, dict[str, t.Any]] = {name: {"look": answer} for name, answer in looks.items()}
@@ -33,7 +33,7 @@ class Fleet:
     ) -> dict[str, t.Any]:
         lines: list[str] = []
         check_mode = args.pop("check_mode", False)
-        action = driver_upgrade_fleet.ActionModule.__new__(driver_upgrade_fleet.ActionModule)
+        action = fleet_rollout.ActionModule.__new__(fleet_rollout.ActionModule)
         action._display = types.SimpleNamespace(display=lines.append)
         action._supports_async = False
         args = {"phase": phase, "variable": "look", "results": RESULTS, "max_unavailable": 2, **args}

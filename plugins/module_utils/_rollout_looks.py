@@ -10,7 +10,7 @@ import typing as t
 from dataclasses import replace
 
 from ._text_table import shorten, text_table
-from ._upgrade_fleet import CANARY, RESUME, Batch, FleetHost, FleetUpgrade
+from ._rollout import CANARY, RESUME, Batch, FleetHost, Rollout
 
 Row = t.Dict[str, t.Any]
 Look = t.Optional[t.Mapping[str, t.Any]]
@@ -96,7 +96,7 @@ def fleet_host(
 # -- the plan as a table --------------------------------------------------------------------------
 
 
-def rows_of(name: str, look: Look, plan: FleetUpgrade, *, skip: bool = False, gateway_error: str = "") -> list[Row]:
+def rows_of(name: str, look: Look, plan: Rollout, *, skip: bool = False, gateway_error: str = "") -> list[Row]:
     """The row of one host."""
     found = look or {}
     state = state_of(look, skip=skip)
@@ -138,7 +138,7 @@ def refused(rows: t.Sequence[Row]) -> list[str]:
     return [str(row["host"]) for row in rows if row["state"] == REFUSED]
 
 
-def render_plan(rows: t.Sequence[Row], plan: FleetUpgrade, *, steps: bool = False) -> str:
+def render_plan(rows: t.Sequence[Row], plan: Rollout, *, steps: bool = False) -> str:
     """The plan for people: a line a host, the batches with what serves meanwhile, and what is left and why.
 
     Args:
@@ -165,7 +165,7 @@ def render_plan(rows: t.Sequence[Row], plan: FleetUpgrade, *, steps: bool = Fals
     return "\n".join([*text, "", *below])
 
 
-def _batch_line(batch: Batch, plan: FleetUpgrade) -> str:
+def _batch_line(batch: Batch, plan: Rollout) -> str:
     kind = _KIND_WORDS.get(batch.kind, "")
     ready = ", ".join(
         "%s %d of %d" % (model, count, max(count, plan.capacity.get(model, 0)))
@@ -195,7 +195,7 @@ def _steps(rows: t.Sequence[Row]) -> list[str]:
     return [line for told, hosts in same.items() for line in ("Steps on %s:" % ", ".join(hosts), *told)]
 
 
-def _summary(rows: t.Sequence[Row], plan: FleetUpgrade) -> str:
+def _summary(rows: t.Sequence[Row], plan: Rollout) -> str:
     return "%d of %d hosts are to be upgraded in %d batch%s; %d %s as wanted." % (
         len(plan.order),
         len(rows),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _upgrade_looks as looks
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._upgrade_fleet import (
-    FleetUpgrade,
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_looks as looks
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
+    Rollout,
     Limits,
     Share,
     plan_fleet,
 )
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._upgrade_page import bars_of, render_page, seconds_text
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_page import bars_of, render_page, seconds_text
 
 
 def look(*models: str, **more: t.Any) -> dict[str, t.Any]:
@@ -30,7 +30,7 @@ def look(*models: str, **more: t.Any) -> dict[str, t.Any]:
     }
 
 
-def made(found: dict[str, t.Any], **more: t.Any) -> FleetUpgrade:
+def made(found: dict[str, t.Any], **more: t.Any) -> Rollout:
     hosts = [looks.fleet_host(name, answer, **more) for name, answer in found.items()]
     return plan_fleet(hosts, Limits(max_unavailable=Share(2)))
 

@@ -129,7 +129,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class FleetUpgrade:
+class Rollout:
     """The whole plan.
 
     Attributes:
@@ -238,7 +238,7 @@ class _Fleet:
             )
 
 
-def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> FleetUpgrade:
+def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> Rollout:
     """Batches that upgrade every host that can be, in the order of ``hosts``, under the limits at every moment.
 
     First those that an earlier run has left outside, then the canaries (the first host where none is named), then the rest;
@@ -273,7 +273,7 @@ def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> FleetUpgrade:
     # What stood in a canary's way may be gone.
     left.update(roll([name for name in rest if fleet.hosts[name].due], ROLL))
     names = {name for batch in batches for name in batch.hosts}
-    return FleetUpgrade(
+    return Rollout(
         batches=tuple(batches),
         left={name: reason for name, reason in left.items() if name not in names},
         done=tuple(host.name for host in hosts if not host.due and not host.skip),

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._upgrade_fleet import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     CANARY,
     RESUME,
     ROLL,
     FleetHost,
-    FleetUpgrade,
+    Rollout,
     Limits,
     Share,
     admit,
@@ -33,7 +33,7 @@ def out(name: str, *models: str, **more: t.Any) -> FleetHost:
     return host(name, *models, available=False, serving=frozenset(), **more)
 
 
-def shape(plan: FleetUpgrade) -> list[tuple[str, list[str]]]:
+def shape(plan: Rollout) -> list[tuple[str, list[str]]]:
     return [(batch.kind, list(batch.hosts)) for batch in plan.batches]
 
 

@@ -136,7 +136,7 @@ def render_page(hosts: t.Sequence[t.Mapping[str, t.Any]], plan: t.Mapping[str, t
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("driver_upgrade_report.html.j2").render(
+    return environment.get_template("rollout_report.html.j2").render(
         when=when,
         lines=lines,
         counted=[(word, count, _TONES.get(str(word), "idle")) for word, count in counted.items()],

@@ -11,11 +11,11 @@ import typing as t
 from ansible.errors import AnsibleActionFail
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _upgrade_looks as looks
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_looks as looks
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._upgrade_fleet import (
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     FleetHost,
-    FleetUpgrade,
+    Rollout,
     Limits,
     admit,
     exhausted,
@@ -24,7 +24,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._upgrade_fleet impor
 )
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import write_file
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved, returned
-from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._upgrade_page import render_page
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_page import render_page
 
 _OPTIONS: dict[str, dict[str, t.Any]] = {
     "phase": {"type": "str", "choices": ["plan", "batch", "end"], "default": "plan"},
@@ -84,7 +84,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             for name, look in self.looks.items()
             if looks.state_of(look) != looks.NO_GPU
         ]
-        self.plan: FleetUpgrade = plan_fleet(self.fleet, self.limits)
+        self.plan: Rollout = plan_fleet(self.fleet, self.limits)
 
     def _answer(self, name: str, variable: str | None) -> looks.Look:
         found = returned(self.variables[name].get(variable)) if variable else None

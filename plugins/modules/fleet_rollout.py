@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 DOCUMENTATION = r"""
-module: driver_upgrade_fleet
+module: fleet_rollout
 short_description: Decide in which batches the drivers of a fleet are upgraded, while it serves
 version_added: "1.0.0"
 description:
@@ -99,7 +99,7 @@ EXAMPLES = r"""
   ignore_unreachable: true
 
 - name: Show which hosts would be upgraded when
-  gpu_fleet.nim.driver_upgrade_fleet:
+  gpu_fleet.nim.fleet_rollout:
     variable: look
     max_unavailable: 2
   run_once: true

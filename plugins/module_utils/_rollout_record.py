@@ -1,0 +1,236 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What a host knows of the work for which it is taken out of service: how far it is, what ran before, and who is at it.
+
+It lies on the host, so that any controller can go on. It is a memory, not the truth: every step looks at reality first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import typing as t
+from dataclasses import asdict, dataclass, field, replace
+
+from ._errors import FleetError
+from ._host import Host
+from ._nim_paths import MAINTENANCE_FILE
+from ._untrusted import json_object, misfit, parse_json, real_number, strings
+
+#: How it has ended: as wanted; with nothing taken away; with what was there before put back; outside.
+UPDATED = "updated"
+RESTORED = "restored"
+ROLLED_BACK = "rolled_back"
+STRANDED = "stranded"
+
+#: Seconds after its last sign of life that the word of another run is honoured, where it has not asked for more.
+LEASE = 600
+
+_DIRECTORY = "/var/lib/gpu_fleet"
+#: Every kind of such work, and what people call it.
+RECORDS = {
+    _DIRECTORY + "/driver-upgrade.json": "the upgrade of its driver",
+    _DIRECTORY + "/nim-deploy.json": "a deployment of its models",
+}
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """One rollout on one host.
+
+    Attributes:
+        digest: Of the target; another target is another rollout.
+        target: The target in words.
+        step: The last finished one of ``order``.
+        outcome: Empty while it is under way.
+        started: Seconds since the epoch.
+        workloads: NIM services that ran before and run again in the end.
+        steps: What was done when: ``step``, ``at`` (seconds since the epoch), ``seconds``.
+        failure: ``step``, ``reason`` and ``message`` of what went wrong last; empty when nothing did.
+        claim: ``run`` (who is at it), ``seen`` (seconds since the epoch) and ``lease`` (seconds that it counts).
+    """
+
+    #: Its steps in their order.
+    order: t.ClassVar[t.Tuple[str, ...]] = ()
+    #: Where it lies.
+    path: t.ClassVar[str] = ""
+    #: Shape of the file beside what all kinds have, as :func:`._untrusted.misfit` takes it.
+    shape: t.ClassVar[t.Mapping[str, t.Any]] = {}
+
+    digest: str = ""
+    target: str = ""
+    step: str = ""
+    outcome: str = ""
+    started: float = 0.0
+    workloads: t.Tuple[str, ...] = ()
+    steps: t.Tuple[t.Dict[str, t.Any], ...] = ()
+    failure: t.Mapping[str, t.Any] = field(default_factory=dict)
+    claim: t.Mapping[str, t.Any] = field(default_factory=dict)
+
+    @property
+    def open(self) -> bool:
+        """Whether the host was taken out of service and not given back."""
+        return (not self.outcome and self.reached("drained")) or self.outcome == STRANDED
+
+    def reached(self, step: str) -> bool:
+        """Whether it has come as far as a step."""
+        return self.step in self.order and self.order.index(self.step) >= self.order.index(step)
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return dict(asdict(self), version=1)
+
+    @classmethod
+    def more(cls, found: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """What a kind of record has beside the rest, out of its file."""
+        return {}
+
+
+R = t.TypeVar("R", bound=RolloutRecord)
+
+_SHAPE = {
+    "digest": str,
+    "target": str,
+    "step": str,
+    "outcome": str,
+    "workloads": [str],
+    "steps": [{"step": str}],
+    "failure": {"step": str, "reason": str, "message": str},
+    "claim": {"run": str},
+}
+
+
+def digest_of(parts: t.Mapping[str, t.Any]) -> str:
+    """Short name of a target: the same for the same wishes."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def read(host: Host, kind: t.Type[R]) -> R | None:
+    """The record of a host, None when there never was one.
+
+    Raises:
+        FleetError: ``state_unreadable`` when somebody broke the file: it is reported and left as it is.
+    """
+    text = host.read_text(kind.path)
+    if text is None:
+        return None
+    try:
+        found = parse_json(text)
+        wrong = misfit(found, {**_SHAPE, **kind.shape}) or ("" if isinstance(found, dict) else "it is no object")
+    except ValueError as error:
+        found, wrong = {}, str(error)
+    if wrong:
+        raise FleetError(
+            "state_unreadable",
+            "%s is not what %s writes (%s), so it is unknown how far this host is; look at it, and remove it and %s when "
+            "the host serves." % (kind.path, RECORDS[kind.path], wrong, MAINTENANCE_FILE),
+        )
+    return kind(
+        **{key: str(found.get(key) or "") for key in ("digest", "target", "step", "outcome")},
+        started=real_number(found.get("started")),
+        workloads=tuple(strings(found.get("workloads"))),
+        steps=tuple(found.get("steps") or ()),
+        failure=found.get("failure") or {},
+        claim=found.get("claim") or {},
+        **kind.more(found),
+    )
+
+
+def write(host: Host, record: R) -> R:
+    """Put a record on the host, readable for everybody: there are no secrets in it."""
+    host.make_dir(os.path.dirname(record.path), mode=0o755)
+    host.write_file(record.path, json.dumps(record.as_dict(), sort_keys=True) + "\n", mode=0o644)
+    return record
+
+
+def finished(record: R, step: str, now: float, began: float) -> R:
+    """The record with one more finished step; one that is done again has its new times and takes nothing back."""
+    entry = {"step": step, "at": round(began, 1), "seconds": round(max(0.0, now - began), 1)}
+    others = tuple(old for old in record.steps if old.get("step") != step)
+    return replace(record, step=record.step if record.reached(step) else step, steps=(*others, entry))
+
+
+# -- who is at it ---------------------------------------------------------------------------------
+
+
+def claimed(record: R, run: str, now: float, *, lease: int = LEASE, take_over: bool = False) -> R:
+    """The record with the word of this run in it.
+
+    Args:
+        run: Who is at it, in words; empty claims nothing and honours no claim.
+        lease: Seconds that the word counts without another sign of life.
+
+    Raises:
+        FleetError: ``upgrade_running`` when another run is at this host.
+    """
+    if not run:
+        return record
+    if not take_over:
+        _refuse_other(record.claim, run, now, RECORDS[record.path])
+    return replace(record, claim={"run": run, "seen": round(now, 1), "lease": lease})
+
+
+def _refuse_other(claim: t.Mapping[str, t.Any], run: str, now: float, work: str) -> None:
+    other = str(claim.get("run") or "")
+    seen, lease = real_number(claim.get("seen")), real_number(claim.get("lease"), float(LEASE))
+    # A clock that was set back must not lock the host for ever.
+    if not other or other == run or abs(now - seen) >= lease:
+        return
+    raise FleetError(
+        "upgrade_running",
+        "%s is at %s on this host, last seen %d seconds ago; wait for that run to end, or, when it is known to have "
+        "ended, set driver_upgrade_take_over (nim_deploy_take_over) to true; %d minutes after its last sign that is not "
+        "needed." % (other, work, max(0, int(now - seen)), lease // 60),
+        claim=dict(claim),
+    )
+
+
+def released(record: R) -> R:
+    return replace(record, claim={})
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Work of another kind on the same host.
+
+    Attributes:
+        work: What people call it.
+        out: Whether it has taken the host out of service.
+        claim: Who is at it.
+    """
+
+    work: str
+    out: bool = False
+    claim: t.Mapping[str, t.Any] = field(default_factory=dict)
+
+    def refuse(self, run: str, now: float, *, take_over: bool = False) -> None:
+        """Raises:
+        FleetError: ``upgrade_running`` when somebody is at it.
+        """
+        if run and not take_over:
+            _refuse_other(self.claim, run, now, self.work)
+
+
+def rival(host: Host, path: str) -> Rival | None:
+    """What another kind of work has left on this host; None when it has left nothing that matters.
+
+    Args:
+        path: Of the kind that asks.
+    """
+    for other, work in RECORDS.items():
+        if other == path:
+            continue
+        # Whoever wrote it reports that it is broken.
+        found = json_object(host.read_text(other))
+        claim = found.get("claim")
+        outcome, steps = found.get("outcome"), found.get("steps")
+        begun = isinstance(steps, list) and any(
+            isinstance(step, dict) and step.get("step") == "drained" for step in steps
+        )
+        out = outcome == STRANDED or (not outcome and begun)
+        if out or claim:
+            return Rival(work, out, claim if isinstance(claim, dict) else {})
+    return None
