@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Decides which hosts are upgraded when, tells it, and writes the report; connects to none of them."""
+"""Decides which hosts are taken out when, tells it, and writes the report; connects to none of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import json
 import time
 import typing as t
 
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsiblePromptInterrupt, AnsiblePromptNoninteractive
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_gateways as gateways
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_looks as looks
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     FleetHost,
-    Rollout,
     Limits,
+    Rollout,
     admit,
     exhausted,
     parse_share,
@@ -27,18 +28,22 @@ from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolv
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_page import render_page
 
 _OPTIONS: dict[str, dict[str, t.Any]] = {
-    "phase": {"type": "str", "choices": ["plan", "batch", "end"], "default": "plan"},
+    "phase": {"type": "str", "choices": ["plan", "pause", "batch", "end"], "default": "plan"},
+    "kind": {"type": "str", "choices": ["driver_upgrade", "nim_deploy"], "default": "driver_upgrade"},
     "variable": {"type": "str", "required": True},
     "results": {"type": "list", "elements": "str", "default": []},
+    "failure": {"type": "str"},
     "gateways": {"type": "str"},
+    "before": {"type": "dict", "default": {}},
     "hosts": {"type": "list", "elements": "str"},
+    "order": {"type": "list", "elements": "str", "default": []},
     "canary": {"type": "list", "elements": "str", "default": []},
+    "pause_after_canary": {"type": "raw", "default": False},
     "max_parallel": {"type": "str", "default": "0"},
     "max_unavailable": {"type": "str", "default": "25%"},
     "min_ready": {"type": "int", "default": 1},
     "min_ready_of": {"type": "dict", "default": {}},
     "failure_budget": {"type": "str", "default": "0"},
-    "fail_on_failure": {"type": "bool", "default": False},
     "output": {"type": "path"},
     "report": {"type": "path"},
 }
@@ -55,6 +60,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         super().run(tmp, task_vars)
         self.task_vars = task_vars or {}
         _result, self.args = self.validate_argument_spec(argument_spec=_OPTIONS)
+        self.prefix = str(self.args["kind"])
         try:
             self._look()
             return getattr(self, "_" + self.args["phase"])()  # type: ignore[no-any-return]
@@ -66,32 +72,50 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
     def _look(self) -> None:
         """All hosts as they were before the run, and the plan that follows from it."""
         names = self.args["hosts"] or self.task_vars.get("ansible_play_hosts_all") or []
-        self.variables = {str(name): self.task_vars["hostvars"][name] for name in names}
+        self.variables = {str(name): self.task_vars["hostvars"][name] for name in self._ordered(list(map(str, names)))}
         self.looks = {name: self._answer(name, self.args["variable"]) for name in self.variables}
         self.skips = {name: self._skip(name) for name in self.variables}
         self.limits = Limits(
-            max_parallel=parse_share("driver_upgrade_max_parallel", self.args["max_parallel"]),
-            max_unavailable=parse_share("driver_upgrade_max_unavailable", self.args["max_unavailable"]),
+            max_parallel=parse_share(self.prefix + "_max_parallel", self.args["max_parallel"]),
+            max_unavailable=parse_share(self.prefix + "_max_unavailable", self.args["max_unavailable"]),
             min_ready=self.args["min_ready"],
             min_ready_of=self._min_ready_of(),
         )
-        self.budget = parse_share("driver_upgrade_failure_budget", self.args["failure_budget"])
-        groups = self.task_vars.get("groups") or {}
-        canaries = {str(host) for name in self.args["canary"] for host in groups.get(name, [name])}
-        self.gateway_errors: dict[str, str] = {}
+        self.budget = parse_share(self.prefix + "_failure_budget", self.args["failure_budget"])
+        self.pause = self._pause_option()
+        canaries = self._named(self.args["canary"])
+        # The gateways now, and as they were before anything began.
+        self.now = gateways.parse_looks(self._own(self.args["gateways"]))
+        self.before = gateways.parse_looks(self.args["before"]) or self.now
         self.fleet = [
-            looks.fleet_host(name, look, skip=self.skips[name], canary=name in canaries, gateways=self._gateways(name))
+            gateways.as_gateways_see(
+                looks.fleet_host(name, look, skip=self.skips[name], canary=name in canaries), self.before
+            )
             for name, look in self.looks.items()
             if looks.state_of(look) != looks.NO_GPU
         ]
         self.plan: Rollout = plan_fleet(self.fleet, self.limits)
 
+    def _named(self, names: t.Iterable[str]) -> list[str]:
+        """Hosts and the members of groups."""
+        groups = self.task_vars.get("groups") or {}
+        return [str(host) for name in names for host in groups.get(name, [name])]
+
+    def _ordered(self, names: list[str]) -> list[str]:
+        first = self._named(self.args["order"])
+        return sorted(names, key=lambda name: first.index(name) if name in first else len(first))
+
     def _answer(self, name: str, variable: str | None) -> looks.Look:
         found = returned(self.variables[name].get(variable)) if variable else None
         return found if isinstance(found, dict) else None
 
-    def _skip(self, name: str) -> bool:
-        return bool(boolean(resolved(self.variables[name].get("driver_upgrade_skip") or False), strict=False))
+    def _own(self, variable: str | None) -> t.Any:
+        """A variable of the host that this task runs for, which all hosts of its play have."""
+        return returned(self.task_vars.get(variable)) if variable else None
+
+    def _skip(self, name: str) -> str:
+        variable = self.prefix + "_skip"
+        return variable if boolean(resolved(self.variables[name].get(variable) or False), strict=False) else ""
 
     def _min_ready_of(self) -> dict[str, int]:
         found = self.args["min_ready_of"]
@@ -100,24 +124,31 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         except (TypeError, ValueError):
             raise FleetError(
                 "invalid_option",
-                "driver_upgrade_min_ready_of = %r: not a mapping of models to numbers; write it like {llama: 2}."
-                % found,
+                "%s_min_ready_of = %r: not a mapping of models to numbers; write it like {llama: 2}."
+                % (self.prefix, found),
             ) from None
 
-    def _gateways(self, name: str) -> list[looks.Look]:
-        """What each gateway says of a host."""
-        found = self._answer(name, self.args["gateways"]) or {}
-        answers = [
-            entry for entry in found.get("results") or [] if isinstance(entry, dict) and not entry.get("skipped")
-        ]
-        for entry in answers:
-            if entry.get("failed") or entry.get("unreachable"):
-                text = "gateway %s: %s" % (entry.get("item") or "", entry.get("msg") or "it does not answer")
-                self.gateway_errors[name] = text
-        return list(answers)
+    def _pause_option(self) -> int | None:
+        """Seconds to wait after the canaries: 0 for none, None for a key."""
+        given = self.args["pause_after_canary"]
+        text = str(given).strip()
+        if text.isdigit() and not isinstance(given, bool) and len(text) < 8:
+            return int(text)
+        try:
+            return None if boolean(given) else 0
+        except TypeError:
+            raise FleetError(
+                "invalid_option",
+                "%s_pause_after_canary = %r: neither true or false nor a number of seconds; write it like 900."
+                % (self.prefix, given),
+            ) from None
 
     def _results(self, name: str) -> list[looks.Look]:
         return [self._answer(name, variable) for variable in self.args["results"]]
+
+    def _message(self, name: str) -> str:
+        """What went wrong on a host, where the role has failed or else where its module has."""
+        return looks.message_of([self._answer(name, self.args["failure"]), *self._results(name)])
 
     def _outcomes(self) -> dict[str, str]:
         """What has come of every host of the plan so far."""
@@ -126,103 +157,167 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             name: looks.outcome_of(self._results(name), resumable=known[name].resumable) for name in self.plan.order
         }
 
+    def _records(self) -> dict[str, t.Mapping[str, t.Any]]:
+        return {name: looks.record_of([*self._results(name), look]) for name, look in self.looks.items()}
+
+    def _traffic(self) -> dict[str, t.Any]:
+        """What the gateways have counted since before the run; empty where there are none."""
+        samples: dict[tuple[str, str, float], gateways.GatewayLook] = {}
+        for name in self.variables:
+            for look in gateways.parse_looks(self._answer(name, self.args["gateways"])):
+                if not look.error and look not in (*self.before, *self.now):
+                    samples.setdefault((look.name, look.process, look.at), look)
+        meanwhile = [[look] for look in sorted(samples.values(), key=lambda one: one.at)]
+        found = gateways.traffic_of([self.before, *meanwhile, self.now])
+        return found.as_dict() if found else {}
+
     # -- the three calls
 
     def _plan(self) -> dict[str, t.Any]:
-        rows = [
-            row
-            for name, look in self.looks.items()
-            for row in looks.rows_of(
-                name, look, self.plan, skip=self.skips[name], gateway_error=self.gateway_errors.get(name, "")
-            )
-        ]
+        rows = []
+        for name, look in self.looks.items():
+            missing = gateways.unknown_at(name, self.now) if (look or {}).get("models") else ""
+            error = "gateway %s has no server of this host; run playbook gateway first" % missing if missing else ""
+            rows.append(looks.row_of(name, look, self.plan, skip=self.skips[name], gateway_error=error))
         self._display.display("\n%s\n" % looks.render_plan(rows, self.plan, steps=bool(self._task.check_mode)))
         if self.args["output"] and not self._task.check_mode:
             write_file(self.args["output"], json.dumps({"rows": rows, **self.plan.as_dict()}, indent=2) + "\n")
-        self._write_page()
+        self._write_page({})
         refused = looks.refused(rows)
         if refused:
             raise AnsibleActionFail(
-                "%s cannot be upgraded, so nothing was begun; mend what is said above, or set driver_upgrade_skip to true "
-                "for them." % ", ".join(refused)
+                "%s cannot be updated, so nothing was begun; mend what is said above, or set %s_skip to true for them."
+                % (", ".join(refused), self.prefix)
             )
+        unasked = gateways.errors(self.now)
+        if unasked and self.plan.order:
+            raise AnsibleActionFail("No host could be drained, so nothing was begun: %s." % "; ".join(unasked))
+        if self.plan.waits and not self.plan.order and not self._task.check_mode:
+            raise AnsibleActionFail("No host can be updated: %s." % self._waiting())
         serial = [len(batch.hosts) for batch in self.plan.batches]
         return {
             "changed": False,
             "rows": rows,
             "order": list(self.plan.order),
-            "serial": serial or [1],
-            "fleet": list(self.variables),
+            "roll": {
+                "serial": serial or [1],
+                "fleet": list(self.variables),
+                "gateways": [look.name for look in self.now],
+                "before": {"results": (self._own(self.args["gateways"]) or {}).get("results") or []},
+            },
             **self.plan.as_dict(),
         }
 
-    def _batch(self) -> dict[str, t.Any]:
-        batch = [str(name) for name in self.task_vars.get("ansible_play_batch") or []]
-        order = list(self.plan.order)
-        outcomes = self._outcomes()
-        passed = order[: min((order.index(name) for name in batch if name in order), default=0)]
+    def _waiting(self) -> str:
+        return "; ".join("%s: %s" % (name, self.plan.left[name].rstrip(".")) for name in self.plan.waits)
+
+    def _stop(self, passed: t.Sequence[str], outcomes: t.Mapping[str, str]) -> str:
+        """Why no further batch may begin; empty when one may.
+
+        Args:
+            passed: Hosts that had their turn.
+        """
         # A host that Ansible has given up before its turn had any result has failed, too.
         alive = {str(name) for name in self.task_vars.get("ansible_play_hosts") or []}
         bad = [
             name
             for name in passed
-            if outcomes[name] in (looks.RESTORED, looks.ROLLED_BACK, looks.OUT) or name not in alive
+            if outcomes[name] in (looks.RESTORED, looks.ROLLED_BACK, looks.OUT)
+            or (outcomes[name] == looks.NOT_BEGUN and name not in alive)
         ]
-        self._write_page()
-        stop = exhausted(bad, self.budget, len(order))
-        if stop:
+        stop = exhausted(bad, self.budget, len(self.plan.order))
+        return "after %d of %d hosts, because %s" % (len(passed), len(self.plan.order), stop) if stop else ""
+
+    def _passed(self) -> list[str]:
+        order = list(self.plan.order)
+        batch = self.task_vars.get("ansible_play_batch") or []
+        return order[: min((order.index(name) for name in batch if name in order), default=0)]
+
+    def _number(self) -> int:
+        batch = self.task_vars.get("ansible_play_batch") or []
+        return next((entry.number for entry in self.plan.batches if batch and batch[0] in entry.hosts), 0)
+
+    def _pause(self) -> dict[str, t.Any]:
+        kinds = [entry.kind for entry in self.plan.batches]
+        number = self._number()
+        first = 1 < number <= len(kinds) and kinds[number - 1] == "roll" and kinds[number - 2] == "canary"
+        if first and self.pause != 0 and not self._stop(self._passed(), self._outcomes()):
+            self._wait()
+        return {"changed": False}
+
+    def _wait(self) -> None:
+        try:
+            if self.pause is None:
+                self._display.prompt_until("The canaries are done. Press return to go on, or Ctrl+C to stop:")
+                return
+            self._display.display("The canaries are done; %d seconds until the next batch." % self.pause)
+            time.sleep(self.pause)
+        except AnsiblePromptInterrupt:
+            raise AnsibleActionFail("Stopped after the canaries. Run again to go on.") from None
+        except AnsiblePromptNoninteractive:
             raise AnsibleActionFail(
-                "The upgrade stops here, %d of %d hosts had their turn: %s. Mend them and run again: it goes on where it is."
-                % (len(passed), len(order), stop)
-            )
+                "The canaries are done, and nobody is at a terminal to say that it may go on, as %s_pause_after_canary wants "
+                "it. Run again without it to go on; a number of seconds in its place waits that long." % self.prefix
+            ) from None
+
+    def _batch(self) -> dict[str, t.Any]:
+        batch = [str(name) for name in self.task_vars.get("ansible_play_batch") or []]
+        outcomes, passed = self._outcomes(), self._passed()
+        self._write_page(self._traffic())
+        stop = self._stop(passed, outcomes)
+        unasked = gateways.errors(self.now)
+        if not stop and unasked:
+            stop = "after %d of %d hosts, because %s" % (len(passed), len(outcomes), "; ".join(unasked))
+        if stop:
+            self._display.display("The run stops %s." % stop)
+            return {"changed": False, "admitted": [], "left": {}, "number": self._number(), "stop": stop}
         now: list[FleetHost] = [
             looks.after(host, outcomes.get(host.name, looks.NOT_BEGUN)) if host.name in passed else host
             for host in self.fleet
         ]
-        chosen, left = admit(now, self.limits, [name for name in batch if name in order])
-        number = next((entry.number for entry in self.plan.batches if batch and batch[0] in entry.hosts), 0)
-        lines = ["Batch %d of %d: %s." % (number, len(self.plan.batches), ", ".join(chosen) or "no host")]
+        now = [gateways.as_gateways_see(host, self.now) for host in now]
+        chosen, left = admit(now, self.limits, [name for name in batch if name in outcomes])
+        lines = ["Batch %d of %d: %s." % (self._number(), len(self.plan.batches), ", ".join(chosen) or "no host")]
         lines += ["%s is left for another run: %s." % item for item in left.items()]
         self._display.display("\n".join(lines))
-        return {
-            "changed": False,
-            "admitted": list(chosen),
-            "left": left,
-            "number": number,
-            "first_after_canary": self._after_canary(number),
-        }
-
-    def _after_canary(self, number: int) -> bool:
-        """Whether this is the first batch after those of the canaries."""
-        kinds = [entry.kind for entry in self.plan.batches]
-        return 1 < number <= len(kinds) and kinds[number - 1] == "roll" and kinds[number - 2] == "canary"
+        return {"changed": False, "admitted": list(chosen), "left": left, "number": self._number(), "stop": ""}
 
     def _end(self) -> dict[str, t.Any]:
         outcomes = self._outcomes()
-        messages = {name: looks.message_of(self._results(name)) for name in outcomes}
+        messages = {name: self._message(name) for name in outcomes}
+        traffic = self._traffic()
+        lines = gateways.traffic_words(traffic) if traffic else []
         if outcomes:
-            self._display.display("\n%s\n" % looks.render_end(outcomes, messages))
-        self._write_page()
-        other = [name for name, outcome in outcomes.items() if outcome != looks.UPGRADED]
-        if other and self.args["fail_on_failure"]:
-            raise AnsibleActionFail("Not upgraded: %s. Run again to go on with them." % ", ".join(other))
-        return {"changed": False, "outcomes": outcomes}
+            self._display.display(
+                "\n%s\n" % looks.render_end(outcomes, messages, self._records(), self.plan.left, lines)
+            )
+        self._write_page(traffic)
+        missing = {
+            name: "%s: %s Run again to go on with it." % (outcome, messages[name] or self.plan.left.get(name) or "")
+            for name, outcome in outcomes.items()
+            if outcome != looks.UPDATED
+        }
+        missing.update(
+            {name: "left: %s. Run again to go on with it." % self.plan.left[name] for name in self.plan.waits}
+        )
+        return {"changed": False, "outcomes": outcomes, "missing": missing, "requests": traffic}
 
-    def _write_page(self) -> None:
+    def _write_page(self, traffic: dict[str, t.Any]) -> None:
         if not self.args["report"] or self._task.check_mode:
             return
-        outcomes = self._outcomes()
+        outcomes, records = self._outcomes(), self._records()
         hosts = []
         for name, look in self.looks.items():
-            results = [*self._results(name), look]
             hosts.append(
                 {
                     "name": name,
-                    "outcome": outcomes.get(name) or looks.state_of(look, skip=self.skips[name]),
-                    "message": looks.message_of(results) or self.plan.left.get(name, ""),
-                    "record": looks.record_of(results) if name in outcomes else {},
+                    "outcome": outcomes.get(name) or looks.state_of(look, skip=bool(self.skips[name])),
+                    "message": self._message(name) or looks.message_of([look]) or self.plan.left.get(name, ""),
+                    "record": records[name] if name in outcomes else {},
                     "models": [str(model) for model in (look or {}).get("models") or []],
                 }
             )
         when = time.strftime("%Y-%m-%d at %H:%M UTC", time.gmtime())
-        write_file(self.args["report"], render_page(hosts, self.plan.as_dict(), when))
+        lines = gateways.traffic_words(traffic) if traffic else []
+        page = render_page(self.prefix, hosts, self.plan.as_dict(), when, traffic=traffic, said=lines)
+        write_file(self.args["report"], page)

@@ -69,7 +69,7 @@ class Record(RolloutRecord):
     order: t.ClassVar[t.Tuple[str, ...]] = STEPS
     path: t.ClassVar[str] = RECORD
     shape: t.ClassVar[t.Mapping[str, t.Any]] = {
-        **{name: str for name in _TEXTS},
+        **dict.fromkeys(_TEXTS, str),
         "clients": [str],
         "before": {"loaded": str, "branch": str, "version": str, "flavour": str, "source": str, "gpus": int},
     }

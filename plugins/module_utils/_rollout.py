@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""In which batches a fleet is upgraded while it serves: pure functions of what is known of its hosts.
+"""In which batches hosts are taken out of service while the fleet serves: pure functions of what is known of its hosts.
 
 Slots are counted as NVIDIA's k8s-operator-libs counts them (pkg/upgrade, GetUpgradesAvailable): a host that is down or taken
 out by somebody else uses up the budget of unavailable hosts. Added to it: what every model keeps. A host that this upgrade has
 already taken out costs nothing more, so it comes first.
+
+What is done to the hosts does not matter here: playbooks upgrade_drivers and deploy plan with it.
 """
 
 from __future__ import annotations
@@ -59,12 +61,14 @@ class FleetHost:
 
     Attributes:
         serving: Models that are ready on it and may be asked; nothing on a host that is not available.
-        models: Models that it has to serve when its upgrade has ended.
-        due: Whether its driver differs from the target.
+        models: Models that it has to serve in the end.
+        due: Whether it is not as wanted.
         available: Whether clients are served by it, or could be.
-        resumable: Whether it is not available because an earlier run of this upgrade has taken it out.
+        resumable: Whether it is not available because an earlier run has taken it out.
+        down: Whether it is not available because none of its models is ready, which is nobody's wish.
         skip: Why it is left alone; empty when it is not.
         canary: Whether it is to be tried before the others.
+        lost: Whether it cannot be reached.
     """
 
     name: str
@@ -73,13 +77,15 @@ class FleetHost:
     due: bool = True
     available: bool = True
     resumable: bool = False
+    down: bool = False
     skip: str = ""
     canary: bool = False
+    lost: bool = False
 
     @property
     def wanted(self) -> bool:
-        """Whether a batch may have it: somebody who has taken a host out gives it back himself."""
-        return self.due and not self.skip and (self.available or self.resumable)
+        """Whether a batch may have it: whoever has taken a host out gives it back himself."""
+        return self.due and not self.skip and (self.available or self.resumable or self.down)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batch:
-    """Hosts that are upgraded together.
+    """Hosts that are taken out together.
 
     Attributes:
         kind: ``resume``, ``canary`` or ``roll``.
@@ -135,7 +141,9 @@ class Rollout:
     Attributes:
         capacity: Model -> ready replicas before anything begins.
         left: Host -> why it is in no batch; hosts that are as wanted are not in it.
+        waits: Those of them that somebody may expect to be done: they cannot be reached, or the limits do not let them go.
         done: Hosts that are as wanted.
+        after: Model -> ready replicas when all went well.
     """
 
     batches: tuple[Batch, ...]
@@ -144,18 +152,22 @@ class Rollout:
     capacity: t.Mapping[str, int]
     max_unavailable: int
     max_parallel: int
+    waits: tuple[str, ...] = ()
+    after: t.Mapping[str, int] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[str, ...]:
-        """All hosts of all batches in the order in which they are upgraded."""
+        """All hosts of all batches in the order in which they are taken out."""
         return tuple(host for batch in self.batches for host in batch.hosts)
 
     def as_dict(self) -> dict[str, t.Any]:
         return {
             "batches": [batch.as_dict() for batch in self.batches],
             "left": dict(self.left),
+            "waits": list(self.waits),
             "done": list(self.done),
             "capacity": dict(sorted(self.capacity.items())),
+            "after": dict(sorted(self.after.items())),
             "max_unavailable": self.max_unavailable,
             "max_parallel": self.max_parallel,
         }
@@ -168,7 +180,7 @@ class _Fleet:
         self.hosts = {host.name: host for host in hosts}
         self.limits = limits
         total = len(self.hosts)
-        # With no host at all nothing could ever be upgraded; percentages are of the whole fleet.
+        # With no host at all nothing could ever be done; percentages are of the whole fleet.
         self.max_unavailable = max(1, limits.max_unavailable.of(total)) if total else 0
         self.max_parallel = limits.max_parallel.of(total)
         if limits.max_parallel.percent:
@@ -192,7 +204,7 @@ class _Fleet:
         """Why a host cannot be taken out while these are; empty when it can."""
         host = self.hosts[name]
         if self.max_parallel and len(out) >= self.max_parallel:
-            return "%d hosts are upgraded at once" % self.max_parallel
+            return "%d hosts go at once" % self.max_parallel
         if not host.available:
             # It is out already: nobody loses anything.
             return ""
@@ -229,17 +241,17 @@ class _Fleet:
     def batch(self, number: int, kind: str, names: t.Sequence[str]) -> Batch:
         return Batch(number, kind, tuple(names), len(self.unavailable(names)), self.capacity(names))
 
-    def upgraded(self, names: t.Iterable[str]) -> None:
-        """These have come back: an upgrade has ended when all models of the host are ready."""
+    def returned(self, names: t.Iterable[str]) -> None:
+        """These have come back, and a host comes back when all its models are ready."""
         for name in names:
             host = self.hosts[name]
             self.hosts[name] = replace(
-                host, due=False, available=True, resumable=False, serving=host.serving | host.models
+                host, due=False, available=True, resumable=False, down=False, serving=host.serving | host.models
             )
 
 
 def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> Rollout:
-    """Batches that upgrade every host that can be, in the order of ``hosts``, under the limits at every moment.
+    """Batches that have every host that can go, in the order of ``hosts``, under the limits at every moment.
 
     First those that an earlier run has left outside, then the canaries (the first host where none is named), then the rest;
     the plan is one of success, and :func:`admit` asks again before each batch.
@@ -251,14 +263,14 @@ def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> Rollout:
     batches: list[Batch] = []
 
     def roll(names: t.Sequence[str], kind: str) -> dict[str, str]:
-        """Upgrade all of them that can be; why each of the others cannot."""
+        """Batches of all of them that can go; why each of the others cannot."""
         pending = list(names)
         while pending:
             chosen, obstacles = fleet.fill(pending)
             if not chosen:
                 return obstacles
             batches.append(fleet.batch(len(batches) + 1, kind, chosen))
-            fleet.upgraded(chosen)
+            fleet.returned(chosen)
             pending = [name for name in pending if name not in chosen]
         return {}
 
@@ -267,19 +279,23 @@ def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> Rollout:
     rest = [name for name in waiting if name not in resumed]
     canaries = [name for name in rest if fleet.hosts[name].canary]
     if not any(not fleet.obstacle(name, ()) for name in canaries):
-        # The first that can go: nothing is rolled out that no host has tried.
-        canaries = next(([name] for name in rest if not fleet.obstacle(name, ())), [])
+        # The first that can go, of those that serve where there is one: nothing is rolled out that no host has tried.
+        able = sorted((name for name in rest if not fleet.obstacle(name, ())), key=lambda name: fleet.hosts[name].down)
+        canaries = able[:1]
     roll(canaries, CANARY)
     # What stood in a canary's way may be gone.
     left.update(roll([name for name in rest if fleet.hosts[name].due], ROLL))
     names = {name for batch in batches for name in batch.hosts}
+    left = {name: reason for name, reason in left.items() if name not in names}
     return Rollout(
         batches=tuple(batches),
-        left={name: reason for name, reason in left.items() if name not in names},
+        left=left,
+        waits=tuple(host.name for host in hosts if host.name in left and (host.wanted or host.lost)),
         done=tuple(host.name for host in hosts if not host.due and not host.skip),
         capacity=before,
         max_unavailable=fleet.max_unavailable,
         max_parallel=fleet.max_parallel,
+        after=fleet.capacity(),
     )
 
 
@@ -310,7 +326,7 @@ def exhausted(failed: t.Collection[str], budget: Share, total: int) -> str:
 
     Args:
         failed: Hosts of this run that failed or could not be reached, in all batches so far.
-        total: Hosts that the run set out to upgrade.
+        total: Hosts that the run set out with.
     """
     allowed = budget.of(total)
     if len(set(failed)) <= allowed:

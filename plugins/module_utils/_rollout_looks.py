@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""What a fleet's upgrade is planned from, and how it is told: one look at every host, later what came of it."""
+"""What a rollout is planned from, and how it is told: one look at every host, later what came of it.
+
+A look is what driver_upgrade or nim_deploy returns for state prestaged.
+"""
 
 from __future__ import annotations
 
 import typing as t
 from dataclasses import replace
 
-from ._text_table import shorten, text_table
 from ._rollout import CANARY, RESUME, Batch, FleetHost, Rollout
+from ._text_table import shorten, text_table
 
 Row = t.Dict[str, t.Any]
 Look = t.Optional[t.Mapping[str, t.Any]]
@@ -24,7 +27,7 @@ PLANNED = "planned"
 DONE = "as wanted"
 NO_GPU = "no GPU"
 #: What came of it.
-UPGRADED = "upgraded"
+UPDATED = "updated"
 RESTORED = "restored"
 ROLLED_BACK = "rolled back"
 OUT = "out of service"
@@ -33,10 +36,11 @@ NOT_BEGUN = "not begun"
 _KIND_WORDS = {RESUME: "left by an earlier run", CANARY: "canary"}
 _DISRUPTIONS = ("none", "reload", "restart_docker", "restart_nim", "unload_driver", "reboot")
 _WIDTH = 70
+_CELL = 40
 
 
 def state_of(look: Look, *, skip: bool = False) -> str:
-    """What a look at a host says of it before the upgrade."""
+    """What a look at a host says of it before the run."""
     if look is None:
         return UNREACHABLE
     if look.get("unreachable"):
@@ -50,19 +54,15 @@ def state_of(look: Look, *, skip: bool = False) -> str:
     return PLANNED if look.get("due") else DONE
 
 
-def fleet_host(
-    name: str, look: Look, *, skip: bool = False, canary: bool = False, gateways: t.Sequence[Look] = ()
-) -> FleetHost:
+def fleet_host(name: str, look: Look, *, skip: str = "", canary: bool = False) -> FleetHost:
     """A host as the plan of the fleet sees it.
 
     Args:
-        look: What driver_upgrade returned for state prestaged.
-        skip: Whether the operator leaves it out.
+        skip: Variable by which the operator leaves it out; empty when he does not.
         canary: Whether the operator wants it to be tried before the others.
-        gateways: What haproxy_server says of it on each gateway, without a change.
     """
     found = look or {}
-    state = state_of(look, skip=skip)
+    state = state_of(look, skip=bool(skip))
     models = frozenset(str(model) for model in found.get("models") or [])
     serving = frozenset(str(model) for model in found.get("serving") or [])
     reason = ""
@@ -71,62 +71,64 @@ def fleet_host(
         reason, available = "it cannot be reached", False
     elif found.get("failed"):
         reason, available = "its look failed", False
-    foreign = any((answer or {}).get("reason") == "foreign_drain" for answer in gateways)
-    if found.get("maintenance") == "foreign":
-        reason, available = "somebody else has put it under maintenance", False
-    elif foreign:
-        reason, available = "somebody else has drained it at a gateway", False
-    opened = bool(found.get("open"))
+    if found.get("held"):
+        reason, available = str(found["held"]), False
+    opened = bool(found.get("open")) and not reason
     if opened:
         available = False
     if skip:
-        reason = "driver_upgrade_skip is true"
+        reason = "%s is true" % skip
+    down = available and bool(models) and not serving
     return FleetHost(
         name,
         serving=serving if available else frozenset(),
         models=models,
         due=state not in (DONE, NO_GPU),
-        available=available,
+        available=available and not down,
         resumable=opened,
+        down=down,
         skip=reason,
         canary=canary,
+        lost=state == UNREACHABLE,
     )
 
 
 # -- the plan as a table --------------------------------------------------------------------------
 
 
-def rows_of(name: str, look: Look, plan: Rollout, *, skip: bool = False, gateway_error: str = "") -> list[Row]:
-    """The row of one host."""
+def row_of(name: str, look: Look, plan: Rollout, *, skip: str = "", gateway_error: str = "") -> Row:
+    """The row of one host.
+
+    Args:
+        gateway_error: Why it could not be drained; empty when nothing speaks against it.
+    """
     found = look or {}
-    state = state_of(look, skip=skip)
+    state = state_of(look, skip=bool(skip))
     batch = next((batch for batch in plan.batches if name in batch.hosts), None)
     steps = [step for step in found.get("steps") or [] if isinstance(step, dict)]
     disruption = max((str(step.get("disruption")) for step in steps), key=_rank, default="none")
     message = plan.left.get(name, "")
     if state == REFUSED:
-        message = str(found.get("msg") or "it cannot be upgraded")
+        message = str(found.get("msg") or "it cannot be done")
     elif gateway_error and state == PLANNED:
         state, message = REFUSED, gateway_error
     elif batch is None and state == PLANNED:
         state = LEFT
     elif batch is not None:
         message = str(found.get("way_back") or "")
-    return [
-        {
-            "host": name,
-            "state": state,
-            "batch": batch.number if batch else None,
-            "kind": batch.kind if batch else "",
-            "loaded": str(found.get("loaded") or ""),
-            "target": str(found.get("target") or ""),
-            "models": sorted(str(model) for model in found.get("models") or []),
-            "disruption": disruption if batch else "none",
-            "steps": [{key: step.get(key) for key in ("what", "from", "to", "why", "disruption")} for step in steps],
-            "message": message,
-            "reason": str(found.get("reason") or ""),
-        }
-    ]
+    return {
+        "host": name,
+        "state": state,
+        "batch": batch.number if batch else None,
+        "kind": batch.kind if batch else "",
+        "now": str(found.get("loaded") or found.get("runs") or ""),
+        "target": str(found.get("target") or ""),
+        "models": sorted(str(model) for model in found.get("models") or []),
+        "disruption": disruption if batch else "none",
+        "steps": [{key: step.get(key) for key in ("what", "from", "to", "why", "disruption")} for step in steps],
+        "message": message,
+        "reason": str(found.get("reason") or ""),
+    }
 
 
 def _rank(disruption: str) -> int:
@@ -148,19 +150,19 @@ def render_plan(rows: t.Sequence[Row], plan: Rollout, *, steps: bool = False) ->
         [
             str(row["host"]),
             str(row["batch"] or "-"),
-            str(row["loaded"] or "-"),
-            str(row["target"] or "-"),
+            shorten(str(row["now"] or "-"), _CELL),
+            shorten(str(row["target"] or "-"), _CELL),
             ", ".join(row["models"]) or "-",
             str(row["disruption"]).replace("_", " ") if row["batch"] else "-",
             str(row["state"]),
         ]
         for row in rows
     ]
-    text = text_table(["HOST", "BATCH", "LOADED", "WANTED", "MODELS", "DISRUPTION", "STATE"], lines)
+    text = text_table(["HOST", "BATCH", "NOW", "WANTED", "MODELS", "DISRUPTION", "STATE"], lines)
     below = [_batch_line(batch, plan) for batch in plan.batches]
     below += ["%s: %s." % (row["host"], str(row["message"]).rstrip(".")) for row in rows if row["message"]]
     if steps:
-        below += _steps(rows)
+        below += [*_steps(rows), *_moments(plan)]
     below.append(_summary(rows, plan))
     return "\n".join([*text, "", *below])
 
@@ -195,8 +197,20 @@ def _steps(rows: t.Sequence[Row]) -> list[str]:
     return [line for told, hosts in same.items() for line in ("Steps on %s:" % ", ".join(hosts), *told)]
 
 
+def _moments(plan: Rollout) -> list[str]:
+    """Ready replicas of every model at each moment. Between two batches all hosts of the first are back."""
+    models = sorted({*plan.capacity, *plan.after})
+    if not models or not plan.batches:
+        return []
+    lines = [["before", *(str(plan.capacity.get(model, 0)) for model in models)]]
+    for batch in plan.batches:
+        lines.append(["batch %d" % batch.number, *(str(batch.capacity.get(model, 0)) for model in models)])
+    lines.append(["after", *(str(plan.after.get(model, 0)) for model in models)])
+    return ["Ready replicas of every model at each moment:", *text_table(["", *models], lines)]
+
+
 def _summary(rows: t.Sequence[Row], plan: Rollout) -> str:
-    return "%d of %d hosts are to be upgraded in %d batch%s; %d %s as wanted." % (
+    return "%d of %d hosts are to be updated in %d batch%s; %d %s as wanted." % (
         len(plan.order),
         len(rows),
         len(plan.batches),
@@ -213,38 +227,39 @@ def outcome_of(results: t.Sequence[Look], *, resumable: bool = False) -> str:
     """What came of a host's turn.
 
     Args:
-        results: What driver_upgrade returned for it after the look, the last call first; None for calls that never came. The
-            last entry is the call with which the turn begins.
+        results: What its module returned for it after the look, the last call first; None for calls that never came. The last
+            entry is the call with which the turn begins.
         resumable: Whether the host was out of service before.
     """
     answers = [answer if answer and not answer.get("skipped") else None for answer in results]
     if not any(answers):
         return NOT_BEGUN
-    if any(answer.get("unreachable") for answer in answers if answer):
+    if any(answer.get("unreachable") or answer.get("lost") for answer in answers if answer):
         return OUT
-    words = {"upgraded": UPGRADED, "restored": RESTORED, "rolled_back": ROLLED_BACK, "stranded": OUT}
+    words = {"updated": UPDATED, "restored": RESTORED, "rolled_back": ROLLED_BACK, "stranded": OUT}
     last = next(answer for answer in answers if answer)
     if last is not answers[-1]:
         return words.get(str(last.get("outcome") or ""), OUT)
     if last.get("failed"):
         # Refused before anything was touched.
         return OUT if resumable or last.get("outcome") == "stranded" else RESTORED
-    if last.get("maintenance") == "foreign":
+    if last.get("held"):
         return NOT_BEGUN
-    return OUT if last.get("due") else UPGRADED
+    return OUT if last.get("due") else UPDATED
 
 
 def after(host: FleetHost, outcome: str) -> FleetHost:
     """A host of the plan as it is after its turn."""
     if outcome == NOT_BEGUN:
         return host
-    serves = outcome in (UPGRADED, RESTORED, ROLLED_BACK)
+    serves = outcome in (UPDATED, RESTORED, ROLLED_BACK)
     # It had its turn: the next run asks again.
     return replace(
         host,
         due=False,
         available=serves,
         resumable=False,
+        down=False,
         serving=host.serving | host.models if serves else frozenset(),
     )
 
@@ -259,17 +274,56 @@ def record_of(results: t.Sequence[Look]) -> t.Mapping[str, t.Any]:
 
 
 def message_of(results: t.Sequence[Look]) -> str:
-    """Why a host was not upgraded, in its own words; empty when nothing failed."""
+    """Why a host was not updated, in its own words; empty when nothing failed."""
     for answer in results:
         if answer and (answer.get("failed") or answer.get("unreachable")):
             return str(answer.get("msg") or "it cannot be reached")
     return ""
 
 
-def render_end(outcomes: t.Mapping[str, str], messages: t.Mapping[str, str]) -> str:
-    """What came of all hosts, for people."""
-    lines = [[name, outcome] for name, outcome in outcomes.items()]
+def out_of_service(record: t.Mapping[str, t.Any]) -> float:
+    """Seconds between the drain and the return, or the last step that is known; 0.0 for a host that was not taken out."""
+    steps = [step for step in record.get("steps") or [] if isinstance(step.get("at"), (int, float))]
+    begun = [float(step["at"]) for step in steps if step.get("step") == "drained"]
+    if not begun:
+        return 0.0
+    return max(0.0, max(float(step["at"]) + float(step.get("seconds") or 0) for step in steps) - begun[0])
+
+
+def seconds_text(seconds: float) -> str:
+    """``42 s``, ``3 min 5 s``, ``1 h 2 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return "%d s" % whole
+    if whole < 3600:
+        return "%d min %d s" % divmod(whole, 60)
+    return "%d h %d min" % (whole // 3600, whole % 3600 // 60)
+
+
+def render_end(
+    outcomes: t.Mapping[str, str],
+    messages: t.Mapping[str, str],
+    records: t.Mapping[str, t.Mapping[str, t.Any]],
+    left: t.Mapping[str, str],
+    traffic: t.Sequence[str] = (),
+) -> str:
+    """What came of all hosts, for people.
+
+    Args:
+        messages: Host -> what went wrong.
+        records: Host -> what is on record there.
+        left: Hosts that were in no batch, and why.
+        traffic: Lines about the requests meanwhile.
+    """
+    lines = []
+    for name, outcome in outcomes.items():
+        seconds = 0.0 if outcome == NOT_BEGUN else out_of_service(records.get(name, {}))
+        lines.append([name, outcome, seconds_text(seconds) if seconds else "-"])
     counted = {word: list(outcomes.values()).count(word) for word in dict.fromkeys(outcomes.values())}
     below = ["%s: %s" % (name, message) for name, message in messages.items() if message]
+    below += ["%s was left: %s." % (name, reason.rstrip(".")) for name, reason in left.items()]
+    below += traffic
+    if not lines:
+        return "\n".join([*below, "No host was updated."])
     below.append(", ".join("%d %s" % (count, word) for word, count in counted.items()) + ".")
-    return "\n".join([*text_table(["HOST", "OUTCOME"], lines), "", *below]) if lines else "No host was upgraded."
+    return "\n".join([*text_table(["HOST", "OUTCOME", "OUT OF SERVICE"], lines), "", *below])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: fleet_rollout
-short_description: Decide in which batches the drivers of a fleet are upgraded, while it serves
+short_description: Decide in which batches hosts are taken out of service, while the fleet serves
 version_added: "1.0.0"
 description:
-  - Makes batches out of what M(gpu_fleet.nim.driver_upgrade) found on every host, such that a number of hosts and, of every model, a
-    number of ready replicas stay in service at every moment. Hosts that are down, or that others have taken out, use up the limit.
-  - Before each batch it looks again who may go, with what came of the hosts before, and stops the run when too many have failed.
-    Ansible's own C(max_fail_percentage) does not count hosts that cannot be reached.
-  - Runs once for the whole play, on the controller, and connects to no host. Playbook C(gpu_fleet.nim.upgrade_drivers) uses it.
+  - Makes batches out of what M(gpu_fleet.nim.driver_upgrade) or M(gpu_fleet.nim.nim_deploy) found on every host, such that a number of
+    hosts and, of every model, a number of ready replicas stay in service at every moment. Hosts that are down, that no model is ready
+    on, or that others have taken out, use up the limit.
+  - Before each batch it looks again who may go, with what came of the hosts before and with what the gateways see, and stops the run
+    when too many have failed. Ansible's own C(max_fail_percentage) does not count hosts that cannot be reached.
+  - Runs once for the whole play, on the controller, and connects to no host. Playbooks C(gpu_fleet.nim.upgrade_drivers) and
+    C(gpu_fleet.nim.deploy) use it.
 author:
   - The gpu_fleet.nim authors (@gpu-fleet)
 extends_documentation_fragment:
@@ -28,14 +30,20 @@ attributes:
 options:
   phase:
     description:
-      - V(plan) shows the plan, and fails when a host cannot be upgraded.
+      - V(plan) shows the plan, and fails when a host cannot be updated.
+      - V(pause) waits where the operator wants to be asked after the canaries.
       - V(batch) decides about the hosts of the play's current batch.
       - V(end) shows what came of it so far.
     type: str
-    choices: [plan, batch, end]
+    choices: [plan, pause, batch, end]
     default: plan
+  kind:
+    description: What is rolled out; the operator's variables begin with it.
+    type: str
+    choices: [driver_upgrade, nim_deploy]
+    default: driver_upgrade
   variable:
-    description: Name under which M(gpu_fleet.nim.driver_upgrade) with C(state=prestaged) was registered on the hosts.
+    description: Name under which the module with C(state=prestaged) was registered on the hosts.
     type: str
     required: true
   results:
@@ -43,18 +51,35 @@ options:
     type: list
     elements: str
     default: []
-  gateways:
-    description: Name under which M(gpu_fleet.nim.haproxy_server) was registered, in a loop over the gateways in check mode.
+  failure:
+    description: Name under which the role registers why it has failed.
     type: str
+  gateways:
+    description: Name under which M(gpu_fleet.nim.haproxy_info) was registered, in a loop over the gateways.
+    type: str
+  before:
+    description: RV(roll) of the plan has it, what the gateways said before anything began.
+    type: dict
+    default: {}
   hosts:
     description: All hosts of the fleet; by default those of the play.
     type: list
     elements: str
+  order:
+    description: Hosts or groups in the order in which they go; the others follow as the inventory has them.
+    type: list
+    elements: str
+    default: []
   canary:
     description: Hosts or groups that go first; by default the first host that can.
     type: list
     elements: str
     default: []
+  pause_after_canary:
+    description:
+      - V(true) waits for a key after the canaries, a number waits that many seconds.
+    type: raw
+    default: false
   max_parallel:
     description: Hosts in one batch, as a number or a percentage; V(0) for no limit.
     type: str
@@ -72,13 +97,9 @@ options:
     type: dict
     default: {}
   failure_budget:
-    description: Hosts that may fail or get lost before the run stops, as a number or a percentage of those to be upgraded.
+    description: Hosts that may fail or get lost before the run stops, as a number or a percentage of those that are to be updated.
     type: str
     default: "0"
-  fail_on_failure:
-    description: With O(phase=end), fail when a host of the plan was not upgraded.
-    type: bool
-    default: false
   output:
     description: File on the controller that gets the plan as JSON.
     type: path
@@ -87,6 +108,8 @@ options:
     type: path
 seealso:
   - module: gpu_fleet.nim.driver_upgrade
+  - module: gpu_fleet.nim.nim_deploy
+  - module: gpu_fleet.nim.haproxy_info
 """
 
 EXAMPLES = r"""
@@ -98,7 +121,7 @@ EXAMPLES = r"""
   ignore_errors: true
   ignore_unreachable: true
 
-- name: Show which hosts would be upgraded when
+- name: Show which hosts would go when
   gpu_fleet.nim.fleet_rollout:
     variable: look
     max_unavailable: 2
@@ -134,18 +157,33 @@ order:
   returned: with O(phase=plan)
   type: list
   elements: str
-serial:
-  description: Number of hosts of each batch.
+roll:
+  description: What the later calls are given.
   returned: with O(phase=plan)
-  type: list
-  elements: int
-fleet:
-  description: All hosts that were looked at.
+  type: dict
+  contains:
+    serial:
+      description: Number of hosts of each batch.
+      type: list
+      elements: int
+    fleet:
+      description: All hosts that were looked at.
+      type: list
+      elements: str
+    gateways:
+      description: The gateways that were asked.
+      type: list
+      elements: str
+    before:
+      description: What they said.
+      type: dict
+waits:
+  description: Hosts that are not as wanted and that no batch has, because they cannot be reached or the limits do not let them go.
   returned: with O(phase=plan)
   type: list
   elements: str
 left:
-  description: Hosts that are not upgraded, and why; with O(phase=batch) of this batch.
+  description: Hosts that are not updated, and why; with O(phase=batch) of this batch.
   returned: with O(phase=plan) and O(phase=batch)
   type: dict
 done:
@@ -155,6 +193,10 @@ done:
   elements: str
 capacity:
   description: Model and ready replicas before anything begins.
+  returned: with O(phase=plan)
+  type: dict
+after:
+  description: Model and ready replicas when all has gone well.
   returned: with O(phase=plan)
   type: dict
 max_unavailable:
@@ -179,12 +221,24 @@ number:
   description: Number of this batch.
   returned: with O(phase=batch)
   type: int
-first_after_canary:
-  description: Whether the batch before was the last one of canaries.
+stop:
+  description: Why neither this batch nor a later one may begin; empty when they may.
   returned: with O(phase=batch)
-  type: bool
+  type: str
+missing:
+  description: Hosts that may be expected to be as wanted and are not, with what came of each and why.
+  returned: with O(phase=end)
+  type: dict
+requests:
+  description:
+    - Requests at the gateways since before the first batch, C(requests), C(failed) and C(truncated), together and by backend; empty
+      without gateways.
+    - C(complete) is false where a gateway was reloaded meanwhile (C(gaps)), whose earlier counts cannot be asked for any more, or could
+      not be asked in the end (C(unknown)).
+  returned: with O(phase=end)
+  type: dict
 outcomes:
-  description: "Host and what came of it: V(upgraded), V(restored), V(rolled back), V(out of service) or V(not begun)."
+  description: "Host and what came of it: V(updated), V(restored), V(rolled back), V(out of service) or V(not begun)."
   returned: with O(phase=end)
   type: dict
 """

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This plugin util is PRIVATE to the collection; it may change at any time.
-"""A driver upgrade as one HTML page: every host on one axis of time, what came of it, and why."""
+"""A rollout as one HTML page: every host on one axis of time, what came of it and why, and the requests meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import time
 import typing as t
 
 import jinja2
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_looks import out_of_service, seconds_text
 
+_TITLES = {"driver_upgrade": "Driver upgrade", "nim_deploy": "Deployment of models"}
 _TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "playbooks", "templates")
 
 #: Steps as the page tells them: words and the colour of their part of the bar.
@@ -26,11 +28,12 @@ STEPS = {
     "loaded": ("load", "unload_driver"),
     "validated": ("validation", "good"),
     "workloads_started": ("services start", "good"),
+    "changed": ("services change", "restart_nim"),
     "ready": ("until ready", "good"),
     "returned": ("return", "good"),
 }
 _TONES = {
-    "upgraded": "good",
+    "updated": "good",
     "as wanted": "good",
     "restored": "warn",
     "rolled back": "warn",
@@ -71,32 +74,24 @@ def bars_of(steps: t.Sequence[t.Mapping[str, t.Any]], start: float, end: float) 
     return found
 
 
-def seconds_text(seconds: float) -> str:
-    """``42 s``, ``3 min 5 s``, ``1 h 2 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return "%d s" % whole
-    if whole < 3600:
-        return "%d min %d s" % divmod(whole, 60)
-    return "%d h %d min" % (whole // 3600, whole % 3600 // 60)
-
-
-def _out_of_service(steps: t.Sequence[t.Mapping[str, t.Any]]) -> float:
-    """Seconds between the drain and the return, or the last step that is known."""
-    times = {str(step.get("step")): step for step in steps}
-    if "drained" not in times:
-        return 0.0
-    last = max(float(step.get("at") or 0) + float(step.get("seconds") or 0) for step in steps)
-    return max(0.0, last - float(times["drained"].get("at") or 0))
-
-
-def render_page(hosts: t.Sequence[t.Mapping[str, t.Any]], plan: t.Mapping[str, t.Any], when: str) -> str:
+def render_page(
+    kind: str,
+    hosts: t.Sequence[t.Mapping[str, t.Any]],
+    plan: t.Mapping[str, t.Any],
+    when: str,
+    *,
+    traffic: t.Mapping[str, t.Any] | None = None,
+    said: t.Sequence[str] = (),
+) -> str:
     """The page.
 
     Args:
+        kind: ``driver_upgrade`` or ``nim_deploy``.
         hosts: ``name``, ``outcome``, ``message``, ``record`` (as on the host) and ``models`` of each host.
         plan: The plan of the fleet as a mapping.
         when: The time to print.
+        traffic: Requests at the gateways, as :meth:`Traffic.as_dict` gives them.
+        said: The same in words.
     """
     records = {str(host["name"]): list((host["record"] or {}).get("steps") or []) for host in hosts}
     # Downloads were before the run, and would squeeze it.
@@ -120,9 +115,9 @@ def render_page(hosts: t.Sequence[t.Mapping[str, t.Any]], plan: t.Mapping[str, t
                 "tone": _TONES.get(str(host["outcome"]), "idle"),
                 "message": host["message"],
                 "models": ", ".join(host["models"]),
-                "driver": _driver(record),
+                "target": _target(record),
                 "bars": bars_of(steps, start, end),
-                "out": seconds_text(_out_of_service(steps)) if steps else "",
+                "out": seconds_text(out_of_service(record)) if out_of_service(record) else "",
             }
         )
     counted = {
@@ -137,26 +132,31 @@ def render_page(hosts: t.Sequence[t.Mapping[str, t.Any]], plan: t.Mapping[str, t
         lstrip_blocks=True,
     )
     return environment.get_template("rollout_report.html.j2").render(
+        title=_TITLES[kind],
+        traffic=traffic or {},
+        said=said,
         when=when,
         lines=lines,
         counted=[(word, count, _TONES.get(str(word), "idle")) for word, count in counted.items()],
         plan=plan,
         ticks=_ticks(start, end) if moments else [],
-        legend=list(dict.fromkeys((tone, _LEGEND[tone]) for _words, tone in STEPS.values() if tone in _LEGEND)),
+        legend=[
+            (tone, words) for tone, words in _LEGEND.items() if kind == "driver_upgrade" or tone != "unload_driver"
+        ],
     )
 
 
 _LEGEND = {
     "reload": "drain",
-    "restart_nim": "services stop",
+    "restart_nim": "services stop or change",
     "unload_driver": "driver changes",
     "good": "validation and services until ready",
 }
 
 
-def _driver(record: t.Mapping[str, t.Any]) -> str:
+def _target(record: t.Mapping[str, t.Any]) -> str:
     before = record.get("before")
-    old = str(before.get("version") or "none") if isinstance(before, dict) else ""
+    old = str((before.get("version") if isinstance(before, dict) else before) or "none")
     return "%s → %s" % (old, record.get("target") or "") if record else ""
 
 

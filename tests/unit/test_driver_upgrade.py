@@ -454,7 +454,9 @@ def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None
 
 def test_the_second_operator_is_told_who_runs(world: UpgradeWorld) -> None:
     call(world, "prestaged", run="alice@ctl1")
-    with pytest.raises(FleetError, match="alice@ctl1 is at the upgrade of its driver on this host, last seen 0 seconds ago") as caught:
+    with pytest.raises(
+        FleetError, match="alice@ctl1 is at the upgrade of its driver on this host, last seen 0 seconds ago"
+    ) as caught:
         call(world, "drained", run="bob@ctl2")
     assert caught.value.reason == "upgrade_running"
     call(world, "drained", run="alice@ctl1")
@@ -467,6 +469,43 @@ def test_the_second_operator_is_told_who_runs(world: UpgradeWorld) -> None:
     call(world, "ready", run="bob@ctl2")
     call(world, "returned", run="bob@ctl2")
     assert record_of(world).claim == {}
+
+
+def test_two_runs_that_go_on_with_what_a_third_has_left(world: UpgradeWorld) -> None:
+    call(world, "drained", run="alice@ctl1")
+    world.clock += LEASE
+    # Nothing is left to do for the look, but that bob is at it is written down; carol is told.
+    call(world, "prestaged", run="bob@ctl2")
+    assert record_of(world).claim["run"] == "bob@ctl2" and record_of(world).open
+    with pytest.raises(FleetError, match="bob@ctl2"):
+        call(world, "prestaged", run="carol@ctl3")
+    for goal in ("drained", "ready", "returned"):
+        call(world, goal, run="bob@ctl2")
+    assert world.serves() and world.loaded == "580.95.05"
+
+
+def test_a_word_counts_as_long_as_its_run_has_asked_for(world: UpgradeWorld) -> None:
+    call(world, "drained", run="alice@ctl1", lease=1800)
+    world.clock += 1799
+    with pytest.raises(FleetError, match="1799 seconds ago"):
+        call(world, "drained", run="bob@ctl2")
+    world.clock += 1
+    call(world, "drained", run="bob@ctl2")
+
+
+def test_a_deployment_on_the_same_host_is_not_disturbed(world: UpgradeWorld) -> None:
+    path = "/var/lib/gpu_fleet/nim-deploy.json"
+    other = {"step": "drained", "outcome": "", "steps": [{"step": "drained"}], "claim": {"run": "bob", "seen": 1e6}}
+    world.files[path] = json.dumps(other).encode()
+    with pytest.raises(FleetError, match="bob is at a deployment of its models on this host"):
+        call(world, "prestaged", run="alice")
+    # Who was at it is gone, and has left the host out.
+    world.files[path] = json.dumps(dict(other, claim={})).encode()
+    for goal in GOALS:
+        outcome, answer = call(world, goal, run="alice")
+        assert not outcome.changed and "run that again first" in answer["held"]
+    world.files[path] = json.dumps(dict(other, claim={}, outcome="updated")).encode()
+    assert roll(world)["outcome"] == "updated"
 
 
 def test_a_run_without_a_sign_of_life_is_forgotten() -> None:

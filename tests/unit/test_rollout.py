@@ -12,8 +12,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     RESUME,
     ROLL,
     FleetHost,
-    Rollout,
     Limits,
+    Rollout,
     Share,
     admit,
     exhausted,
@@ -125,6 +125,15 @@ def test_a_host_that_an_earlier_run_has_left_outside_comes_first_and_needs_no_sl
     assert [batch.capacity["llama"] for batch in plan.batches] == [2, 2, 2]
 
 
+def test_a_host_that_is_down_can_go_beside_others_but_is_no_canary_while_one_serves() -> None:
+    fleet = [out("a", "llama", down=True), host("b", "llama"), host("c", "llama"), host("d", "llama")]
+    plan = plan_fleet(fleet, Limits(max_unavailable=Share(2)))
+    # It uses up a slot until it has come back.
+    assert shape(plan) == [(CANARY, ["b"]), (ROLL, ["a", "c"]), (ROLL, ["d"])]
+    assert [batch.unavailable for batch in plan.batches] == [2, 2, 1]
+    assert shape(plan_fleet(fleet[:1], Limits())) == [(CANARY, ["a"])]
+
+
 def test_max_parallel_limits_a_batch_and_zero_does_not() -> None:
     hosts = [host("h%d" % number) for number in range(6)]
     limits = Limits(max_parallel=Share(2), max_unavailable=Share(100, percent=True))
@@ -191,6 +200,7 @@ def fleets(draw: t.Any) -> list[FleetHost]:
                 due=draw(st.booleans()) or draw(st.booleans()),
                 available=available,
                 resumable=draw(st.booleans()),
+                down=not available and draw(st.booleans()),
                 skip=draw(st.sampled_from(["", "", "", "asked for"])),
                 canary=draw(st.sampled_from([False, False, True])),
             )
@@ -233,7 +243,7 @@ def test_every_plan_keeps_the_limits_at_every_moment(hosts: list[FleetHost], lim
         for name in batch.hosts:
             assert known[name].wanted
             known[name] = replace(
-                known[name], available=True, due=False, serving=known[name].serving | known[name].models
+                known[name], available=True, down=False, due=False, serving=known[name].serving | known[name].models
             )
 
 
@@ -258,7 +268,7 @@ def test_the_first_batch_of_a_plan_is_admitted_and_nothing_left_out_could_go_at_
     if plan.batches:
         assert admit(hosts, limits, plan.batches[0].hosts) == (plan.batches[0].hosts, {})
     after = [
-        replace(entry, due=False, available=True, serving=entry.serving | entry.models)
+        replace(entry, due=False, available=True, down=False, serving=entry.serving | entry.models)
         if entry.name in plan.order
         else entry
         for entry in hosts

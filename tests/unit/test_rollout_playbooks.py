@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Playbook upgrade_drivers and role driver_upgrade under a real ansible-playbook; what hosts and gateways answer is scripted."""
+"""Playbooks upgrade_drivers and deploy with their roles under a real ansible-playbook; what hosts and gateways say is scripted."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ class ActionModule(ActionBase):
     def run(self, tmp=None, task_vars=None):
         super().run(tmp, task_vars)
         host, args = task_vars["inventory_hostname"], self._task.args
-        call = "%s %s" % ({NAME!r}, args["state"])
+        call = ("%s %s" % ({NAME!r}, args.get("state", ""))).strip()
+        # Modules that are delegated answer for the host at which they are.
+        host = args.get("host", host) if {NAME!r} != "look" else (self._task.delegate_to or host)
         with open(os.environ["SCRIPT"]) as stream:
             answers = json.load(stream).get(host, {{}}).get(call, {{}})
         with open(os.environ["SCRIPT"] + ".log", "a") as stream:
             stream.write("%s: %s%s\\n" % (host, call, " (check)" if self._task.check_mode else ""))
         if answers == "unreachable":
             raise AnsibleConnectionFailure("timed out")
+        if answers == "lost":
+            answers = {{"failed": True, "lost": True, "msg": "The host cannot be reached any more."}}
         return dict({{"changed": False}}, **answers)
 """
 LOOK = {
@@ -42,18 +46,30 @@ LOOK = {
     "target": "branch 580",
     "models": ["llama"],
     "serving": ["llama"],
-    "maintenance": "",
+    "held": "",
     "open": False,
     "steps": [{"what": "kernel module nvidia", "from": "570.124.06", "to": None, "disruption": "unload_driver"}],
 }
 GOOD: dict[str, t.Any] = {
     "upgrade prestaged": LOOK,
-    "upgrade drained": {"due": True, "maintenance": "", "outcome": "", "open": True},
+    "upgrade drained": {"due": True, "held": "", "outcome": "", "open": True, "models": ["llama"]},
     "upgrade ready": {"due": True, "outcome": "", "open": True, "reboot_required": False},
-    "upgrade returned": {"due": False, "outcome": "upgraded", "open": False},
+    "upgrade returned": {"due": False, "outcome": "updated", "open": False},
     "upgrade restored": {"due": True, "outcome": "restored", "open": False},
 }
 HOSTS = ("gpu01", "gpu02", "gpu03")
+
+
+def seen(**hosts: t.Any) -> dict[str, t.Any]:
+    """What the gateway says; ``hosts`` is host -> what differs from a server that serves."""
+    servers = [
+        {"host": host, "model": "llama", "serving": True, "foreign": False, **hosts.get(host, {})}
+        for host in (*HOSTS, "gpu04")
+    ]
+    traffic = [{"backend": "meta_llama", "requests": 7, "failed": 0, "truncated": 0}]
+    return {"servers": servers, "process": "p1", "traffic": traffic, "at": 1000.0}
+
+
 #: What happens to a host that is upgraded.
 TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled", "upgrade returned"]
 
@@ -69,10 +85,11 @@ class Play:
         for name in ("plugins", "roles", "playbooks", "meta"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "galaxy.yml", copy)
-        for module, name in (("driver_upgrade", "upgrade"), ("haproxy_server", "gateway")):
+        for module, name in (("driver_upgrade", "upgrade"), ("haproxy_server", "gateway"), ("haproxy_info", "look")):
             (copy / "plugins" / "action" / (module + ".py")).write_text(ACTION.format(NAME=name))
             (copy / "plugins" / "modules" / (module + ".py")).touch()
         self.answers: dict[str, dict[str, t.Any]] = {host: dict(GOOD) for host in HOSTS}
+        self.answers["gw1"] = {"look": seen()}
         self.inventory: dict[str, t.Any] = {
             "gpu_hosts": {"hosts": {host: {"driver_upgrade_skip": False} for host in HOSTS}},
             "nim_gateways": {"hosts": {"gw1": {}}},
@@ -116,24 +133,26 @@ def test_batch_by_batch_each_in_order_and_all_looked_at_first(play: Play) -> Non
     assert code == 0, output
     assert [play.turn(host) for host in HOSTS] == [TURN] * 3
     order = [line for line in play.log if "(check)" not in line]
-    assert order[:3] == ["%s: upgrade prestaged" % host for host in HOSTS]
-    assert order[3:] == ["%s: %s" % (host, call) for host in HOSTS for call in TURN]
-    assert "Batch 1 of 3: gpu01." in output and "3 upgraded." in output
-    # Nothing is taken out to ask the gateways.
-    assert play.log.count("gpu01: gateway enabled (check)") == 1
+    assert order[:3] == ["%s: upgrade prestaged" % host for host in HOSTS] and "WARNING" not in output
+    # The gateways are looked at once for all, before and after everything and before each batch.
+    batches = [line for host in HOSTS for line in ("gw1: look", *("%s: %s" % (host, call) for call in TURN))]
+    assert order[3:] == ["gw1: look", *batches, "gw1: look"]
+    assert "Batch 1 of 3: gpu01." in output and "3 updated." in output
+    assert "Requests at the gateways during the run: 0, of them 0 failed" in output
 
 
 def test_check_mode_asks_and_stops(play: Play) -> None:
     code, output = play.run("--check")
     assert code == 0, output
-    assert all("(check)" in line for line in play.log) and len(play.log) == 6
+    assert play.log == [*("%s: upgrade prestaged (check)" % host for host in HOSTS), "gw1: look"]
+    assert "Ready replicas of every model at each moment:" in output
     assert "Steps on gpu01, gpu02, gpu03:" in output
 
 
 def test_a_refused_host_ends_the_run_and_a_skipped_one_does_not(play: Play) -> None:
     play.answers["gpu02"]["upgrade prestaged"] = {"failed": True, "msg": "There is no room."}
     code, output = play.run()
-    assert code != 0 and "gpu02 cannot be upgraded, so nothing was begun" in output
+    assert code != 0 and "gpu02 cannot be updated, so nothing was begun" in output
     assert [play.turn(host) for host in HOSTS] == [[], [], []]
     play.inventory["gpu_hosts"]["hosts"]["gpu02"]["driver_upgrade_skip"] = True
     code, output = play.run(driver_upgrade_max_unavailable=2)
@@ -153,7 +172,11 @@ def test_a_rollback_gives_the_host_back_and_ends_the_run(play: Play, tmp_path: p
     assert code == 2, output
     assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled"]
     assert play.turn("gpu02") == play.turn("gpu03") == []
-    assert "gpu01: Model llama is not ready." in output and "The upgrade stops here, 1 of 3 hosts" in output
+    assert "gpu01: Model llama is not ready." in output and "The run stops after 1 of 3 hosts" in output
+    assert "rolled back: Model llama is not ready. Run again" in output
+    # Who was not updated has failed, and nobody else.
+    assert output.count("failed=1") == 3 and "2 not begun." in output
+    assert play.log[-1] == "gw1: look" and play.log.count("gw1: look") == 4
     assert "rolled back" in page.read_text() and "Model llama is not ready." in page.read_text()
 
 
@@ -165,7 +188,7 @@ def test_a_host_that_stays_out_is_not_given_back_and_the_budget_lets_others_go(p
     # Two were to go together; one of them still can, and the other is left for the next run.
     assert play.turn("gpu02") == TURN and play.turn("gpu03") == []
     assert "gpu03 is left for another run: 2 of at most 2 hosts are out of service (gpu01, gpu02)." in output
-    assert "Not upgraded: gpu01, gpu03." in output and "1 upgraded" in output
+    assert output.count("failed=1") == 2 and "1 updated" in output
 
 
 def test_a_drain_that_is_refused_gives_the_upgrade_up(play: Play) -> None:
@@ -174,10 +197,41 @@ def test_a_drain_that_is_refused_gives_the_upgrade_up(play: Play) -> None:
     assert code == 2 and "It is the last one that serves llama." in output
     assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled"]
     assert play.turn("gpu02") == []
+    # The summary has it, too, and not only the task.
+    assert "gpu01: It is the last one that serves llama." in output
+
+
+def test_a_host_that_somebody_drains_meanwhile_is_left_alone(play: Play) -> None:
+    play.answers["gpu01"]["gateway drained"] = {"reason": "foreign_drain"}
+    code, output = play.run(driver_upgrade_failure_budget=1, driver_upgrade_max_unavailable=2)
+    assert code == 2, output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled"]
+    assert play.turn("gpu02") == TURN
+
+
+def test_a_gateway_that_is_gone_when_a_host_comes_back_leaves_it_for_the_next_run(play: Play) -> None:
+    play.answers["gpu01"]["gateway enabled"] = "unreachable"
+    code, output = play.run()
+    assert code == 2, output
+    assert play.turn("gpu01") == TURN[:-1] and play.turn("gpu02") == []
+    assert "Gateways gw1 cannot be reached, so this host is not enabled there" in output
+    assert "1 out of service" in output
+
+
+def test_a_canary_that_is_lost_counts_as_well_as_any_and_everything_is_told(play: Play, tmp_path: pathlib.Path) -> None:
+    play.answers["gpu01"]["upgrade ready"] = "lost"
+    page = tmp_path / "page.html"
+    code, output = play.run(driver_upgrade_report=str(page))
+    assert code == 2, output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready"] and play.turn("gpu02") == []
+    assert "gpu01: The host cannot be reached any more." in output and "1 out of service, 2 not begun." in output
+    assert "out of service" in page.read_text()
+    code, output = play.run(driver_upgrade_failure_budget=1, driver_upgrade_max_unavailable=2)
+    assert code == 2 and play.turn("gpu02") == TURN, output
 
 
 def test_a_host_that_is_lost_in_a_batch_counts(play: Play) -> None:
-    play.answers["gpu02"]["upgrade ready"] = "unreachable"
+    play.answers["gpu02"]["upgrade ready"] = "lost"
     for host in HOSTS:
         # Models of their own, so that two can go together.
         look = dict(LOOK, models=[host], serving=[host])
@@ -188,15 +242,15 @@ def test_a_host_that_is_lost_in_a_batch_counts(play: Play) -> None:
     assert code != 0
     assert play.turn("gpu02") == ["upgrade drained", "gateway drained", "upgrade ready"]
     assert play.turn("gpu01") == play.turn("gpu03") == TURN and play.turn("gpu04") == []
-    assert "The upgrade stops here, 3 of 4 hosts had their turn: 1 host failed or cannot be reached (gpu02)" in output
+    assert "The run stops after 3 of 4 hosts, because 1 host failed or cannot be reached (gpu02)" in output
 
 
 def test_a_host_of_somebody_else_and_one_that_is_done_are_left(play: Play) -> None:
     play.answers["gpu01"]["upgrade prestaged"] = dict(LOOK, due=False)
-    play.answers["gpu02"]["gateway enabled"] = {"reason": "foreign_drain"}
-    play.answers["gpu03"]["upgrade drained"] = {"due": True, "maintenance": "foreign", "outcome": ""}
+    play.answers["gw1"]["look"] = seen(gpu02={"serving": False, "foreign": True})
+    play.answers["gpu03"]["upgrade drained"] = {"due": True, "held": "bad fan", "outcome": "", "models": ["llama"]}
     code, output = play.run(driver_upgrade_max_unavailable=3, driver_upgrade_min_ready=0)
-    assert code == 2 and "Not upgraded: gpu03." in output, output
+    assert code == 2 and output.count("failed=1") == 1, output
     assert play.turn("gpu01") == play.turn("gpu02") == []
     # Since the look somebody has put it under maintenance.
     assert play.turn("gpu03") == ["upgrade drained"]
@@ -206,8 +260,30 @@ def test_a_host_of_somebody_else_and_one_that_is_done_are_left(play: Play) -> No
 def test_nothing_to_do_is_one_look_a_host(play: Play) -> None:
     for host in HOSTS:
         play.answers[host]["upgrade prestaged"] = dict(LOOK, due=False)
-    code, output = play.run(driver_upgrade_drain="none")
+    code, output = play.run(drain_hook="none")
     assert code == 0, output
     assert play.log == ["%s: upgrade prestaged" % host for host in HOSTS]
-    assert "0 of 3 hosts are to be upgraded in 0 batches; 3 are as wanted." in output
+    assert "0 of 3 hosts are to be updated in 0 batches; 3 are as wanted." in output
     assert "WARNING" not in output
+
+
+def test_drain_is_a_hook_the_operators_own_command_is_told(play: Play, tmp_path: pathlib.Path) -> None:
+    told = tmp_path / "told"
+    command = ["/bin/sh", "-c", 'echo "$DRAIN_HOST $DRAIN_STATE" >> "%s"' % told]
+    code, output = play.run("--limit", "gpu01", drain_hook="command", drain_command=command, driver_upgrade_min_ready=0)
+    assert code == 0, output
+    assert told.read_text() == "gpu01 drained\ngpu01 enabled\n"
+    assert not any("gateway" in line or "look" in line for line in play.log)
+    play.answers["gpu01"]["upgrade prestaged"] = LOOK
+    code, output = play.run(
+        "--limit", "gpu01", drain_hook="command", drain_command=["false"], driver_upgrade_min_ready=0
+    )
+    assert code == 2 and play.turn("gpu01") == ["upgrade drained", "upgrade restored"], output
+
+
+def test_the_operator_is_asked_after_the_canary_and_nobody_there_is_no_yes(play: Play) -> None:
+    code, output = play.run(driver_upgrade_pause_after_canary=True)
+    assert code != 0 and "nobody is at a terminal" in output
+    assert play.turn("gpu01") == TURN and play.turn("gpu02") == []
+    code, output = play.run(driver_upgrade_pause_after_canary=1)
+    assert code == 0 and "1 seconds until the next batch" in output, output

@@ -7,17 +7,36 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import time
 import types
 import typing as t
 
 import pytest
-from ansible.errors import AnsibleActionFail
+from ansible.errors import (
+    AnsibleActionFail,
+    AnsibleConnectionFailure,
+    AnsiblePromptInterrupt,
+    AnsiblePromptNoninteractive,
+)
 from ansible_collections.gpu_fleet.nim.plugins.action import driver_upgrade, fleet_rollout
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._progress import ProgressActionBase
+from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_action import this_run
 from test_rollout_looks import BEGUN, look
 
 RESULTS = ["returned", "restored", "ready", "begun"]
-UPGRADED = {"returned": {"outcome": "upgraded"}, "ready": {"outcome": "", "due": True}, "begun": BEGUN}
+UPDATED = {"returned": {"outcome": "updated"}, "ready": {"outcome": "", "due": True}, "begun": BEGUN}
+
+
+def gateway(
+    name: str = "gw1", at: float = 0.0, process: str = "p1", requests: int = 0, **of: t.Any
+) -> dict[str, t.Any]:
+    """What haproxy_info says; ``of`` is host -> what differs from a server that serves."""
+    servers = [
+        {"host": host, "model": model, "serving": True, "foreign": False, **of.get(host, {})}
+        for host, model in zip(("a", "b", "c", "d"), ("llama", "llama", "qwen", "qwen"))
+    ]
+    traffic = [{"backend": "meta_llama", "requests": requests, "failed": requests // 100, "truncated": 0}]
+    return {"results": [{"item": name, "servers": servers, "process": process, "traffic": traffic, "at": at}]}
 
 
 class Fleet:
@@ -27,6 +46,14 @@ class Fleet:
         self.hostvars: dict[str, dict[str, t.Any]] = {name: {"look": answer} for name, answer in looks.items()}
         self.shown = ""
         self.groups: dict[str, list[str]] = {}
+        self.gateways: dict[str, t.Any] = {}
+        self.prompted = 0
+        self.answer: type[Exception] | None = None
+
+    def prompt(self, text: str) -> None:
+        self.prompted += 1
+        if self.answer is not None:
+            raise self.answer
 
     def call(
         self, phase: str, batch: t.Sequence[str] = (), alive: t.Sequence[str] | None = None, **args: t.Any
@@ -34,7 +61,7 @@ class Fleet:
         lines: list[str] = []
         check_mode = args.pop("check_mode", False)
         action = fleet_rollout.ActionModule.__new__(fleet_rollout.ActionModule)
-        action._display = types.SimpleNamespace(display=lines.append)
+        action._display = types.SimpleNamespace(display=lines.append, prompt_until=self.prompt)
         action._supports_async = False
         args = {"phase": phase, "variable": "look", "results": RESULTS, "max_unavailable": 2, **args}
         action._task = types.SimpleNamespace(args=args, check_mode=check_mode, async_val=0, diff=False)
@@ -46,6 +73,7 @@ class Fleet:
             "ansible_play_hosts_all": list(self.hostvars),
             "ansible_play_hosts": list(self.hostvars) if alive is None else list(alive),
             "ansible_play_batch": list(batch),
+            "gateways": self.gateways,
         }
         try:
             return action.run(task_vars=variables)
@@ -64,7 +92,8 @@ def fleet() -> Fleet:
 def test_the_plan_gives_order_and_batches(fleet: Fleet, tmp_path: pathlib.Path) -> None:
     report, output = tmp_path / "page.html", tmp_path / "plan.json"
     plan = fleet.call("plan", report=str(report), output=str(output))
-    assert plan["order"] == ["a", "b", "c", "d"] and plan["serial"] == [1, 2, 1] and plan["fleet"] == list("abcd")
+    assert plan["order"] == ["a", "b", "c", "d"]
+    assert plan["roll"] == {"serial": [1, 2, 1], "fleet": list("abcd"), "gateways": [], "before": {"results": []}}
     assert "Batch 1 (canary): a." in fleet.shown and "Steps on" not in fleet.shown
     assert "Driver upgrade" in report.read_text() and '"serial"' not in output.read_text()
     assert '"batches"' in output.read_text()
@@ -77,7 +106,7 @@ def test_check_mode_tells_the_steps_and_writes_no_file(fleet: Fleet, tmp_path: p
 
 def test_a_refused_host_ends_the_run_before_it_begins(fleet: Fleet) -> None:
     fleet.hostvars["c"]["look"] = {"failed": True, "msg": "No room.", "reason": "disk_full"}
-    with pytest.raises(AnsibleActionFail, match="c cannot be upgraded, so nothing was begun"):
+    with pytest.raises(AnsibleActionFail, match="c cannot be updated, so nothing was begun"):
         fleet.call("plan")
     assert "c: No room." in fleet.shown
     fleet.hostvars["c"]["driver_upgrade_skip"] = "yes"
@@ -90,7 +119,7 @@ def test_a_host_that_is_down_uses_up_a_slot(fleet: Fleet) -> None:
     plan = fleet.call("plan")
     assert plan["left"]["d"] == "it cannot be reached"
     assert plan["left"]["c"] == "model qwen would have 0 ready replicas and keeps at least 1"
-    assert plan["serial"] == [1, 1]
+    assert plan["roll"]["serial"] == [1, 1]
 
 
 def test_canaries_by_group_and_by_name(fleet: Fleet) -> None:
@@ -99,14 +128,43 @@ def test_canaries_by_group_and_by_name(fleet: Fleet) -> None:
     assert fleet.call("plan", canary=["b"])["batches"][0]["hosts"] == ["b"]
 
 
-def test_gateways_say_who_was_drained_by_others_and_who_cannot_be_asked(fleet: Fleet) -> None:
-    fleet.hostvars["a"]["gateways"] = {"results": [{"item": "gw1", "reason": "foreign_drain"}]}
+def test_the_operators_order_and_groups_in_it(fleet: Fleet) -> None:
+    fleet.groups = {"rack2": ["d", "c"]}
+    assert fleet.call("plan", order=["rack2", "b"])["order"] == ["d", "c", "b", "a"]
+
+
+def test_gateways_say_who_was_drained_by_others_and_who_does_not_serve(fleet: Fleet) -> None:
+    fleet.gateways = gateway(a={"serving": False, "foreign": True}, c={"serving": False})
     plan = fleet.call("plan", gateways="gateways")
     assert plan["left"]["a"] == "somebody else has drained it at a gateway" and "a" not in plan["order"]
-    fleet.hostvars["b"]["gateways"] = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
-    with pytest.raises(AnsibleActionFail, match="b cannot be upgraded"):
+    # Nobody loses anything by c; d is the only one of its model now.
+    assert plan["order"] == ["c", "d"] and "b" in plan["left"]
+    assert plan["capacity"] == {"llama": 1, "qwen": 1} and plan["after"] == {"llama": 1, "qwen": 2}
+    assert plan["roll"]["gateways"] == ["gw1"] and plan["roll"]["before"]["results"][0]["item"] == "gw1"
+
+
+def test_nothing_begins_when_a_gateway_cannot_be_asked_or_does_not_know_a_host(fleet: Fleet) -> None:
+    fleet.gateways = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
+    with pytest.raises(AnsibleActionFail, match=r"nothing was begun: gateway gw1: No socket\."):
         fleet.call("plan", gateways="gateways")
-    assert "gateway gw1: No socket." in fleet.shown
+    fleet.gateways = {"results": [{"item": "gw1", "unreachable": True, "msg": "timed out"}]}
+    with pytest.raises(AnsibleActionFail, match="gateway gw1: timed out"):
+        fleet.call("plan", gateways="gateways")
+    fleet.gateways = gateway()
+    del fleet.gateways["results"][0]["servers"][1]
+    with pytest.raises(AnsibleActionFail, match="b cannot be updated"):
+        fleet.call("plan", gateways="gateways")
+    assert "b: gateway gw1 has no server of this host; run playbook gateway first." in fleet.shown
+
+
+def test_a_run_that_could_do_nothing_says_so_and_fails(fleet: Fleet) -> None:
+    for name in "bcd":
+        fleet.hostvars[name]["look"] = look("llama" if name == "b" else "qwen", due=False)
+    fleet.hostvars["b"]["look"] = look(due=False)
+    with pytest.raises(AnsibleActionFail, match="No host can be updated: a: model llama would have 0 ready replicas"):
+        fleet.call("plan")
+    assert fleet.call("plan", check_mode=True)["waits"] == ["a"]
+    assert fleet.call("plan", min_ready=0)["order"] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +173,8 @@ def test_gateways_say_who_was_drained_by_others_and_who_cannot_be_asked(fleet: F
         ({"max_unavailable": "lots"}, "driver_upgrade_max_unavailable = 'lots'"),
         ({"failure_budget": "-1"}, "driver_upgrade_failure_budget = '-1'"),
         ({"min_ready_of": {"llama": "two"}}, "driver_upgrade_min_ready_of = "),
+        ({"min_ready_of": {"llama": "two"}, "kind": "nim_deploy"}, "nim_deploy_min_ready_of = "),
+        ({"pause_after_canary": "sometimes"}, "driver_upgrade_pause_after_canary = 'sometimes'"),
     ],
 )
 def test_bad_limits_are_named_as_the_operator_gave_them(fleet: Fleet, args: dict[str, t.Any], words: str) -> None:
@@ -128,20 +188,39 @@ def test_bad_limits_are_named_as_the_operator_gave_them(fleet: Fleet, args: dict
 
 def test_a_batch_goes_when_those_before_went_well(fleet: Fleet) -> None:
     first = fleet.call("batch", ["a"])
-    assert first["admitted"] == ["a"] and first["number"] == 1 and not first["first_after_canary"]
-    fleet.hostvars["a"].update(UPGRADED)
+    assert first["admitted"] == ["a"] and first["number"] == 1 and first["stop"] == ""
+    fleet.hostvars["a"].update(UPDATED)
     second = fleet.call("batch", ["b", "c"])
-    assert second["admitted"] == ["b", "c"] and second["first_after_canary"] and second["left"] == {}
-    for name in ("b", "c"):
-        fleet.hostvars[name].update(UPGRADED)
-    assert not fleet.call("batch", ["d"])["first_after_canary"]
+    assert second["admitted"] == ["b", "c"] and second["left"] == {}
+
+
+def test_the_operator_is_asked_once_after_the_canaries(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.call("pause", ["a"], pause_after_canary=True)
+    fleet.hostvars["a"].update(UPDATED)
+    assert fleet.prompted == 0
+    fleet.call("pause", ["b", "c"], pause_after_canary="yes")
+    fleet.call("pause", ["d"], pause_after_canary=True)
+    fleet.call("pause", ["b", "c"])
+    assert fleet.prompted == 1
+    for answer, words in ((AnsiblePromptInterrupt, "Stopped after"), (AnsiblePromptNoninteractive, "nobody is at a")):
+        fleet.answer = answer
+        with pytest.raises(AnsibleActionFail, match=words):
+            fleet.call("pause", ["b", "c"], pause_after_canary=True)
+    waited: list[int] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    fleet.call("pause", ["b", "c"], pause_after_canary="900")
+    assert waited == [900] and "900 seconds until the next batch" in fleet.shown
+    # A canary that failed is no question.
+    fleet.hostvars["a"].update(ready={"failed": True, "outcome": "rolled_back"}, returned=None)
+    fleet.call("pause", ["b", "c"], pause_after_canary=True)
+    assert fleet.prompted == 3
 
 
 def test_the_run_stops_when_the_budget_is_used_up(fleet: Fleet, tmp_path: pathlib.Path) -> None:
     fleet.hostvars["a"].update(begun=BEGUN, ready={"failed": True, "outcome": "rolled_back", "msg": "Not ready."})
     report = tmp_path / "page.html"
-    with pytest.raises(AnsibleActionFail, match="stops here, 1 of 4 hosts had their turn: 1 host failed"):
-        fleet.call("batch", ["b", "c"], report=str(report))
+    found = fleet.call("batch", ["b", "c"], report=str(report))
+    assert found["admitted"] == [] and found["stop"].startswith("after 1 of 4 hosts, because 1 host failed")
     assert "rolled back" in report.read_text() and "Not ready." in report.read_text()
     # It serves again, so with a budget the others can go.
     assert fleet.call("batch", ["b", "c"], failure_budget=1)["admitted"] == ["b", "c"]
@@ -149,8 +228,7 @@ def test_the_run_stops_when_the_budget_is_used_up(fleet: Fleet, tmp_path: pathli
 
 def test_a_host_that_is_lost_counts_and_its_models_are_kept_elsewhere(fleet: Fleet) -> None:
     fleet.hostvars["a"].update(begun=BEGUN, ready={"unreachable": True})
-    with pytest.raises(AnsibleActionFail, match="the budget is 0"):
-        fleet.call("batch", ["b", "c"], alive=["b", "c", "d"])
+    assert "the budget is 0" in fleet.call("batch", ["b", "c"], alive=["b", "c", "d"])["stop"]
     found = fleet.call("batch", ["b", "c"], alive=["b", "c", "d"], failure_budget=1)
     assert found["admitted"] == ["c"]
     assert found["left"] == {"b": "model llama would have 0 ready replicas and keeps at least 1"}
@@ -158,22 +236,75 @@ def test_a_host_that_is_lost_counts_and_its_models_are_kept_elsewhere(fleet: Fle
 
 
 def test_a_host_that_failed_without_a_word_counts(fleet: Fleet) -> None:
-    with pytest.raises(AnsibleActionFail, match="1 host failed or cannot be reached \\(a\\)"):
-        fleet.call("batch", ["b", "c"], alive=["b", "c", "d"])
+    stop = fleet.call("batch", ["b", "c"], alive=["b", "c", "d"])["stop"]
+    assert "1 host failed or cannot be reached (a)" in stop
+
+
+def test_what_happens_beside_the_run_counts_before_each_batch(fleet: Fleet) -> None:
+    before = gateway()
+    fleet.gateways = gateway(d={"serving": False})
+    found = fleet.call("batch", ["a"], gateways="gateways", before=before)
+    assert found["admitted"] == ["a"]
+    fleet.hostvars["a"].update(UPDATED)
+    found = fleet.call("batch", ["b", "c"], gateways="gateways", before=before)
+    # d went down by itself, so c is the only one of its model.
+    assert found["admitted"] == ["b"]
+    assert found["left"] == {"c": "2 of at most 2 hosts are out of service (b, d)"}
+    fleet.gateways = gateway(a={"serving": False}, d={"serving": False})
+    found = fleet.call("batch", ["b", "c"], gateways="gateways", before=before)
+    assert found["admitted"] == []
+    fleet.gateways = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
+    found = fleet.call("batch", ["b", "c"], gateways="gateways", before=before)
+    assert found["admitted"] == [] and "gateway gw1: No socket." in found["stop"]
+
+
+def test_requests_meanwhile_are_counted_over_a_reload(fleet: Fleet, tmp_path: pathlib.Path) -> None:
+    before = gateway(at=100.0, requests=1000)
+    fleet.hostvars["a"]["gateways"] = gateway(at=200.0, requests=1300)
+    fleet.hostvars["b"]["gateways"] = fleet.hostvars["c"]["gateways"] = gateway(at=300.0, process="p2", requests=50)
+    fleet.gateways = gateway(at=400.0, process="p2", requests=250)
+    page = tmp_path / "page.html"
+    found = fleet.call("end", gateways="gateways", before=before, report=str(page))["requests"]
+    assert (found["requests"], found["failed"], found["complete"]) == (300 + 50 + 200, 3 + 0 + 2, False)
+    assert found["gaps"] == [{"gateway": "gw1", "after": 200.0, "before": 300.0}]
+    assert "at least 550, of them 5 failed and 0 broken off" in fleet.shown
+    assert "Gateway gw1 was reloaded or restarted between 00:03:20 and 00:05:00 UTC" in fleet.shown
+    assert "<td>meta_llama</td><td>550</td><td>5</td>" in page.read_text()
+    fleet.gateways = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
+    found = fleet.call("end", gateways="gateways", before=before)["requests"]
+    assert found["unknown"] == ["gw1"] and "could not be asked in the end" in fleet.shown
+    # Without gateways nobody counts, and nothing is claimed.
+    fleet.gateways = {}
+    for name in "abc":
+        del fleet.hostvars[name]["gateways"]
+    assert fleet.call("end")["requests"] == {} and "Requests" not in fleet.shown
 
 
 def test_the_end_tells_what_came_of_every_host(fleet: Fleet) -> None:
-    fleet.hostvars["a"].update(UPGRADED)
+    fleet.hostvars["a"].update(UPDATED)
     fleet.hostvars["b"].update(begun={"failed": True, "msg": "Somebody computes."})
     assert fleet.call("end")["outcomes"] == {
-        "a": "upgraded",
+        "a": "updated",
         "b": "restored",
         "c": "not begun",
         "d": "not begun",
     }
     assert "b: Somebody computes." in fleet.shown
-    with pytest.raises(AnsibleActionFail, match="Not upgraded: b, c, d"):
-        fleet.call("end", fail_on_failure=True)
+    fleet.hostvars["b"]["failed"] = {"failed": True, "msg": "It is the last one of llama."}
+    missing = fleet.call("end", failure="failed")["missing"]
+    assert missing["b"] == "restored: It is the last one of llama. Run again to go on with it."
+    assert set(missing) == {"b", "c", "d"} and missing["c"].startswith("not begun: ")
+    assert "b: It is the last one of llama." in fleet.shown
+
+
+def test_a_host_that_could_not_be_reached_at_all_is_not_passed_over_in_silence(fleet: Fleet) -> None:
+    fleet.hostvars["d"]["look"] = {"unreachable": True}
+    fleet.hostvars["c"]["driver_upgrade_skip"] = True
+    for name in "ab":
+        fleet.hostvars[name].update(UPDATED)
+    assert fleet.call("end")["missing"] == {"d": "left: it cannot be reached. Run again to go on with it."}
+    assert "c was left: driver_upgrade_skip is true." in fleet.shown
+    assert "d was left: it cannot be reached." in fleet.shown
 
 
 # -- the module's own plugin ----------------------------------------------------------------------
@@ -210,7 +341,7 @@ def test_the_module_gets_the_roles_variables_without_secrets(monkeypatch: pytest
     assert calls.made == [
         {
             "state": "ready",
-            "run": driver_upgrade.this_run(),
+            "run": this_run(),
             "nvidia_driver": {"branch": "580"},
             "gpu_injection": "cdi",
             "models": [{"name": "llama"}],
@@ -238,3 +369,18 @@ def test_a_run_that_may_be_alive_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
         refused = {"failed": True, "reason": "upgrade_running", "claim": {"run": run}}
         calls = Calls(monkeypatch, refused)
         assert calls.action._call({"state": "ready"}, {}) == refused
+
+
+def test_a_host_that_gets_lost_fails_so_that_it_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_args: t.Any) -> t.Any:
+        raise AnsibleConnectionFailure("Connection timed out.")
+
+    monkeypatch.setattr(ProgressActionBase, "run", lose)
+    action = driver_upgrade.ActionModule.__new__(driver_upgrade.ActionModule)
+    action._task = types.SimpleNamespace(args={"state": "ready"})
+    found = action.run()
+    assert found["failed"] and found["lost"] and "Connection timed out" in found["msg"] and "unreachable" not in found
+    # A look tells it as Ansible does.
+    action._task.args["state"] = "prestaged"
+    with pytest.raises(AnsibleConnectionFailure):
+        action.run()

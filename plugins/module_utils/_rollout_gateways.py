@@ -1,0 +1,176 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""What the gateways say during a rollout: who serves at this moment, and what has come of the requests meanwhile."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+from dataclasses import dataclass, field, replace
+
+from ._haproxy_config import safe_host
+from ._rollout import FleetHost
+
+Json = t.Mapping[str, t.Any]
+_COUNTS = ("requests", "failed", "truncated")
+
+
+@dataclass(frozen=True)
+class GatewayLook:
+    """One answer of haproxy_info.
+
+    Attributes:
+        error: Why there is none; empty when there is one.
+        process: Name of the process that has counted.
+        traffic: Backend -> counts of that process.
+        at: Seconds since the epoch on the gateway's clock.
+    """
+
+    name: str
+    error: str = ""
+    servers: tuple[Json, ...] = ()
+    process: str = ""
+    traffic: t.Mapping[str, t.Mapping[str, int]] = field(default_factory=dict)
+    at: float = 0.0
+
+
+def parse_looks(answer: t.Any) -> tuple[GatewayLook, ...]:
+    """What a task of haproxy_info in a loop over the gateways was registered as; empty where there was none."""
+    results = answer.get("results") if isinstance(answer, dict) else None
+    found = []
+    for entry in results or []:
+        if not isinstance(entry, dict) or entry.get("skipped"):
+            continue
+        name = str(entry.get("item") or "")
+        if entry.get("failed") or entry.get("unreachable"):
+            found.append(GatewayLook(name, error=str(entry.get("msg") or "it does not answer")))
+            continue
+        found.append(
+            GatewayLook(
+                name,
+                servers=tuple(entry.get("servers") or ()),
+                process=str(entry.get("process") or ""),
+                traffic={
+                    str(row.get("backend")): {count: int(row.get(count) or 0) for count in _COUNTS}
+                    for row in entry.get("traffic") or []
+                },
+                at=float(entry.get("at") or 0.0),
+            )
+        )
+    return tuple(found)
+
+
+def errors(gateways: t.Sequence[GatewayLook]) -> list[str]:
+    """Gateways that could not be asked, and why."""
+    return ["gateway %s: %s" % (look.name, look.error) for look in gateways if look.error]
+
+
+def unknown_at(name: str, gateways: t.Sequence[GatewayLook]) -> str:
+    """A gateway that has no server of this host; empty when all have one."""
+    for look in gateways:
+        if not look.error and not _own(name, look):
+            return look.name
+    return ""
+
+
+def _own(name: str, look: GatewayLook) -> list[Json]:
+    return [server for server in look.servers if server.get("host") == safe_host(name)]
+
+
+def as_gateways_see(host: FleetHost, gateways: t.Sequence[GatewayLook]) -> FleetHost:
+    """A host with what the gateways say of it: a model counts as ready where it is at every gateway that knows it."""
+    own = [server for look in gateways for server in _own(host.name, look)]
+    if not own:
+        return host
+    if any(server.get("foreign") for server in own):
+        reason = host.skip or "somebody else has drained it at a gateway"
+        return replace(host, available=False, resumable=False, down=False, serving=frozenset(), skip=reason)
+    silent = {str(server.get("model")) for server in own if not server.get("serving")}
+    serving = host.serving - silent
+    down = host.down or (host.available and bool(host.models) and not serving)
+    return replace(host, serving=serving, down=down, available=host.available and not down)
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Traffic:
+    """Requests at the gateways between the first look and the last.
+
+    Attributes:
+        backends: Backend -> counts.
+        gaps: Gateway, and the two times between which its process was another one: what the earlier one counted after the first
+            of them is not known.
+        unknown: Gateways that could not be asked in the end.
+    """
+
+    backends: dict[str, dict[str, int]] = field(default_factory=dict)
+    gaps: list[tuple[str, float, float]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def total(self, count: str) -> int:
+        return sum(counts[count] for counts in self.backends.values())
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return {
+            **{count: self.total(count) for count in _COUNTS},
+            "backends": [{"backend": name, **counts} for name, counts in sorted(self.backends.items())],
+            "gaps": [{"gateway": name, "after": begin, "before": end} for name, begin, end in self.gaps],
+            "unknown": list(self.unknown),
+            "complete": not self.gaps and not self.unknown,
+        }
+
+
+def traffic_of(samples: t.Sequence[t.Sequence[GatewayLook]]) -> Traffic | None:
+    """What the gateways have counted from the first sample on; None where none was asked twice.
+
+    HAProxy's new process after a reload counts from nothing, and nobody can ask the old one any more.
+    """
+    by_gateway: dict[str, list[GatewayLook]] = {}
+    for sample in samples:
+        for look in sample:
+            by_gateway.setdefault(look.name, []).append(look)
+    if not any(len(looks) > 1 for looks in by_gateway.values()):
+        return None
+    found = Traffic()
+    for name, looks in by_gateway.items():
+        if looks[-1].error:
+            found.unknown.append(name)
+        good = [look for look in looks if not look.error]
+        for before, after in zip(good, good[1:]):
+            same = before.process == after.process
+            if not same:
+                found.gaps.append((name, before.at, after.at))
+            for backend, counts in after.traffic.items():
+                earlier = before.traffic.get(backend, {}) if same else {}
+                sums = found.backends.setdefault(backend, dict.fromkeys(_COUNTS, 0))
+                for count in _COUNTS:
+                    sums[count] += max(0, counts[count] - earlier.get(count, 0))
+    return found
+
+
+def traffic_words(traffic: t.Mapping[str, t.Any]) -> list[str]:
+    """Lines about :meth:`Traffic.as_dict` for people."""
+    lines = [
+        "Requests at the gateways during the run: %s%d, of them %d failed and %d broken off by a server."
+        % (
+            "" if traffic["complete"] else "at least ",
+            traffic["requests"],
+            traffic["failed"],
+            traffic["truncated"],
+        )
+    ]
+    lines += [
+        "Gateway %s was reloaded or restarted between %s and %s UTC: what its earlier process counted after the first of these "
+        "times is not known." % (gap["gateway"], _clock(gap["after"]), _clock(gap["before"]))
+        for gap in traffic["gaps"]
+    ]
+    lines += ["Gateway %s could not be asked in the end." % name for name in traffic["unknown"]]
+    return lines
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(at))
