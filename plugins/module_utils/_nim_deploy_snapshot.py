@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This module util is PRIVATE to the collection; it may change at any time.
+"""The files of a host's NIM services as they were, so that the services can run again as they did.
+
+The file is for root alone, as those among them that hold secrets are; it is gone when the deployment has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import typing as t
+from dataclasses import dataclass
+
+from ._errors import FleetError
+from ._host import Host
+from ._nim_models import unit_name
+from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, UNIT_DIRECTORY, WRAPPER, secret_path
+from ._untrusted import json_object
+
+PATH = "/var/lib/gpu_fleet/nim-deploy.before"
+#: What all services share.
+_SHARED = (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files and units of before.
+
+    Attributes:
+        files: Path -> content and mode; None for what was not there.
+        enabled: Name of a service -> whether it was started at boot.
+    """
+
+    files: t.Mapping[str, t.Optional[t.Tuple[str, int]]]
+    enabled: t.Mapping[str, bool]
+
+    @staticmethod
+    def exists(host: Host) -> bool:
+        return host.exists(PATH)
+
+    @staticmethod
+    def forget(host: Host) -> None:
+        if host.exists(PATH):
+            host.remove(PATH)
+
+    @staticmethod
+    def take(host: Host, names: t.Iterable[str]) -> None:
+        """Keep the files of these services, whether there are some or not."""
+        services = sorted(set(names))
+        files = {}
+        for path in (*_SHARED, *(path for name in services for path in _paths(name))):
+            text, found = host.read_text(path), host.stat(path)
+            files[path] = None if text is None or found is None else [text, found.mode & 0o777]
+        enabled = {name: _is_enabled(host, name) for name in services}
+        host.make_dir(os.path.dirname(PATH), mode=0o755)
+        host.write_file(PATH, json.dumps({"files": files, "enabled": enabled}, sort_keys=True) + "\n", mode=0o600)
+
+    @classmethod
+    def read(cls, host: Host) -> Snapshot | None:
+        """What was kept; None where nothing was.
+
+        Raises:
+            FleetError: ``state_unreadable``.
+        """
+        text = host.read_text(PATH)
+        if text is None:
+            return None
+        found = json_object(text)
+        try:
+            return cls(
+                {
+                    str(path): None if kept is None else (str(kept[0]), int(kept[1]))
+                    for path, kept in found["files"].items()
+                },
+                {str(name): bool(enabled) for name, enabled in found["enabled"].items()},
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise FleetError(
+                "state_unreadable",
+                "%s is not what a deployment writes, so what ran before cannot be put back; look at the services, and remove "
+                "it." % PATH,
+            ) from None
+
+    def different(self, host: Host) -> list[str]:
+        """Services whose files are not those of before."""
+        return [name for name in self.enabled if any(not self._same(host, path) for path in _paths(name))]
+
+    def _same(self, host: Host, path: str) -> bool:
+        kept = self.files.get(path)
+        return host.read_text(path) == (None if kept is None else kept[0])
+
+    def restore(self, host: Host, names: t.Sequence[str]) -> None:
+        """Put the files of these services back, and what all share.
+
+        Raises:
+            FleetError: ``systemctl_failed``, ``write_failed``.
+        """
+        for name in names:
+            # Before the files: systemd must still know the unit that it disables.
+            if not self.enabled[name] and _is_enabled(host, name):
+                _systemctl(host, "disable", "--no-reload", unit_name(name))
+        for path in (*_SHARED, *(path for name in names for path in _paths(name))):
+            kept = self.files.get(path)
+            if self._same(host, path):
+                continue
+            if kept is None:
+                host.remove(path)
+            else:
+                host.write_file(path, kept[0], mode=kept[1])
+        for name in names:
+            # The word of the unit's process is about what ran meanwhile.
+            host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
+            if self.enabled[name] and not _is_enabled(host, name):
+                _systemctl(host, "enable", "--no-reload", unit_name(name))
+        _systemctl(host, "daemon-reload")
+
+
+def _paths(name: str) -> tuple[str, ...]:
+    return (
+        "%s/%s.json" % (CONFIGURATION_DIRECTORY, name),
+        secret_path(name),
+        "%s/%s" % (UNIT_DIRECTORY, unit_name(name)),
+    )
+
+
+def _is_enabled(host: Host, name: str) -> bool:
+    shown = host.run(["systemctl", "show", "--property", "UnitFileState", "--value", unit_name(name)])
+    return shown.stdout.strip() == "enabled"
+
+
+def _systemctl(host: Host, *words: str) -> None:
+    host.check(
+        ["systemctl", *words],
+        reason="systemctl_failed",
+        doing="systemctl %s" % " ".join(words),
+        remedy="See 'systemctl status %s'." % words[-1],
+    )
