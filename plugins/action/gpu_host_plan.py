@@ -43,6 +43,14 @@ class Part(t.NamedTuple):
     options: t.Mapping[str, t.Any]
 
 
+def tasks_of(folder: str, name: str = "main.yml") -> list[dict[str, t.Any]]:
+    """The tasks of a role, with those that it imports."""
+    with open(os.path.join(folder, name), encoding="utf-8") as stream:
+        found: list[dict[str, t.Any]] = yaml_load(stream)
+    imports = [(task, task.get("ansible.builtin.import_tasks")) for task in found]
+    return [one for task, file in imports for one in (tasks_of(folder, str(file)) if file else [task])]
+
+
 @functools.lru_cache(maxsize=None)
 def parts(roles: str = _ROLES) -> dict[str, Part]:
     """What the roles of the collection set up, read from their own tasks: the first task of each resource.
@@ -51,8 +59,7 @@ def parts(roles: str = _ROLES) -> dict[str, Part]:
     """
     found: dict[str, Part] = {}
     for role in sorted(os.listdir(roles)):
-        with open(os.path.join(roles, role, "tasks", "main.yml"), encoding="utf-8") as stream:
-            tasks: list[dict[str, t.Any]] = yaml_load(stream)
+        tasks = tasks_of(os.path.join(roles, role, "tasks"))
         results = [re.compile(r"\b%s\b" % re.escape(task["register"])) for task in tasks if "register" in task]
         for task in tasks:
             resource = next((name for name in CHAIN if "gpu_fleet.nim." + name in task), None)

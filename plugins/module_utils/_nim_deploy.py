@@ -33,6 +33,7 @@ from ._nim_deploy_snapshot import Snapshot
 from ._nim_models import parse_models
 from ._nim_service import NimService
 from ._nim_service_state import HostState
+from ._nim_service_work import ServiceWork
 from ._resource import Change, Disruption, Resource, converge
 from ._rollout_record import (
     LEASE,
@@ -413,8 +414,8 @@ class NimDeploy(Resource[DeployState]):
         record = write(host, replace(record, failure=failure))
         if not record.reached("drained") or step not in STEPS:
             return error
-        snapshot = Snapshot.read(host)
         try:
+            snapshot = Snapshot.read(host)
             if snapshot is None:
                 outcome, said = RESTORED, "Its models were left as they were"
             else:
@@ -445,7 +446,11 @@ class NimDeploy(Resource[DeployState]):
         other = snapshot.different(host)
         services = [service for service in observe_own(host) if service.name in other]
         stop_services(host, self.api, services)
-        snapshot.restore(host, other)
+        work = ServiceWork(self.api, None)
+        for name in other:
+            if not snapshot.had(name):
+                work.remove(host, name)
+        snapshot.restore(host, [name for name in other if snapshot.had(name)])
         start_services(host, observe_own(host), record.workloads)
 
     # -- answer

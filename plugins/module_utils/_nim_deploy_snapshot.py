@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._host import Host
 from ._nim_models import unit_name
-from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, UNIT_DIRECTORY, WRAPPER, secret_path
+from ._nim_paths import (
+    CONFIGURATION_DIRECTORY,
+    KEY_FILE,
+    RUNTIME_DIRECTORY,
+    UNIT_DIRECTORY,
+    WRAPPER,
+    secret_path,
+)
 from ._untrusted import json_object
 
 PATH = "/var/lib/gpu_fleet/nim-deploy.before"
 #: What all services share.
-_SHARED = (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
+_SHARED = (KEY_FILE, WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,18 @@ class Snapshot:
             ) from None
 
     def different(self, host: Host) -> list[str]:
-        """Services whose files are not those of before."""
-        return [name for name in self.enabled if any(not self._same(host, path) for path in _paths(name))]
+        """Services that do not run from the files of before."""
+        shared = KEY_FILE if self.files.get(KEY_FILE) is not None else ""
+        other_key = bool(shared) and not self._same(host, shared)
+        return [
+            name
+            for name in self.enabled
+            if (other_key and self.had(name)) or any(not self._same(host, path) for path in _paths(name))
+        ]
+
+    def had(self, name: str) -> bool:
+        """Whether there was such a service."""
+        return any(self.files.get(path) is not None for path in _paths(name))
 
     def _same(self, host: Host, path: str) -> bool:
         kept = self.files.get(path)
@@ -102,14 +119,15 @@ class Snapshot:
             # Before the files: systemd must still know the unit that it disables.
             if not self.enabled[name] and _is_enabled(host, name):
                 _systemctl(host, "disable", "--no-reload", unit_name(name))
-        for path in (*_SHARED, *(path for name in names for path in _paths(name))):
+        own = [path for name in names for path in _paths(name)]
+        for path in (*_SHARED, *own):
             kept = self.files.get(path)
             if self._same(host, path):
                 continue
-            if kept is None:
-                host.remove(path)
-            else:
+            if kept is not None:
                 host.write_file(path, kept[0], mode=kept[1])
+            elif path in own:
+                host.remove(path)
         for name in names:
             # The word of the unit's process is about what ran meanwhile.
             host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))

@@ -76,7 +76,7 @@ class ServiceWork:
         elif change.action == "stop":
             self._stop(host, data["name"], data["stop_timeout"])
         elif change.action == "remove":
-            self._remove(host, data["name"])
+            self.remove(host, data["name"])
         elif change.action == "remove_target":
             self._systemctl(host, "disable", ["nim.target"], "--now", "--no-reload")
             host.remove(UNIT_DIRECTORY + "/nim.target")
@@ -123,7 +123,12 @@ class ServiceWork:
     def _stop_containers(self, host: Host, name: str, stop_timeout: int) -> None:
         stop_containers(host, self.api, name, stop_timeout)
 
-    def _remove(self, host: Host, name: str) -> None:
+    def remove(self, host: Host, name: str) -> None:
+        """Take a service away with its container; its cache stays.
+
+        Raises:
+            FleetError: ``remove_failed``; ``systemctl_failed``.
+        """
         for container in (container_name(name), container_name(name) + "-download"):
             if self.api.available() and self.api.container(container) is not None:
                 host.check(
@@ -134,13 +139,14 @@ class ServiceWork:
         unit = unit_name(name)
         if host.exists("%s/%s" % (UNIT_DIRECTORY, unit)):
             self._systemctl(host, "disable", [unit], "--no-reload")
-        host.remove("%s/%s" % (UNIT_DIRECTORY, unit))
-        host.remove("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
-        host.remove(secret_path(name))
         host.remove("%s/%s.download.json" % (STATE_DIRECTORY, name))
         host.remove("%s/%s.json" % (RUNTIME_DIRECTORY, name))
         host.remove("%s/%s.stop" % (RUNTIME_DIRECTORY, name))
         host.remove("%s/keys/%s" % (RUNTIME_DIRECTORY, name))
+        # Last what the service is known by: who is interrupted finds it again.
+        host.remove("%s/%s" % (UNIT_DIRECTORY, unit))
+        host.remove(secret_path(name))
+        host.remove("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
         # Fails when systemd does not remember the unit, and then there is nothing to forget.
         host.run(["systemctl", "reset-failed", unit])
 

@@ -611,7 +611,7 @@ def test_the_playbook_can_leave_it_out() -> None:
     # The role looks for itself where the playbook has not.
     assert environment.from_string(nim).render(__site_preflight={"skipped": True}) is True
     assert environment.from_string(nim).render(__site_preflight={"checks": []}) is False
-    tasks = yaml.safe_load((pathlib.Path(__file__).parents[2] / "roles" / "nim" / "tasks" / "main.yml").read_text())
+    tasks = yaml.safe_load((pathlib.Path(__file__).parents[2] / "roles" / "nim" / "tasks" / "images.yml").read_text())
     (condition,) = [task["when"] for task in tasks if "gpu_fleet.nim.gpu_host_preflight" in task]
     given = {"nim_state": "present", "__nim_images": [1]}
     assert asked(nim_preflight="true", **given)

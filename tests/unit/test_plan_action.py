@@ -7,7 +7,6 @@ from __future__ import annotations
 import typing as t
 
 import pytest
-import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 from ansible_collections.gpu_fleet.nim.plugins.action import gpu_host_plan as action
@@ -20,8 +19,8 @@ SECRET = "hf_plan-secret"
 
 def test_every_module_of_every_role_is_in_the_plan() -> None:
     modules = set()
-    for path in (ROOT / "roles").glob("*/tasks/main.yml"):
-        for task in yaml.safe_load(path.read_text()):
+    for folder in (ROOT / "roles").glob("*/tasks"):
+        for task in action.tasks_of(str(folder)):
             modules |= {key for key in task if key.startswith("gpu_fleet.nim.")}
     # The preflight looks at what is about to be set up, and sets nothing up itself; a gateway is no GPU host.
     assert modules - {"gpu_fleet.nim.gpu_host_preflight", "gpu_fleet.nim.nim_gateway"} == {

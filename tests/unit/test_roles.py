@@ -10,6 +10,7 @@ import typing as t
 
 import pytest
 import yaml
+from ansible_collections.gpu_fleet.nim.plugins.action.gpu_host_plan import tasks_of
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_branches import branch_names
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import GATEWAY_OPTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
@@ -48,7 +49,7 @@ def test_every_variable_is_specified_and_has_a_commented_default(role: pathlib.P
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
 def test_variables_are_what_the_modules_take(role: pathlib.Path) -> None:
     options, compared = options_of(role), 0
-    for task in load(role, "tasks/main.yml"):
+    for task in tasks_of(str(role / "tasks")):
         for key, given in task.items():
             module = key.rpartition(".")[2]
             if not key.startswith("gpu_fleet.nim.") or module not in OPTIONS:
@@ -66,4 +67,4 @@ def test_variables_are_what_the_modules_take(role: pathlib.Path) -> None:
                 if "default" in spec and "default" in said and variable.group(1) not in OWN_DEFAULT:
                     assert said["default"] == spec["default"], variable.group(1)
     # Those take the options of others by way of an action plugin, or have no resource of their own.
-    assert compared >= 3 or role.name in ("driver_upgrade", "drain")
+    assert compared >= 3 or role.name in ("driver_upgrade", "nim_deploy", "drain")
