@@ -37,7 +37,15 @@ Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]
 
 #: Prefixes under which a variable that nobody knows is a mistake. Other people's roles use ``docker_`` too: there only
 #: what resembles one of our names counts.
-PREFIXES = ("nvidia_driver_", "nvidia_container_toolkit_", "ngc_", "nim_", "docker_")
+PREFIXES = (
+    "nvidia_driver_",
+    "nvidia_container_toolkit_",
+    "ngc_",
+    "nim_",
+    "docker_",
+    "driver_upgrade_",
+    "drain_",
+)
 SHARED_PREFIXES = ("docker_",)
 #: Variables whose values are never shown. (no_log in the roles' specifications breaks Vault in ansible-core 2.18.)
 KEYS = ("ngc_api_key", "nim_ngc_api_key")

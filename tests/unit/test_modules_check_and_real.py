@@ -21,6 +21,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _host_cleanup,
     _module,
     _module_progress,
+    _nim_deploy,
     _nim_gateway_planner,
     _nim_service,
     _packages,
@@ -31,6 +32,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_lookup import
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import fingerprint
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import NimImages
+from deploy_world import NEW, OLD, DeployWorld
 from docker_fakes import CONFIG, FakeDockerd
 from driver_world import DriverWorld
 from engine_machine import Machine as EngineMachine
@@ -86,7 +88,7 @@ class Bench:
             self.patch.setattr(importlib.import_module(MODULES + name), "Host", lambda: host)
 
     def docker(self, api: t.Any) -> None:
-        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade):
+        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade, _nim_deploy):
             self.patch.setattr(util, "DockerApi", lambda: api)
 
 
@@ -185,6 +187,25 @@ def driver_upgrade(bench: Bench) -> Case:
             "pid 812 (python3) of unit train.service",
         ),
         lambda: world.hold_gpu(812, "train.service"),
+    )
+
+
+def nim_deploy(bench: Bench) -> Case:
+    world = DeployWorld(bench.patch)
+    bench.host(world.host)
+    bench.docker(world.api)
+    models = "NIM services llama, nemo"
+    return Case(
+        world.host,
+        {"progress_interval": 0, "nim_service": {"models": list(NEW)}},
+        ["record of the deployment", "images", "the host", models, models],
+        [models + ": llama 1.8.5, nemo 2.0.13", models + ": ready"],
+        {"step": "ready", "runs": "llama 1.8.5 (cdcdcdcdcdcd), nemo 2.0.13 (abababababab)", "open": True},
+        (
+            {"state": "prestaged", "nim_service": {"models": [dict(OLD[0], gpus=3)]}},
+            "gpus_unavailable",
+            "llama",
+        ),
     )
 
 
@@ -433,6 +454,7 @@ CHANGING: dict[str, t.Callable[[Bench], Case]] = {
         nvidia_driver,
         nvidia_driver_reload,
         driver_upgrade,
+        nim_deploy,
         docker_engine,
         docker_daemon,
         docker_group,

@@ -57,6 +57,31 @@ GOOD: dict[str, t.Any] = {
     "upgrade returned": {"due": False, "outcome": "updated", "open": False},
     "upgrade restored": {"due": True, "outcome": "restored", "open": False},
 }
+#: The same for playbook deploy.
+DEPLOY_LOOK = {
+    **{key: value for key, value in LOOK.items() if key != "loaded"},
+    "runs": "llama 1.8.4",
+    "target": "llama 1.8.5",
+    "steps": [
+        {"what": "NIM services llama", "from": "llama 1.8.4", "to": "llama 1.8.5", "disruption": "restart_nim"},
+    ],
+}
+GOOD_DEPLOY: dict[str, t.Any] = {
+    "deploy prestaged": DEPLOY_LOOK,
+    "deploy drained": {"due": True, "held": "", "outcome": "", "open": True, "models": ["llama"]},
+    "deploy ready": {"due": True, "outcome": "", "open": True},
+    "deploy returned": {"due": False, "outcome": "updated", "open": False},
+    "deploy restored": {"due": True, "outcome": "restored", "open": False},
+}
+#: In the place of modules: their names in the scripts.
+SCRIPTED = {
+    "driver_upgrade": "upgrade",
+    "nim_deploy": "deploy",
+    "nim_image": "pull",
+    "gpu_host_preflight": "preflight",
+    "haproxy_server": "gateway",
+    "haproxy_info": "look",
+}
 HOSTS = ("gpu01", "gpu02", "gpu03")
 
 
@@ -72,10 +97,13 @@ def seen(**hosts: t.Any) -> dict[str, t.Any]:
 
 #: What happens to a host that is upgraded.
 TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled", "upgrade returned"]
+DEPLOY_TURN = [call.replace("upgrade", "deploy") for call in TURN]
 
 
 class Play:
     """A copy of the collection with the scripted modules in it."""
+
+    playbook = "upgrade_drivers"
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -85,7 +113,7 @@ class Play:
         for name in ("plugins", "roles", "playbooks", "meta"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "galaxy.yml", copy)
-        for module, name in (("driver_upgrade", "upgrade"), ("haproxy_server", "gateway"), ("haproxy_info", "look")):
+        for module, name in SCRIPTED.items():
             (copy / "plugins" / "action" / (module + ".py")).write_text(ACTION.format(NAME=name))
             (copy / "plugins" / "modules" / (module + ".py")).touch()
         self.answers: dict[str, dict[str, t.Any]] = {host: dict(GOOD) for host in HOSTS}
@@ -101,7 +129,7 @@ class Play:
         log.write_text("")
         inventory = self.folder / "inventory.json"
         inventory.write_text(json.dumps(self.inventory))
-        command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook"), "gpu_fleet.nim.upgrade_drivers"]
+        command = [str(pathlib.Path(sys.executable).parent / "ansible-playbook"), "gpu_fleet.nim." + self.playbook]
         command += ["-i", str(inventory), "-e", json.dumps(variables), *options]
         environment = {
             **os.environ,
@@ -120,12 +148,33 @@ class Play:
     def turn(self, host: str) -> list[str]:
         """What was asked of a host after the looks, in order."""
         calls = [line.partition(": ")[2] for line in self.log if line.startswith(host + ": ")]
-        return [call for call in calls if "(check)" not in call and call != "upgrade prestaged"]
+        return [
+            call for call in calls if "(check)" not in call and not call.endswith(("prestaged", "pull", "preflight"))
+        ]
+
+
+class Deploy(Play):
+    """The same for another version of a model."""
+
+    playbook = "deploy"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.answers.update({host: dict(GOOD_DEPLOY) for host in HOSTS})
+        self.inventory["gpu_hosts"] = {
+            "hosts": {host: {} for host in HOSTS},
+            "vars": {"nim_models": [{"name": "llama", "image": "nvcr.io/nim/meta/llama:1.8.5", "gpus": 1}]},
+        }
 
 
 @pytest.fixture
 def play(tmp_path: pathlib.Path) -> Play:
     return Play(tmp_path)
+
+
+@pytest.fixture
+def deploy(tmp_path: pathlib.Path) -> Deploy:
+    return Deploy(tmp_path)
 
 
 def test_batch_by_batch_each_in_order_and_all_looked_at_first(play: Play) -> None:
@@ -287,3 +336,82 @@ def test_the_operator_is_asked_after_the_canary_and_nobody_there_is_no_yes(play:
     assert play.turn("gpu01") == TURN and play.turn("gpu02") == []
     code, output = play.run(driver_upgrade_pause_after_canary=1)
     assert code == 0 and "1 seconds until the next batch" in output, output
+
+
+# -- deploy ---------------------------------------------------------------------------------------
+
+
+def test_deploy_pulls_everywhere_before_it_takes_out_the_first(deploy: Deploy) -> None:
+    code, output = deploy.run(nim_deploy_max_unavailable=1)
+    assert code == 0, output
+    assert [deploy.turn(host) for host in HOSTS] == [DEPLOY_TURN] * 3
+    first = next(number for number, line in enumerate(deploy.log) if "drained" in line)
+    before = deploy.log[:first]
+    assert sorted(line for line in before if "pull" in line) == ["%s: pull" % host for host in HOSTS]
+    assert [line for line in deploy.log[first:] if "pull" in line] == []
+    looks = [before.index("%s: deploy prestaged" % host) for host in HOSTS]
+    assert all(before.index("%s: pull" % host) < look for host, look in zip(HOSTS, looks))
+    assert "Batch 1 of 3: gpu01." in output and "3 updated." in output and "WARNING" not in output
+    assert "llama 1.8.4" in output and "llama 1.8.5" in output
+
+
+def test_deploy_in_check_mode_asks_and_stops(deploy: Deploy) -> None:
+    code, output = deploy.run("--check")
+    assert code == 0, output
+    assert all("(check)" in line for line in deploy.log if "gw1" not in line) and "restart nim" in output
+    assert {line.partition(": ")[2] for line in deploy.log} == {
+        "preflight (check)",
+        "pull (check)",
+        "deploy prestaged (check)",
+        "look",
+    }
+
+
+def test_deploy_that_cannot_pull_begins_nothing(deploy: Deploy) -> None:
+    deploy.answers["gpu02"]["pull"] = {"failed": True, "msg": "nvcr.io does not answer."}
+    code, output = deploy.run()
+    assert code != 0 and "gpu02: nvcr.io does not answer." in output
+    assert "gpu02 cannot be updated, so nothing was begun" in output
+    assert [deploy.turn(host) for host in HOSTS] == [[], [], []]
+    # Whoever is left out needs nothing of it, and is not touched.
+    deploy.inventory["gpu_hosts"]["hosts"]["gpu02"]["nim_deploy_skip"] = True
+    code, output = deploy.run(nim_deploy_max_unavailable=2)
+    assert code == 0, output
+    assert "gpu02: pull" not in deploy.log and "gpu02: deploy prestaged (check)" in deploy.log
+    assert deploy.turn("gpu01") == deploy.turn("gpu03") == DEPLOY_TURN
+
+
+def test_deploy_that_went_back_gives_the_host_back_and_stops(deploy: Deploy, tmp_path: pathlib.Path) -> None:
+    said = "Model llama is not ready. What ran before (llama 1.8.4) was put back and answers."
+    deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "outcome": "rolled_back", "msg": said}
+    page = tmp_path / "page.html"
+    code, output = deploy.run(nim_deploy_report=str(page))
+    assert code == 2, output
+    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy ready", "gateway enabled"]
+    assert deploy.turn("gpu02") == deploy.turn("gpu03") == []
+    assert "The run stops after 1 of 3 hosts" in output and said in page.read_text()
+    assert "Deployment of models" in page.read_text()
+
+
+def test_deploy_that_strands_a_host_leaves_it_out_and_the_budget_lets_others_go(deploy: Deploy) -> None:
+    deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "outcome": "stranded", "msg": "Nothing starts."}
+    code, output = deploy.run(nim_deploy_failure_budget=1, nim_deploy_max_unavailable=2)
+    assert code == 2, output
+    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy ready"]
+    assert deploy.turn("gpu02") == DEPLOY_TURN and deploy.turn("gpu03") == []
+
+
+def test_deploy_gives_up_where_the_drain_is_refused(deploy: Deploy) -> None:
+    deploy.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
+    code, output = deploy.run()
+    assert code == 2 and "It is the last one that serves llama." in output
+    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy restored", "gateway enabled"]
+
+
+def test_deploy_of_a_host_that_is_down_is_no_end_of_the_run(deploy: Deploy) -> None:
+    for call in ("preflight", "pull", "deploy prestaged"):
+        deploy.answers["gpu03"][call] = "unreachable"
+    code, output = deploy.run(nim_deploy_max_unavailable=2)
+    assert code == 2, output
+    assert deploy.turn("gpu01") == deploy.turn("gpu02") == DEPLOY_TURN and deploy.turn("gpu03") == []
+    assert "it cannot be reached" in output
