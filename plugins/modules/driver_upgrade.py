@@ -214,12 +214,8 @@ claim:
 
 import typing as t
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import (
-    GOALS,
-    REBOOTS,
-    DriverUpgrade,
-    UpgradeState,
-)
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_planner import GOALS, REBOOTS, UpgradeState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress import (
     PROGRESS_OPTIONS,
     run_resource_with_progress,

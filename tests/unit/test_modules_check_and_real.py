@@ -16,7 +16,7 @@ import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _docker_daemon_planner,
-    _driver_upgrade,
+    _driver_upgrade_planner,
     _haproxy_server,
     _host_cleanup,
     _module,
@@ -88,7 +88,7 @@ class Bench:
             self.patch.setattr(importlib.import_module(MODULES + name), "Host", lambda: host)
 
     def docker(self, api: t.Any) -> None:
-        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade, _nim_deploy):
+        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade_planner, _nim_deploy):
             self.patch.setattr(util, "DockerApi", lambda: api)
 
 

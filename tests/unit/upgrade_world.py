@@ -9,7 +9,7 @@ import pathlib
 import re
 import typing as t
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _driver_upgrade
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _driver_upgrade, _driver_upgrade_planner
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -251,4 +251,4 @@ def install_fakes(monkeypatch: t.Any, world: UpgradeWorld) -> None:
 
     monkeypatch.setattr(_driver_upgrade, "wait_ready", wait_ready)
     monkeypatch.setattr(_driver_upgrade, "run_gpu_container", run_gpu_container)
-    monkeypatch.setattr(_driver_upgrade, "serving", serving)
+    monkeypatch.setattr(_driver_upgrade_planner, "serving", serving)
