@@ -386,13 +386,21 @@ class Fleet:
         """Run a playbook to its end, whatever that is."""
         return self._run(playbook, options, **how)
 
-    def play_until(self, moment: str, playbook: str | pathlib.Path, *options: str, after: float = 0, **how: Any) -> Run:
-        """Run a playbook and kill the controller ``after`` seconds after ``moment`` (a pattern) was in its output.
+    def play_until(
+        self,
+        moment: str | Callable[[], bool],
+        playbook: str | pathlib.Path,
+        *options: str,
+        after: float = 0,
+        **how: Any,
+    ) -> Run:
+        """Run a playbook and kill the controller ``after`` seconds after a moment: a pattern in its output, or a question.
 
         All its processes get SIGKILL at once, as when the controller loses power: nothing is cleaned up.
         """
         run = self._run(playbook, options, moment=moment, after=after, **how)
-        assert re.search(moment, run.output), "the moment %r never came" % moment
+        if isinstance(moment, str):
+            assert re.search(moment, run.output), "the moment %r never came" % moment
         return run
 
     def _run(
@@ -402,10 +410,12 @@ class Fleet:
         *,
         inventory: Json | None = None,
         environment: Mapping[str, str] | None = None,
-        moment: str = "",
+        moment: str | Callable[[], bool] = "",
         after: float = PATIENCE,
+        label: str = "",
     ) -> Run:
-        folder = SANDBOX / "run" / ("test-" + self.scenario)
+        # Runs at the same time need a label each.
+        folder = SANDBOX / "run" / ("test-" + self.scenario + label)
         folder.mkdir(parents=True, exist_ok=True)
         variables, results, output = folder / "inventory.json", folder / "results.jsonl", folder / "output"
         variables.write_text(json.dumps(inventory or self.inventory))
@@ -432,10 +442,8 @@ class Fleet:
         ) as process:
             try:
                 if moment:
-                    came = re.compile(moment.encode())
-                    wait_until(
-                        lambda: process.poll() is not None or came.search(output.read_bytes()), moment, 400, 0.05
-                    )
+                    came = _in_file(moment, output) if isinstance(moment, str) else moment
+                    wait_until(lambda: process.poll() is not None or came(), str(moment), 400, 0.05)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(after)
             finally:
@@ -454,6 +462,12 @@ class Fleet:
         """Only the services, of one host or all: what an operator runs after editing nim_models."""
         limit = ["--limit", self.host(host).name] if host else []
         return self.site("--tags", "nim", *limit, *options, inventory=inventory, **arguments)
+
+
+def _in_file(pattern: str, path: pathlib.Path) -> Callable[[], bool]:
+    """Whether a pattern is in a file by now."""
+    compiled = re.compile(pattern.encode())
+    return lambda: compiled.search(path.read_bytes()) is not None
 
 
 def kill_tree(pid: int) -> None:

@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the tests of an upgrade know of their fleet, without a fleet."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+SANDBOX = pathlib.Path(__file__).resolve().parents[1] / "sandbox"
+sys.path[:0] = [str(SANDBOX), str(SANDBOX / "world")]
+
+import upgrade_testing  # noqa: E402  # after the path is set
+from fleet_testing import Run  # noqa: E402  # as above
+from upgrade_faults import FAULTS, HOSTS, Fault, Order  # noqa: E402  # as above
+from upgrade_testing import UpgradeFleet, inventory, taken_out  # noqa: E402  # as above
+
+#: As HAProxy 3.0 prints it, shortened at the end of the lines.
+STATES = """\
+1
+# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight
+3 llama 1 s-gpu01:llama 172.30.2.1 2 8 1 1
+3 llama 2 s-gpu02:llama 172.30.2.2 0 0 1 1
+4 mistral 1 s-gpu03:mistral 172.30.2.3 0 9 1 1
+4 mistral 2 s-gpu04:mistral 172.30.2.4 0 32 1 1
+
+"""
+
+
+def test_who_was_taken_out_is_told_from_who_is_down() -> None:
+    names = {"s-%s" % name: name for name in HOSTS}
+    assert taken_out(STATES, names) == {"gpu01", "gpu03"}
+    assert taken_out("", names) == set()
+
+
+def test_the_inventory_of_another_scenario_is_that_of_the_scenario() -> None:
+    own, other = inventory("upgrade"), inventory("upgrade-faults", 2, nvidia_driver_branch="535")
+    assert list(own["gpu_hosts"]["hosts"]) == ["upgrade-" + name for name in HOSTS]
+    assert list(other["gpu_hosts"]["hosts"]) == ["upgrade-faults-" + name for name in HOSTS]
+    assert list(other["nim_gateways"]["hosts"]) == ["upgrade-faults-gw01", "upgrade-faults-gw02"]
+    assert other["gpu_hosts"]["vars"] == {**own["gpu_hosts"]["vars"], "nvidia_driver_branch": "535"}
+    models = [hosts["nim_models"][0]["name"] for hosts in other["gpu_hosts"]["hosts"].values()]
+    assert models == ["llama", "llama", "mistral", "mistral"]
+    # The clients ask for them by their names.
+    assert [name.rpartition("/")[2].partition("-")[0] for name in upgrade_testing.MODELS] == ["llama", "mistral"]
+
+
+class Double(UpgradeFleet):
+    """A fleet that only writes down what is asked of it.
+
+    Args:
+        steps: What gpu01 has on record, one look after the other.
+        over: Whether the run ends at once; otherwise it ends after the event.
+    """
+
+    def __init__(self, steps: list[str], over: bool = False) -> None:
+        self.steps = steps
+        self.asked: list[Any] = []
+        self.end = threading.Event()
+        if over:
+            self.end.set()
+
+    def record(self, name: str, playbook: str = "upgrade_drivers") -> Any:
+        step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+        return {"step": step} if step else {}
+
+    def order(self, order: Order) -> None:
+        self.asked.append(order)
+        self.end.set()
+
+    def roll(self, branch: str = "", *more: str, playbook: str = "upgrade_drivers", **how: Any) -> Run:
+        self.asked.append((playbook, branch, how))
+        if how.get("label"):
+            self.end.set()
+            return Run(2, "refused", 0, [])
+        assert self.end.wait(30)
+        return Run(0, "done", 0, [])
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.moment[0]], ids=lambda fault: fault.name)
+def test_a_fault_comes_at_its_moment_and_while_the_run_goes_on(fault: Fault) -> None:
+    fleet = Double(["", "planned", fault.moment[1]])
+    run, second = fleet.play(fault, "580", {})
+    assert run.output == "done" and [order for order in fleet.asked if isinstance(order, Order)] == list(fault.during)
+    assert (second is not None) is bool(fault.second)
+    (playbook, branch, how), *others = [one for one in fleet.asked if not isinstance(one, Order)]
+    assert (playbook, branch, how["variables"]) == (fault.playbook, "580", fault.variables)
+    assert [other[2]["label"] for other in others] == (["-second"] if fault.second else [])
+
+
+def test_an_event_that_comes_too_late_proves_nothing() -> None:
+    fleet = Double(["planned"], over=True)
+    (fault,) = [fault for fault in FAULTS if fault.name == "disk_full"]
+    with pytest.raises(AssertionError, match="nothing was proven"):
+        fleet.play(fault, "580", {})
+
+
+def test_steps_that_are_on_record() -> None:
+    fleet = Double(["unloaded"])
+    assert fleet.reached("gpu01", "drained") and fleet.reached("gpu01", "unloaded")
+    assert not fleet.reached("gpu01", "loaded") and not Double([""]).reached("gpu01", "planned")
+
+
+def test_options_of_both_playbooks() -> None:
+    fleet = Double([""])
+    assert "driver_upgrade_max_unavailable" in fleet.options("upgrade_drivers", "580")[1]
+    given = fleet.options("deploy", nim_deploy_max_unavailable=1)[1]
+    assert '"nim_deploy_max_unavailable": 1' in given and "nvidia_driver_branch" not in given
