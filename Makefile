@@ -135,6 +135,10 @@ test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, ever
 bench: install .build/bench-venv/.stamp ## site against roles task by task, and against a ping (15 minutes, on an idle machine)
 	@$(BIN)/python tests/benchmarks/bench.py
 
+.PHONY: bench-upgrade
+bench-upgrade: install ## A roll of the driver over four hosts under load, against the least it could take (20 minutes, on an idle machine)
+	@$(BIN)/python tests/benchmarks/upgrade.py
+
 .PHONY: test-gpu
 test-gpu: ## On a server with NVIDIA GPUs: what only real hardware can tell (see tests/real_gpu)
 	@tests/real_gpu/run.sh

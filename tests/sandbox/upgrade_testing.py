@@ -51,9 +51,18 @@ def inventory(scenario: str, gateways: int = 1, **variables: Any) -> Json:
     }
 
 
-def make(scenario: str, gateways: int = 1, **variables: Any) -> UpgradeFleet:
-    """Bare hosts, set up and serving behind the gateways."""
+def make(
+    scenario: str, gateways: int = 1, *, model_environment: Mapping[str, str] | None = None, **variables: Any
+) -> UpgradeFleet:
+    """Bare hosts, set up and serving behind the gateways.
+
+    Args:
+        model_environment: For every model.
+    """
     found = inventory(scenario, gateways, **variables)
+    for host in found["gpu_hosts"]["hosts"].values():
+        for model in host["nim_models"]:
+            model["environment"] = dict(model_environment or {})
     own = found["gpu_hosts"]["vars"]
     sandbox("remove", "--scenario", scenario)
     kind = ["--scenario", scenario, "--image", own["sandbox_image"]]
