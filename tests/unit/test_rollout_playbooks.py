@@ -104,18 +104,20 @@ class Play:
     """A copy of the collection with the scripted modules in it."""
 
     playbook = "upgrade_drivers"
+    scripted: t.Mapping[str, str] = SCRIPTED
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         self.script = folder / "script.json"
-        copy = folder / "collections" / "ansible_collections" / "gpu_fleet" / "nim"
+        copy = self.copy = folder / "collections" / "ansible_collections" / "gpu_fleet" / "nim"
         copy.mkdir(parents=True)
         for name in ("plugins", "roles", "playbooks", "meta"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "galaxy.yml", copy)
-        for module, name in SCRIPTED.items():
+        for module, name in self.scripted.items():
             (copy / "plugins" / "action" / (module + ".py")).write_text(ACTION.format(NAME=name))
             (copy / "plugins" / "modules" / (module + ".py")).touch()
+        self.environment: dict[str, str] = {}
         self.answers: dict[str, dict[str, t.Any]] = {host: dict(GOOD) for host in HOSTS}
         self.answers["gw1"] = {"look": seen()}
         self.inventory: dict[str, t.Any] = {
@@ -138,6 +140,7 @@ class Play:
             "ANSIBLE_NOCOLOR": "1",
             "SCRIPT": str(self.script),
         }
+        environment.update(self.environment)
         environment.pop("ANSIBLE_CONFIG", None)
         done = subprocess.run(
             command, env=environment, capture_output=True, encoding="utf-8", timeout=300, cwd=self.folder, check=False
