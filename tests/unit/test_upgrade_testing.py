@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
 import sys
+import tempfile
 import threading
 from typing import Any
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server
+from gateway_world import HAPROXY, Gateway
 
 SANDBOX = pathlib.Path(__file__).resolve().parents[1] / "sandbox"
 sys.path[:0] = [str(SANDBOX), str(SANDBOX / "world")]
@@ -110,3 +114,30 @@ def test_options_of_both_playbooks() -> None:
     assert "driver_upgrade_max_unavailable" in fleet.options("upgrade_drivers", "580")[1]
     given = fleet.options("deploy", nim_deploy_max_unavailable=1)[1]
     assert '"nim_deploy_max_unavailable": 1' in given and "nvidia_driver_branch" not in given
+
+
+@pytest.mark.skipif(HAPROXY is None, reason="needs haproxy; `make unit` installs it")
+def test_what_is_asked_of_a_gateway_is_understood_by_a_real_one() -> None:
+    names = {"upgrade-faults-%s" % name: name for name in HOSTS}
+    servers = [Server(host, "llama", "127.0.0.1", 9, ("meta/llama",)) for host in names]
+    (fault,) = [fault for fault in FAULTS if fault.name == "operator_drained"]
+    with tempfile.TemporaryDirectory(prefix="gw") as folder:
+        gateway = Gateway(pathlib.Path(folder), servers)
+
+        def run(command: str) -> str:
+            command = command.replace("/run/haproxy/admin.sock", gateway.layout.socket)
+            done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=30, check=True)
+            return done.stdout
+
+        try:
+            (drain,), (enable,) = fault.prepare, fault.mend
+            run(drain.what)
+            # A drained server that is down too is told from one that is only down.
+            gateway.wait_for("upgrade-faults-gpu04:llama", "DOWN")
+            gateway.wait_for("upgrade-faults-gpu01:llama", "DOWN")
+            states = 'python3 -c "%s"' % upgrade_testing._STATES
+            assert taken_out(run(states), names) == {"gpu04"}
+            run(enable.what)
+            assert taken_out(run(states), names) == set()
+        finally:
+            gateway.close()
