@@ -117,12 +117,13 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, every known failure, a real dnf on RPM look-alikes, slow starts
+test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, every known failure, upgrades under load, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
 	@$(BIN)/pytest -v tests/full/test_failure_signatures.py
-	@$(BIN)/pytest -n 2 -v tests/full --ignore tests/full/test_failure_signatures.py
+	@$(BIN)/pytest -n 2 -v tests/full --ignore tests/full/test_failure_signatures.py --ignore tests/full/test_upgrade_faults.py
+	@$(BIN)/pytest -v tests/full/test_upgrade_faults.py
 
 # The baseline's collections, and the same ansible-core as in .venv.
 .build/bench-venv/.stamp: tests/benchmarks/requirements.txt requirements-dev.txt
