@@ -360,8 +360,9 @@ class NimDeploy(Resource[DeployState]):
     def _step_changed(self, host: Host, state: DeployState, record: DeployRecord) -> DeployRecord:
         # Before the first file is written: who goes on must know what is to be put back.
         if not Snapshot.exists(host):
-            running = tuple(service.name for service in state.own if service.active)
-            record = write(host, replace(record, workloads=running))
+            running = {service.name for service in state.own if service.active}
+            # It may have been planned long ago.
+            record = write(host, replace(record, workloads=tuple(sorted({*record.workloads, *running}))))
             Snapshot.take(host, [*(service.name for service in state.own), *(model.name for model in self.models)])
         outcome = converge(
             host, self.services, check_mode=False, on_change=lambda _number, _of, change: self.tell(change.what)

@@ -273,6 +273,17 @@ def test_another_key_goes_back_too(world: DeployWorld) -> None:
     assert KEY + "-other" not in world.host.files[KEY_FILE].decode() and KEY in world.host.files[KEY_FILE].decode()
 
 
+def test_what_was_started_since_it_was_planned_runs_again_too(world: DeployWorld) -> None:
+    world.host.run(["systemctl", "stop", "nim-nemo.service"])
+    call(world, "drained")
+    assert record_of(world).workloads == ("llama",)
+    world.host.run(["systemctl", "start", "nim-nemo.service"])
+    world.sick.add(NEW_DIGEST)
+    with pytest.raises(FleetError):
+        call(world, "ready", llama(image=NEWER), nemo(state="absent"))
+    assert record_of(world).workloads == ("llama", "nemo") and world.runs("nemo") == DIGEST
+
+
 # -- killed anywhere ------------------------------------------------------------------------------
 
 

@@ -345,7 +345,7 @@ def test_the_operator_is_asked_after_the_canary_and_nobody_there_is_no_yes(play:
 
 
 def test_deploy_pulls_everywhere_before_it_takes_out_the_first(deploy: Deploy) -> None:
-    code, output = deploy.run(nim_deploy_max_unavailable=1)
+    code, output = deploy.run(nim_deploy_max_unavailable=1, nim_deploy_pull_throttle=1)
     assert code == 0, output
     assert [deploy.turn(host) for host in HOSTS] == [DEPLOY_TURN] * 3
     first = next(number for number, line in enumerate(deploy.log) if "drained" in line)
