@@ -26,12 +26,6 @@ from ._driver_upgrade_record import (
     end_maintenance,
     read_record,
 )
-from ._driver_upgrade_services import (
-    start_services,
-    stop_services,
-    strangers,
-    wait_ready,
-)
 from ._errors import FleetError
 from ._gpu import GpuInventory, driver_holders, observe_gpus, observe_loaded_driver
 from ._gpu_health import KERNEL_LINES, gpu_health
@@ -52,6 +46,12 @@ from ._rollout_record import (
     released,
 )
 from ._rollout_record import write as write_record
+from ._rollout_services import (
+    start_services,
+    stop_services,
+    strangers,
+    wait_ready,
+)
 from ._verdict import OK, REFUSED
 
 #: Until here the old driver only has to be used again.

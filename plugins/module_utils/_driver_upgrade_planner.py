@@ -22,11 +22,6 @@ from ._driver_upgrade_record import (
     maintenance,
     read_record,
 )
-from ._driver_upgrade_services import (
-    Service,
-    observe_own,
-    serving,
-)
 from ._errors import FleetError
 from ._host import Host
 from ._nvidia_driver import NvidiaDriver
@@ -41,6 +36,11 @@ from ._rollout_record import (
     claimed,
     digest_of,
     rival,
+)
+from ._rollout_services import (
+    Service,
+    observe_own,
+    serving,
 )
 from ._verdict import REFUSED, Verdict
 

@@ -15,7 +15,6 @@ from ._disk_space import Need, check_space, file_systems
 from ._docker_api import DockerApi
 from ._driver_branches import cuda_of_branch, upstream_version
 from ._driver_transaction import download_packages
-from ._driver_upgrade_services import Service, strangers
 from ._errors import FleetError
 from ._gpu import observe_gpus
 from ._host import Host
@@ -27,6 +26,7 @@ from ._os_release import read_os_release
 from ._packages import PackageManager, package_manager, transaction_failed
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
+from ._rollout_services import Service, strangers
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal
 
 #: Bytes that building a kernel module takes besides the packages: sources and objects below /var/lib/dkms.

@@ -174,7 +174,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress imp
     PROGRESS_OPTIONS,
     run_resource_with_progress,
 )
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import GOALS, DeployState, NimDeploy
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import NimDeploy
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_planner import GOALS, DeployState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 
 

@@ -9,7 +9,7 @@ import re
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_deploy
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_deploy, _nim_deploy_planner
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import NimDeploy
@@ -77,7 +77,9 @@ class DeployWorld(Machine):
         self.pull()
         self.mortal.steps = 0
         monkeypatch.setattr(_nim_deploy, "wait_ready", self._wait_ready)
-        monkeypatch.setattr(_nim_deploy, "serving", lambda host, api, own: tuple(one.name for one in own if one.active))
+        monkeypatch.setattr(
+            _nim_deploy_planner, "serving", lambda host, api, own: tuple(one.name for one in own if one.active)
+        )
 
     def pull(self, reference: str = NEWER, digest: str = NEW_DIGEST) -> None:
         """The image is on the host; where the tag was another image, that one has lost its name."""

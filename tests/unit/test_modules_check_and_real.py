@@ -21,7 +21,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
     _host_cleanup,
     _module,
     _module_progress,
-    _nim_deploy,
+    _nim_deploy_planner,
     _nim_gateway_planner,
     _nim_service,
     _packages,
@@ -88,7 +88,7 @@ class Bench:
             self.patch.setattr(importlib.import_module(MODULES + name), "Host", lambda: host)
 
     def docker(self, api: t.Any) -> None:
-        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade_planner, _nim_deploy):
+        for util in (_docker_daemon_planner, _nim_service, _host_cleanup, _driver_upgrade_planner, _nim_deploy_planner):
             self.patch.setattr(util, "DockerApi", lambda: api)
 
 

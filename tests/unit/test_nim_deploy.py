@@ -9,7 +9,8 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import STEPS, DeployRecord, NimDeploy
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import NimDeploy
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_planner import STEPS, DeployRecord
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_snapshot import PATH as KEPT
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import KEY_FILE, MAINTENANCE_FILE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge

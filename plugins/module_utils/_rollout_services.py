@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""The NIM services of a host while its driver is upgraded, and whoever else uses the GPUs."""
+"""The NIM services of a host while it is out of service, and whoever else uses the GPUs."""
 
 from __future__ import annotations
 
