@@ -18,7 +18,7 @@ from ansible.errors import (
     AnsiblePromptInterrupt,
     AnsiblePromptNoninteractive,
 )
-from ansible_collections.gpu_fleet.nim.plugins.action import driver_upgrade, fleet_rollout
+from ansible_collections.gpu_fleet.nim.plugins.action import driver_upgrade, fleet_rollout, nim_deploy
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._progress import ProgressActionBase
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_action import this_run
 from test_rollout_looks import BEGUN, look
@@ -384,3 +384,27 @@ def test_a_host_that_gets_lost_fails_so_that_it_is_counted(monkeypatch: pytest.M
     action._task.args["state"] = "prestaged"
     with pytest.raises(AnsibleConnectionFailure):
         action.run()
+
+
+def test_a_deployment_gets_all_that_the_services_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = {"models": [{"name": "llama", "secret_environment": {"HF_TOKEN": "hf_x"}}], "ngc_api_key": "nvapi-x"}
+    options: dict[str, t.Any] = {"nim_service": service}
+    made: list[dict[str, t.Any]] = []
+    monkeypatch.setattr(
+        ProgressActionBase,
+        "_call",
+        lambda _self, args, _vars, wrap_async=False: made.append(args) or {"changed": False},
+    )
+    monkeypatch.setattr(nim_deploy, "role_options", lambda _templar, _vars, names: options)
+    action = nim_deploy.ActionModule.__new__(nim_deploy.ActionModule)
+    action._templar = None
+    action._call({"state": "ready"}, {})
+    # What the task says goes before, and a host without models has none.
+    action._call({"state": "ready", "nim_service": {"models": []}}, {})
+    options.clear()
+    action._call({"state": "prestaged"}, {})
+    assert made == [
+        {"state": "ready", "run": this_run(), "nim_service": service},
+        {"state": "ready", "run": this_run(), "nim_service": {"models": []}},
+        {"state": "prestaged", "run": this_run(), "nim_service": {"models": []}},
+    ]
