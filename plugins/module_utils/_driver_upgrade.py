@@ -27,11 +27,13 @@ from ._driver_upgrade_record import (
     read_record,
 )
 from ._errors import FleetError
-from ._gpu import GpuInventory, driver_holders, observe_gpus, observe_loaded_driver
 from ._gpu_health import KERNEL_LINES, gpu_health
+from ._gpu_holders import driver_holders
+from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._kernel_log import read_kernel_log
+from ._loaded_driver import observe_loaded_driver
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_reload_planner import observe_reload

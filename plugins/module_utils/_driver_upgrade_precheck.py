@@ -16,7 +16,7 @@ from ._docker_api import DockerApi
 from ._driver_branches import cuda_of_branch, upstream_version
 from ._driver_transaction import download_packages
 from ._errors import FleetError
-from ._gpu import observe_gpus
+from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nim_image import environment_of, requirements_off
 from ._nvidia_driver import NvidiaDriver

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import typing as t
 
-from ._haproxy_config import host_of
+from ._gateway_settings import host_of
 from ._haproxy_server import GatewayServers, HaproxyServer
 from ._host import Host
 

@@ -10,7 +10,7 @@ import time
 import typing as t
 from dataclasses import dataclass, field, replace
 
-from ._haproxy_config import safe_host
+from ._gateway_settings import safe_host
 from ._rollout import FleetHost
 
 Json = t.Mapping[str, t.Any]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ._docker_api import DockerApi
 from ._driver_clients import foreign_holders
 from ._errors import FleetError
-from ._gpu import driver_holders
+from ._gpu_holders import driver_holders
 from ._health_target import HealthTarget, parse_targets
 from ._host import Host
 from ._nim_health import HealthCheck

@@ -114,7 +114,7 @@ reason:
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Layout
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Layout
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_info import observe_gateway
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail

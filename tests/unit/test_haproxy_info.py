@@ -16,7 +16,7 @@ import typing as t
 import pytest
 from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_gateways as gateways
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_info import observe_gateway
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import FleetHost
 from ansible_collections.gpu_fleet.nim.plugins.modules import haproxy_info

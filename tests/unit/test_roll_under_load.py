@@ -21,7 +21,7 @@ import typing as t
 import urllib.parse
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server
 from gateway_world import HAPROXY, Gateway, free_port
 from test_rollout_playbooks import GOOD, LOOK, SCRIPTED, Play
 

@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._haproxy_config import Server
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gateway_settings import Server
 from gateway_world import HAPROXY, Gateway
 
 SANDBOX = pathlib.Path(__file__).resolve().parents[1] / "sandbox"
