@@ -21,8 +21,9 @@ from test_host_plan import Down, bare
 __all__ = ["bare"]
 
 ROLES = pathlib.Path(__file__).resolve().parents[2] / "roles"
-#: Those whose options the look at a GPU host renders. For that of the gateway see test_gateway_role.py.
-NAMES = sorted({path.name for path in ROLES.iterdir()} - {"nim_gateway"})
+#: Those whose options the look at a GPU host renders. For that of the gateway see test_gateway_role.py, for those of rollouts
+#: test_rollout_playbooks.py.
+NAMES = sorted({path.name for path in ROLES.iterdir()} - {"nim_gateway", "drain", "driver_upgrade", "nim_deploy"})
 PUBLIC = {"nim_models": [llama(image="docker.io/example/public-nim:1.0")]}
 
 
