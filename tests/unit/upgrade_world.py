@@ -12,17 +12,20 @@ import typing as t
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _driver_upgrade, _driver_upgrade_planner
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_record import Record, read_record
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import MAINTENANCE_FILE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import on_disk_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from driver_world import KERNEL, DriverWorld
 
 SMI = pathlib.Path(__file__).parent / "fixtures" / "nvidia-smi" / "h200-x1.xml"
 _QUESTION = re.compile(
     r"dpkg-query|apt-cache|apt-get -s|modinfo|journalctl|nvidia-smi|dkms status|systemctl (show|is-active|is-enabled)"
 )
+GOALS = ("prestaged", "drained", "ready", "returned")
 IMAGE = "nvcr.io/nim/meta/llama@sha256:" + "1" * 64
 SERVICES = ("llama", "qwen")
 
@@ -252,3 +255,32 @@ def install_fakes(monkeypatch: t.Any, world: UpgradeWorld) -> None:
     monkeypatch.setattr(_driver_upgrade, "wait_ready", wait_ready)
     monkeypatch.setattr(_driver_upgrade, "run_gpu_container", run_gpu_container)
     monkeypatch.setattr(_driver_upgrade_planner, "serving", serving)
+
+
+# -- what the role does ---------------------------------------------------------------------------
+
+
+def call(world: UpgradeWorld, goal: str, branch: str = "580", **more: t.Any) -> tuple[Outcome[t.Any], dict[str, t.Any]]:
+    """One call of the module."""
+    check_mode = more.pop("check_mode", False)
+    resource = upgrade(world, branch, goal=goal, **more)
+    outcome = converge(world, resource, check_mode=check_mode)
+    return outcome, resource.result(outcome.state)
+
+
+def roll(world: UpgradeWorld, branch: str = "580", **more: t.Any) -> dict[str, t.Any]:
+    """What the role does with a host."""
+    answer: dict[str, t.Any] = {}
+    for goal in GOALS:
+        answer = call(world, goal, branch, **more)[1]
+        if answer["reboot_required"]:
+            world.reboot()
+            answer = call(world, goal, branch, **more)[1]
+            assert not answer["reboot_required"]
+    return answer
+
+
+def record_of(world: UpgradeWorld) -> Record:
+    found = read_record(world)
+    assert found is not None
+    return found
