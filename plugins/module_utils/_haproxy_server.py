@@ -37,6 +37,7 @@ SERVER_OPTIONS: t.Dict[str, t.Dict[str, t.Any]] = {
     "master_socket": {"type": "path", "default": Layout.master_socket},
     "allow_last": {"type": "bool", "default": False},
     "ignore_unknown": {"type": "bool", "default": False},
+    "models": {"type": "list", "elements": "str"},
 }
 
 
@@ -77,6 +78,7 @@ class HaproxyServer(Resource[GatewayServers]):
         master_socket: That of its master process.
         allow_last: Whether the last server of a model that serves may be taken out.
         ignore_unknown: Whether a host that the gateway does not know is fine.
+        models: Those whose servers are enabled, by their names in ``nim_models``; None for all. Others stay as they are.
     """
 
     name = "haproxy_server"
@@ -91,6 +93,7 @@ class HaproxyServer(Resource[GatewayServers]):
         master_socket: str = Layout.master_socket,
         allow_last: bool = False,
         ignore_unknown: bool = False,
+        models: t.Optional[t.Sequence[str]] = None,
     ) -> None:
         if not host:
             raise FleetError("invalid_option", "host = '': empty; name the GPU host as the inventory does.")
@@ -102,6 +105,7 @@ class HaproxyServer(Resource[GatewayServers]):
         self.socket = socket
         self.allow_last = allow_last
         self.ignore_unknown = ignore_unknown
+        self.models = models
         self.api = RuntimeApi(socket, master_socket)
         self.probe = probe
         self.locked: t.Callable[[], t.ContextManager[None]] = locked
@@ -140,6 +144,8 @@ class HaproxyServer(Resource[GatewayServers]):
     def _plan_enable(self, state: GatewayServers, own: t.Sequence[LiveServer]) -> t.List[Change]:
         changes: t.List[Change] = []
         for server in own:
+            if self.models is not None and server.server.rpartition(":")[2] not in self.models:
+                continue
             if state.is_foreign(server):
                 changes.append(
                     self._change(

@@ -61,6 +61,12 @@ options:
     description: Whether a host that the gateway has no server of is fine; RV(servers) is empty then.
     type: bool
     default: false
+  models:
+    description:
+      - With O(state=enabled), only the servers of these models, by their names in C(nim_models); the others stay as they are.
+      - By default all servers of the host.
+    type: list
+    elements: str
 seealso:
   - module: gpu_fleet.nim.nim_gateway
 author:

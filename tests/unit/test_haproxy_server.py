@@ -252,6 +252,30 @@ def test_a_host_is_enabled_only_when_it_has_proved_ready(world: World, state: st
     assert world.served_by() == {"one", "two"}
 
 
+def test_only_the_models_that_are_there_are_waited_for_and_enabled(world: World) -> None:
+    nim = Nim("gone")
+    servers = [
+        Server("gpu01", "llama", "127.0.0.1", world.nims["one"].port, ("llama",)),
+        Server("gpu01", "new", "127.0.0.1", nim.port, ("new",)),
+        Server("gpu02", "llama", "127.0.0.1", world.nims["two"].port, ("llama",)),
+    ]
+    world.gateway.write(servers)
+    world.gateway.reload()
+    world.gateway.wait_for("gpu01:new", "UP")
+    world.run("gpu01", "drained", allow_last=True)
+    nim.close()
+    # As a whole the host does not come back, and one that serves as before is lost with it.
+    assert world.fails("gpu01", "enabled", "not_ready", timeout=1)
+    assert not world.run("gpu01", "enabled", models=[]).changed
+    assert [change.what for change in world.run("gpu01", "enabled", models=["llama"]).changes] == [
+        "readiness of llama/gpu01:llama",
+        "server llama/gpu01:llama",
+    ]
+    assert world.served_by() == {"one", "two"} and world.gateway.status("gpu01:new").startswith(("DRAIN", "DOWN"))
+    # Ours, so that whoever brings the model up gives it back.
+    assert world.resource("gpu01", "enabled").observe(world.host).ours == {"new/gpu01:new": "drained"}
+
+
 def test_a_check_of_seconds_ago_is_not_believed(world: World) -> None:
     resource = world.resource("gpu01", "enabled", timeout=0)
     converge(world.host, world.resource("gpu01", "drained"), check_mode=False)

@@ -19,7 +19,7 @@ ROLES = sorted(path for path in (pathlib.Path(__file__).resolve().parents[2] / "
 #: A gateway is no resource of a GPU host.
 OPTIONS = {**RESOURCE_OPTIONS, "nim_gateway": GATEWAY_OPTIONS}
 #: Variables that are not set by default, and why.
-UNSET = {"docker_users": "undefined leaves the group alone"}
+UNSET = {"docker_users": "undefined leaves the group alone", "drain_models": "undefined means all"}
 #: Options whose meaning in a role is not the module's alone.
 OWN_DEFAULT = {"nim_models", "nvidia_driver_reload", "nvidia_container_toolkit_injection"}
 

@@ -143,6 +143,7 @@ class Roll(Play):
         self._replace(
             {
                 "/run/haproxy/admin.sock": layout.socket,
+                "/run/haproxy-master.sock": layout.master_socket,
                 "/var/lib/haproxy/nim-server-state": layout.state_file,
                 "/etc/haproxy/nim": layout.directory,
                 "/var/lib/gpu_fleet/gateway-servers.json": str(folder / "gateway-servers.json"),

@@ -32,7 +32,8 @@ class ActionModule(ActionBase):
         with open(os.environ["SCRIPT"]) as stream:
             answers = json.load(stream).get(host, {{}}).get(call, {{}})
         with open(os.environ["SCRIPT"] + ".log", "a") as stream:
-            stream.write("%s: %s%s\\n" % (host, call, " (check)" if self._task.check_mode else ""))
+            of = " of " + ", ".join(args["models"]) if args.get("models") else ""
+            stream.write("%s: %s%s%s\\n" % (host, call, of, " (check)" if self._task.check_mode else ""))
         if answers == "unreachable":
             raise AnsibleConnectionFailure("timed out")
         if answers == "lost":
@@ -68,7 +69,14 @@ DEPLOY_LOOK = {
 }
 GOOD_DEPLOY: dict[str, t.Any] = {
     "deploy prestaged": DEPLOY_LOOK,
-    "deploy drained": {"due": True, "held": "", "outcome": "", "open": True, "models": ["llama"]},
+    "deploy drained": {
+        "due": True,
+        "held": "",
+        "outcome": "",
+        "open": True,
+        "models": ["llama", "new"],
+        "record": {"workloads": ["llama"]},
+    },
     "deploy ready": {"due": True, "outcome": "", "open": True},
     "deploy returned": {"due": False, "outcome": "updated", "open": False},
     "deploy restored": {"due": True, "outcome": "restored", "open": False},
@@ -386,11 +394,13 @@ def test_deploy_that_cannot_pull_begins_nothing(deploy: Deploy) -> None:
 
 def test_deploy_that_went_back_gives_the_host_back_and_stops(deploy: Deploy, tmp_path: pathlib.Path) -> None:
     said = "Model llama is not ready. What ran before (llama 1.8.4) was put back and answers."
-    deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "outcome": "rolled_back", "msg": said}
+    record = {"workloads": ["llama", "old"]}
+    deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "outcome": "rolled_back", "msg": said, "record": record}
     page = tmp_path / "page.html"
     code, output = deploy.run(nim_deploy_report=str(page))
     assert code == 2, output
-    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy ready", "gateway enabled"]
+    # Only what ran before comes back: nobody waits for a model that was new and is gone again.
+    assert deploy.turn("gpu01") == [*DEPLOY_TURN[:3], "gateway enabled of llama, old"]
     assert deploy.turn("gpu02") == deploy.turn("gpu03") == []
     assert "The run stops after 1 of 3 hosts" in output and said in page.read_text()
     assert "Deployment of models" in page.read_text()
@@ -408,7 +418,7 @@ def test_deploy_gives_up_where_the_drain_is_refused(deploy: Deploy) -> None:
     deploy.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
     code, output = deploy.run()
     assert code == 2 and "It is the last one that serves llama." in output
-    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy restored", "gateway enabled"]
+    assert deploy.turn("gpu01") == [*DEPLOY_TURN[:2], "deploy restored", "gateway enabled of llama"]
 
 
 def test_deploy_of_a_host_that_is_down_is_no_end_of_the_run(deploy: Deploy) -> None:
