@@ -41,6 +41,7 @@ def load(name, path):
 control = load("sandbox_standin_control", WORLD / "control.py")
 images = load("sandbox_standin_images", WORLD / "images.py")
 gate = load("sandbox_standin_gate", WORLD / "service" / "gate.py")
+load_module = load("sandbox_load", WORLD.parent / "load.py")
 build = load("sandbox_standin_build", WORLD / "build.py")
 failures = load("sandbox_standin_failures", WORLD / "standin" / "failures.py")
 CATALOGUE = {"%s:%s" % (image["repository"], image["tag"]): {**image, "files_mib": 1} for image in images.IMAGES}
@@ -269,6 +270,19 @@ def test_completions(nim):
     assert nim.post("/v1/completions", model="assistant", prompt="a", max_tokens=64)[0] == 400
     assert nim.request("POST", "/v1/completions", ["no object"])[0] == 400
     assert 'generation_tokens_total{model_name="assistant"}' in nim.get("/v1/metrics")[1]
+
+
+@pytest.mark.parametrize("image", [LLAMA, "nim/mistralai/mistral-7b-instruct-v0.3:1.12.2"])
+def test_clients_that_count_get_every_token(nim, image):
+    nim.start(image)
+    (name,) = [entry["id"] for entry in json.loads(nim.get("/v1/models")[1])["data"]]
+    for streamed in (False, True):
+        answer = load_module.ask("http://127.0.0.1:%d" % nim.port, name, streamed=streamed, tokens=50)
+        assert (answer.outcome, answer.why) == ("done", "")
+    # One that is killed in the middle is noticed.
+    threading.Timer(0.3, nim.process.kill).start()
+    answer = load_module.ask("http://127.0.0.1:%d" % nim.port, name, streamed=True, tokens=20000)
+    assert answer.outcome == "truncated"
 
 
 def test_model_without_chat_template(nim):
