@@ -13,7 +13,6 @@ import os
 import pathlib
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import pytest
 import yaml
 from control import KEY_VALID
 from fleet_sandbox.inventory import full_name
+from processes import kill_tree
 
 SOURCE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = SOURCE.parents[1]
@@ -468,21 +468,6 @@ def _in_file(pattern: str, path: pathlib.Path) -> Callable[[], bool]:
     """Whether a pattern is in a file by now."""
     compiled = re.compile(pattern.encode())
     return lambda: compiled.search(path.read_bytes()) is not None
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all that it has started, sessions of their own included."""
-    children: dict[int, list[int]] = {}
-    for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-    found = [pid]
-    for each in found:
-        found += children.get(each, [])
-    for each in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
 
 
 def difference(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str]:
