@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Everything that goes wrong while a fleet is changed under load, and what must come of it.
 
-The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 mistral, on driver 570; 580 is wanted (or llama 1.8.5, for ``deploy``).
+The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 large, on driver 570; 580 is wanted (or llama 1.8.5, for ``deploy``).
 gpu01 is the canary, and at most two hosts are out at a time, so the batches are gpu01 / gpu02, gpu03 / gpu04. Clients ask gateway
 gw01 all the time. What the design gives up is said in ``lost``; where it is empty, no request may fail or be truncated.
 """
@@ -13,8 +13,8 @@ import dataclasses
 from typing import Any
 
 LLAMA = ("gpu01", "gpu02")
-MISTRAL = ("gpu03", "gpu04")
-HOSTS = (*LLAMA, *MISTRAL)
+LARGE = ("gpu03", "gpu04")
+HOSTS = (*LLAMA, *LARGE)
 #: Steps of a driver upgrade as a host has them on record, in their order.
 STEPS = (
     "planned",
@@ -304,7 +304,7 @@ FAULTS = (
         mend=(Order("gw01", _SET_STATE % ("upgrade-faults-gpu04", "ready")),),
         says=(
             r"gpu04: somebody else has drained it at a gateway",
-            "model mistral would have 0 ready replicas and keeps at least 1",
+            "model large would have 0 ready replicas and keeps at least 1",
             "2 updated",
         ),
         ends=ends(DONE, gpu03=UNTOUCHED, gpu04=UNTOUCHED),

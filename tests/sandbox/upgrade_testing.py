@@ -16,7 +16,7 @@ from fleet_testing import CHECKOUT, SANDBOX, Fleet, Json, Run, read_inventory, s
 from load import Load
 from upgrade_faults import HOSTS, STEPS, Fault, Order
 
-MODELS = ("meta/llama-3.1-8b-instruct", "mistralai/mistral-7b-instruct-v0.3")
+MODELS = ("meta/llama-3.1-8b-instruct", "meta/llama-3.1-70b-instruct")
 PORT = 8080
 #: In the sandbox every host is among the GPU hosts.
 TARGET = "gpu_hosts:!nim_gateways"

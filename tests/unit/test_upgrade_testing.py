@@ -29,8 +29,8 @@ STATES = """\
 # be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_uweight srv_iweight
 3 llama 1 s-gpu01:llama 172.30.2.1 2 8 1 1
 3 llama 2 s-gpu02:llama 172.30.2.2 0 0 1 1
-4 mistral 1 s-gpu03:mistral 172.30.2.3 0 9 1 1
-4 mistral 2 s-gpu04:mistral 172.30.2.4 0 32 1 1
+4 large 1 s-gpu03:large 172.30.2.3 0 9 1 1
+4 large 2 s-gpu04:large 172.30.2.4 0 32 1 1
 
 """
 
@@ -48,9 +48,10 @@ def test_the_inventory_of_another_scenario_is_that_of_the_scenario() -> None:
     assert list(other["nim_gateways"]["hosts"]) == ["upgrade-faults-gw01", "upgrade-faults-gw02"]
     assert other["gpu_hosts"]["vars"] == {**own["gpu_hosts"]["vars"], "nvidia_driver_branch": "535"}
     models = [hosts["nim_models"][0]["name"] for hosts in other["gpu_hosts"]["hosts"].values()]
-    assert models == ["llama", "llama", "mistral", "mistral"]
+    assert models == ["llama", "llama", "large", "large"]
     # The clients ask for them by their names.
-    assert [name.rpartition("/")[2].partition("-")[0] for name in upgrade_testing.MODELS] == ["llama", "mistral"]
+    images = [hosts["nim_models"][0]["image"] for hosts in other["gpu_hosts"]["hosts"].values()]
+    assert all(model in image for model, image in zip(upgrade_testing.MODELS, images[::2]))
 
 
 class Double(UpgradeFleet):
