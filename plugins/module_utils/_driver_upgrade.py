@@ -192,7 +192,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         # Told before it is noted for the host: without it the reboot would not be the only one.
         converge(
             host,
-            DriverReload(prepare_reboot=True, expected_version=self.expected, reboot_reason=why),
+            DriverReload(prepare_reboot=True, always=True, expected_version=self.expected, reboot_reason=why),
             check_mode=False,
         )
         write_record(host, replace(record, reboot=why, boot_id=state.reload.boot_id))

@@ -243,14 +243,17 @@ class UpgradePlanner(Planner[UpgradeState]):
             return [replace(change, blocked=why) for change in changes]
         return changes
 
-    @staticmethod
-    def _rebooting(state: UpgradeState, record: Record) -> bool:
+    def _reboot_ordered(self, state: UpgradeState, record: Record) -> bool:
+        """Whether the operator wants a reboot that has not been: whoever asks for the new driver may load it before."""
+        return self.reboot == "always" and bool(record.reboot) and record.boot_id == state.reload.boot_id
+
+    def _rebooting(self, state: UpgradeState, record: Record) -> bool:
         """Whether all that is left waits for a reboot, of which the host knows that it is the only one."""
         marker = state.reload.marker or {}
         return (
             bool(record.reboot)
             and not state.packages_due
-            and state.loaded != state.reload.on_disk
+            and (state.loaded != state.reload.on_disk or self._reboot_ordered(state, record))
             and marker.get("target") == state.reload.on_disk
             and marker.get("boot_id") == state.reload.boot_id
         )
@@ -278,7 +281,7 @@ class UpgradePlanner(Planner[UpgradeState]):
             # An upgrade that was cut off may have left the rest of the driver's resource undone.
             return not state.packages_due and not (record.open and state.others)
         if step == "loaded":
-            return not state.due
+            return not state.due and not self._reboot_ordered(state, record)
         if step == "validated":
             return not state.due and record.validated == self._valid(state)
         if step == "workloads_started":

@@ -123,12 +123,20 @@ class ReloadPlanner(Planner[ReloadState]):
     Args:
         prepare_reboot: Write the reboot marker instead of reloading; fails when the host was already rebooted for
             the same driver version.
+        always: With ``prepare_reboot``, also where the driver is loaded.
         expected_version: Version or branch that the driver must have in the end; empty for what is on disk.
     """
 
     name = "nvidia_driver_reload"
 
-    def __init__(self, *, prepare_reboot: bool = False, expected_version: str = "", reboot_reason: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        prepare_reboot: bool = False,
+        always: bool = False,
+        expected_version: str = "",
+        reboot_reason: str = "",
+    ) -> None:
         if expected_version and not re.fullmatch(r"\d{3}(\.\d+){0,2}", expected_version):
             raise FleetError(
                 "invalid_option",
@@ -136,6 +144,7 @@ class ReloadPlanner(Planner[ReloadState]):
                 % expected_version,
             )
         self.prepare_reboot = prepare_reboot
+        self.always = always
         self.expected_version = expected_version
         self.given_reason = reboot_reason
         #: Found out only by trying; the second look then knows.
@@ -188,7 +197,7 @@ class ReloadPlanner(Planner[ReloadState]):
         changes: list[Change] = []
         current = state.loaded_version == state.on_disk
         if self.prepare_reboot:
-            return [] if current else self._plan_marker(state)
+            return [] if current and not self.always else self._plan_marker(state)
         if not current:
             reason = self.reboot_reason(state)
             blocked = "a reboot is needed: %s" % reason if reason else None

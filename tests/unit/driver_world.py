@@ -33,6 +33,7 @@ class DriverWorld(FakeHost):
         load_error: What modprobe nvidia says; empty when it works.
         build_fails: Driver version that dkms cannot build.
         fail_install: Number of apt transactions to fail.
+        loads_itself: Whatever is installed asks for the driver, which loads it.
     """
 
     def __init__(self, gpus: int = 1, device: str = "0x2335") -> None:
@@ -45,6 +46,7 @@ class DriverWorld(FakeHost):
         self.build_fails = ""
         self.fail_install = 0
         self.can_unload = True
+        self.loads_itself = False
         self.module = ""
         self.kernel_log = ""
         self.files["/etc/os-release"] = (
@@ -201,6 +203,8 @@ class DriverWorld(FakeHost):
                         "E: dkms failed\n",
                     )
                 self.module = plain
+                if self.loads_itself and not self.exists("/sys/module/nvidia/version"):
+                    self.load(plain)
         return ""
 
     def _apt_mark(self, _host: t.Any, argv: tuple[str, ...], _stdin: t.Any, _env: t.Any) -> str:

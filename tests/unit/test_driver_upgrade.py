@@ -140,9 +140,12 @@ def test_a_kernel_that_cannot_unload_is_rebooted_once(world: UpgradeWorld) -> No
     assert not world.exists("/var/lib/gpu_fleet/driver-reboot.json")
 
 
-def test_always_reboots_although_a_reload_would_do(world: UpgradeWorld) -> None:
+@pytest.mark.parametrize("loads_itself", [False, True])
+def test_always_reboots_although_a_reload_would_do(world: UpgradeWorld, loads_itself: bool) -> None:
+    world.loads_itself = loads_itself
     boot = world.files["/proc/sys/kernel/random/boot_id"]
     roll(world, reboot="always")
+    assert not world.exists("/var/lib/gpu_fleet/driver-reboot.json")
     assert world.serves() and world.files["/proc/sys/kernel/random/boot_id"] != boot
 
 
