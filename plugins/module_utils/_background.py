@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError, file_problem
 from ._untrusted import parse_json, real_number
+from ._zip_imports import import_all
 
 #: On a tmpfs: after a reboot no job claims to run.
 DIRECTORY = "/run/gpu_fleet/jobs"
@@ -103,8 +104,7 @@ class Jobs:
     def start(self, job_id: str, work: Work) -> bool:
         """Start a job, or attach to it where it already runs.
 
-        ``work`` runs in a forked process: everything it uses must be imported before, since the module's own files
-        are removed when the module returns.
+        ``work`` runs in a forked process, which outlives the module's own files.
 
         Returns:
             Whether it was started now.
@@ -116,6 +116,7 @@ class Jobs:
         if lock is None:
             return False
         try:
+            import_all()
             # Written by the parent, so that no reader finds the end of an earlier job.
             self._write(job_id, {"state": RUNNING, "started": time.time(), "progress": {}})
             child = os.fork()

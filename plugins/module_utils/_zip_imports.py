@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""Imports out of the archive that ansible-core sends to a host, with every file compiled once.
+"""Imports out of the archive that ansible-core sends to a host: every file compiled once, or all of them ahead.
 
 Python compiles a file in an archive twice: once to tell its name (CPython ``Lib/zipimport.py``: ``get_filename`` makes the
 code and throws it away; 3.8 to 3.14 alike), and once to run it. For a module of many files that was a third of its run.
@@ -10,8 +10,10 @@ code and throws it away; 3.8 to 3.14 alike), and once to run it. For a module of
 
 from __future__ import annotations
 
+import importlib
 import sys
 import typing as t
+import zipfile
 from importlib.machinery import ModuleSpec, PathFinder
 from zipimport import zipimporter
 
@@ -49,3 +51,17 @@ def compile_once() -> None:
     if CompiledOnce not in sys.meta_path and PathFinder in sys.meta_path:
         # Right before Python's own: whatever others have put in front stays there.
         sys.meta_path.insert(sys.meta_path.index(PathFinder), CompiledOnce)
+
+
+def import_all() -> None:
+    """Every file beside this one that has come in the same archive, for work that goes on when the archive is gone."""
+    package = __name__.rpartition(".")[0]
+    loader = getattr(__spec__, "loader", None)
+    if not isinstance(loader, zipimporter):
+        return
+    folder = package.replace(".", "/") + "/"
+    with zipfile.ZipFile(loader.archive) as archive:
+        names = [name[len(folder) : -len(".py")] for name in archive.namelist() if name.startswith(folder)]
+    for name in names:
+        if name.isidentifier() and name != "__init__":
+            importlib.import_module("%s.%s" % (package, name))

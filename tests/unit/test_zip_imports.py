@@ -46,8 +46,8 @@ print(json.dumps({
 """
 
 
-def imported(tmp_path: pathlib.Path, how: str) -> dict[str, object]:
-    archive = tmp_path / "payload.zip"
+def packed(archive: pathlib.Path) -> pathlib.Path:
+    """The archive of a module, with three files of ours and a package."""
     with zipfile.ZipFile(archive, "w") as packed:
         parts = PACKAGE.split("/")
         for depth in range(1, len(parts) + 1):
@@ -58,6 +58,11 @@ def imported(tmp_path: pathlib.Path, how: str) -> dict[str, object]:
         )
         packed.writestr(PACKAGE + "/_second.py", "NUMBER = 7\n")
         packed.writestr(PACKAGE + "/within/__init__.py", "NUMBER = 8\n")
+    return archive
+
+
+def imported(tmp_path: pathlib.Path, how: str) -> dict[str, object]:
+    archive = packed(tmp_path / "payload.zip")
     command = [sys.executable, "-I", "-c", PROGRAM, str(archive), how]
     found: dict[str, object] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return found
@@ -79,3 +84,24 @@ def test_what_is_imported_is_what_python_would_import(tmp_path: pathlib.Path) ->
     assert once["number"] == 7
     assert once["within"] == 8
     assert str(once["missing"]).endswith("._missing")
+
+
+def test_work_that_outlives_the_archive_has_all_that_was_in_it(tmp_path: pathlib.Path) -> None:
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+package = "ansible_collections.gpu_fleet.nim.plugins.module_utils"
+if sys.argv[2] == "all":
+    __import__(package + "._zip_imports", fromlist=["import_all"]).import_all()
+else:
+    __import__(package)
+os.unlink(sys.argv[1])
+print(__import__(package + "._first", fromlist=["NUMBER"]).NUMBER)
+"""
+    ended = {}
+    for how in ("all", "none"):
+        archive = packed(tmp_path / "payload.zip")
+        command = [sys.executable, "-I", "-c", program, str(archive), how]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        ended[how] = done.stdout.strip(), done.returncode
+    assert ended == {"all": ("7", 0), "none": ("", 1)}
