@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Everything that goes wrong while a fleet is changed under load, and what must come of it.
 
-The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 large, on driver 570; 580 is wanted (or llama 1.8.5, for ``deploy``).
-gpu01 is the canary, and at most two hosts are out at a time, so the batches are gpu01 / gpu02, gpu03 / gpu04. Clients ask gateway
+The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 large. It is on driver OLD, and NEW is wanted: 570 and 580 by turns, so that no
+line needs the work of the one before it undone. For ``deploy``, llama 1.8.5 is wanted. gpu01 is the canary, and at most two hosts are out at a time, so the batches are gpu01 / gpu02, gpu03 / gpu04. Clients ask gateway
 gw01 all the time. What the design gives up is said in ``lost``; where it is empty, no request may fail or be truncated.
 """
 
@@ -30,7 +30,9 @@ STEPS = (
     "ready",
     "returned",
 )
-OLD, NEW = "570", "580"
+#: Branches of the driver; the table has their places.
+BRANCHES = ("570", "580")
+OLD, NEW = "OLD", "NEW"
 REPOSITORY = "developer.download.nvidia.com"
 
 #: How a host ends that was never begun with, that has what is wanted, and that is back on what it had.
@@ -70,7 +72,7 @@ class Fault:
         moment: Host and the step that it has on record, or later, when ``during`` happens.
         mend: After the run, as an operator would.
         variables: Of the run.
-        wanted: Branch that is wanted; OLD for runs of deploy, which leave the driver.
+        towards: Branch that must be the wanted one; empty for either.
         succeeds: Whether the run ends well.
         says: Patterns in what it prints.
         ends: Host -> branch of the loaded driver ("" for any) and outcome on record ("" for none).
@@ -84,6 +86,7 @@ class Fault:
     demand: str
     expected: str
     playbook: str = "upgrade_drivers"
+    towards: str = ""
     prepare: tuple[Order, ...] = ()
     moment: tuple[str, str] = ("", "")
     during: tuple[Order, ...] = ()
@@ -96,6 +99,25 @@ class Fault:
     again: bool = True
     second: str = ""
     lost: str = ""
+
+
+def directed(fault: Fault, old: str, new: str) -> Fault:
+    """A line of the table for one direction."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(OLD, old).replace(NEW, new)
+        if isinstance(value, dict):
+            return {key: named(each) for key, each in value.items()}
+        if isinstance(value, tuple):
+            return tuple(named(each) for each in value)
+        if isinstance(value, Order):
+            return dataclasses.replace(value, what=named(value.what), options=named(value.options))
+        return value
+
+    return dataclasses.replace(
+        fault, **{field.name: named(getattr(fault, field.name)) for field in dataclasses.fields(fault)}
+    )
 
 
 def ends(default: tuple[str, str], **hosts: tuple[str, str]) -> dict[str, tuple[str, str]]:
@@ -119,7 +141,7 @@ _HARDWARE = (
 )
 _REFUSE_NEW = (
     "install -D -m 0644 /dev/null /etc/systemd/system/nim-llama.service.d/zz.conf && "
-    "printf '[Service]\\nExecStartPre=/bin/sh -c \"! grep -q ^580 /sys/module/nvidia/version\"\\n' "
+    "printf '[Service]\\nExecStartPre=/bin/sh -c \"! grep -q ^NEW /sys/module/nvidia/version\"\\n' "
     "> /etc/systemd/system/nim-llama.service.d/zz.conf && systemctl daemon-reload"
 )
 _ALLOW_NEW = "rm -rf /etc/systemd/system/nim-llama.service.d && systemctl daemon-reload"
@@ -143,13 +165,14 @@ FAULTS = (
                 "fail",
                 (
                     200,
-                    {"host": REPOSITORY, "where": "static", "path": r"nvidia-(kernel-)?(open-)?dkms[^/]*580[^/]*\.deb"},
+                    {"host": REPOSITORY, "where": "static", "path": r"nvidia-(kernel-)?(open-)?dkms[^/]*NEW[^/]*\.deb"},
                 ),
             ),
         ),
         mend=(Order("world", "reset"),),
         says=(NOTHING_BEGUN,),
         ends=ends(UNTOUCHED),
+        again=False,
     ),
     Fault(
         "download_interrupted",
@@ -159,13 +182,15 @@ FAULTS = (
         mend=(Order("world", "reset"),),
         says=(NOTHING_BEGUN,),
         ends=ends(UNTOUCHED),
+        again=False,
     ),
     Fault(
         "dkms_build_fails",
         "DKMS build fails",
         "The canary gets its old driver back and serves on it; the others are not touched.",
+        towards="580",
         variables={"nvidia_driver_version": "580.82.07"},
-        says=(r"The old driver 570\.\S+ was put back and the services run on it again", STOPPED),
+        says=(r"The old driver OLD\.\S+ was put back and the services run on it again", STOPPED),
         ends=ends(UNTOUCHED, gpu01=ROLLED_BACK),
     ),
     Fault(
@@ -176,6 +201,7 @@ FAULTS = (
         mend=(Order("gpu02", _LET_GO),),
         says=(NOTHING_BEGUN, r"gpu02: .*foreign"),
         ends=ends(UNTOUCHED),
+        again=False,
     ),
     Fault(
         "foreign_process_during",
@@ -207,7 +233,7 @@ FAULTS = (
         "Somebody's file hides the new module, so the old one is loaded under the new libraries: the old packages are put back.",
         prepare=(Order("gpu01", _STALE),),
         mend=(Order("gpu01", _FRESH),),
-        says=(r"The old driver 570\.\S+ was put back", STOPPED),
+        says=(r"The old driver OLD\.\S+ was put back", STOPPED),
         ends=ends(UNTOUCHED, gpu01=ROLLED_BACK),
     ),
     Fault(
@@ -216,7 +242,7 @@ FAULTS = (
         "The canary gets its old driver back and serves on it; the others are not touched.",
         prepare=(Order("gpu01", _REFUSE_NEW),),
         mend=(Order("gpu01", _ALLOW_NEW),),
-        says=(r"The old driver 570\.\S+ was put back and the services run on it again", STOPPED),
+        says=(r"The old driver OLD\.\S+ was put back and the services run on it again", STOPPED),
         ends=ends(UNTOUCHED, gpu01=ROLLED_BACK),
     ),
     Fault(
@@ -286,6 +312,7 @@ FAULTS = (
         mend=(Order("world", "reset"),),
         says=(NOTHING_BEGUN,),
         ends=ends(UNTOUCHED),
+        again=False,
     ),
     Fault(
         "last_replica",
@@ -337,6 +364,4 @@ FAULTS = (
 #: "controller killed at every step of the state machine and rerun": the step that gpu01 has on record when it dies. After the last
 #: one nothing is left but the hosts of the next batches.
 KILLED_AT = STEPS
-KILLED_EXPECTED = (
-    "The next run, of the same or another controller, ends with every host upgraded; nothing is lost in between."
-)
+KILLED_EXPECTED = "Every next run goes on where the dead one was; the last one ends with every host upgraded; nothing is lost in between."

@@ -19,7 +19,7 @@ sys.path[:0] = [str(SANDBOX), str(SANDBOX / "world")]
 
 import control  # noqa: E402  # after the path is set
 import upgrade_faults  # noqa: E402  # as above
-from upgrade_faults import FAULTS, GONE, HOSTS, STRANDED, Fault, Order  # noqa: E402  # as above
+from upgrade_faults import FAULTS, GONE, HOSTS, NOTHING_BEGUN, STRANDED, Fault, Order, directed  # noqa: E402  # as above
 
 #: What was asked for, beside a controller that dies at every step.
 DEMANDS = {
@@ -70,8 +70,8 @@ class TestFault:
         # Whoever is stranded or gone gets no requests, and whoever gets none is one of them or was drained by somebody else.
         outside = {host for host, end in fault.ends.items() if end in (STRANDED, GONE)}
         assert outside <= set(fault.out) and (set(fault.out) == outside or fault.name == "operator_drained")
-        # A run that ends well leaves nothing to a second one.
-        assert fault.succeeds is not fault.again
+        # A run that ends well leaves nothing to a second one, and one that has not begun has nothing to go on with.
+        assert fault.again is not (fault.succeeds or NOTHING_BEGUN in fault.says)
 
     def test_it_happens_and_is_mended(self, fault: Fault) -> None:
         assert fault.prepare or fault.during or fault.variables or fault.second
@@ -111,8 +111,18 @@ def test_faults_of_the_world_are_what_its_controls_take(tmp_path: pathlib.Path) 
                 getattr(world, order.what)(*positional, **(named[0] if named else {}))
 
 
+def test_a_line_is_the_same_in_both_directions() -> None:
+    there, back = ([directed(fault, *pair) for fault in FAULTS] for pair in (("570", "580"), ("580", "570")))
+    for forth, home, plain in zip(there, back, FAULTS):
+        assert "OLD" not in repr(forth) and "NEW" not in repr(forth)
+        assert directed(plain, "OLD", "NEW") == plain
+        swapped = repr(forth).replace("580", "5x0").replace("570", "580").replace("5x0", "570")
+        assert plain.towards or swapped == repr(home)
+
+
 def test_the_broken_package_is_one_that_the_upgrade_fetches() -> None:
     (fault,) = [fault for fault in FAULTS if fault.name == "broken_package"]
+    fault = directed(fault, "570", "580")
     (pattern,) = [order.options[1]["path"] for order in fault.prepare if order.where == "world"]
     base = "/compute/cuda/repos/ubuntu2404/x86_64/./"
     assert re.search(pattern, base + "nvidia-dkms-580-open_580.95.05-0ubuntu1_amd64.deb")
