@@ -120,7 +120,7 @@ molecule: install ## Molecule scenarios; one with S=name
 test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, every known failure, upgrades under load, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
-	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model
+	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model upgrade
 	@$(BIN)/pytest -v tests/full/test_failure_signatures.py
 	@$(BIN)/pytest -n 2 -v tests/full --ignore tests/full/test_failure_signatures.py --ignore tests/full/test_upgrade_faults.py
 	@$(BIN)/pytest -v tests/full/test_upgrade_faults.py

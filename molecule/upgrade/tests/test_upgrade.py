@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from upgrade_faults import HOSTS
 from upgrade_testing import UpgradeFleet
 
 FLEET = UpgradeFleet(Fleet("upgrade"))
+full = pytest.mark.skipif(not os.environ.get("TEST_FULL"), reason="a part of `make test-full`; TEST_FULL=1")
 NEWER = "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.5"
 
 
@@ -70,10 +72,12 @@ def test_580_to_595_and_names_without_a_branch(clients: Load) -> None:
     upgraded(FLEET.roll("595"), "595")
 
 
+@full
 def test_595_back_to_580(clients: Load) -> None:
     upgraded(FLEET.roll("580"), "580")
 
 
+@full
 def test_535_to_580_with_a_reboot(clients: Load) -> None:
     FLEET.roll("535")
     assert FLEET.branches() == everywhere("535")
@@ -126,6 +130,7 @@ def test_a_model_that_does_not_become_ready_gets_back_its_digest(clients: Load) 
     assert not FLEET.hosts["gpu01"].succeeds("test -e /var/lib/gpu_fleet/nim-deploy.before")
 
 
+@full
 def test_a_controller_that_dies_in_a_deployment(clients: Load) -> None:
     options = FLEET.options("deploy")
     FLEET.fleet.play_until(
