@@ -201,8 +201,12 @@ class Load:
     def __exit__(self, *_: object) -> None:
         """Every request that has begun is waited for: it counts."""
         self._end.set()
+        until = time.monotonic() + PATIENCE + 10
         for thread in self._threads:
-            thread.join(PATIENCE + 10)
+            thread.join(max(0.0, until - time.monotonic()))
+        # A stream that trickles on keeps every time-out.
+        hanging = sum(thread.is_alive() for thread in self._threads)
+        self.answers += [Answer("", True, time.time(), PATIENCE, 0, FAILED, "it never ended")] * hanging
 
     # -- what was counted
 
