@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ._cdi_spec import follow_driver
 from ._driver_branches import branch_of_version
 from ._driver_clients import foreign_holders, in_use_error
 from ._driver_swap import active_units, start_clients, stop_clients, unload_modules
@@ -207,8 +208,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             return ""
         return reload.reboot_reason(outcome.state) or "; ".join(str(change.blocked) for change in outcome.blocked)
 
-    @staticmethod
-    def _settled(host: Host, record: Record) -> Record:
+    def _settled(self, host: Host, record: Record) -> Record:
         """The loaded driver with its services as before, whether a reload has brought it or a reboot."""
         running = active_units(host)
         # In the order in which they start; enabled ones have been started by systemd after a reboot.
@@ -220,6 +220,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 remedy="See 'journalctl -u %s'." % unit,
                 timeout=90,
             )
+        loaded = observe_loaded_driver(host)
+        # Nothing else does it after a reload: what watches for new modules was stopped while they came.
+        follow_driver(host, loaded.version if loaded else "", needed=self.gpu_injection == "cdi")
         return replace(record, reboot="", boot_id="")
 
     def _step_validated(self, host: Host, state: UpgradeState, record: Record) -> Record | None:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os.path
 
+from ._cdi_spec import REFRESH, refresh_spec
 from ._docker_daemon import DockerDaemon
 from ._docker_restart import restart_docker
 from ._docker_restart_risk import restart_blocked
@@ -21,18 +22,15 @@ from ._errors import FleetError
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._nvidia_container_toolkit_planner import (
-    CDI_SPEC,
     CONFIG,
     MAJOR,
     PACKAGES,
-    REFRESH,
     RUNTIME_PROGRAM,
     STATIC_CDI_SPEC,
     VALIDATION,
     ToolkitPlanner,
     ToolkitState,
     configured_mode,
-    observe_refresh,
     outdates_proof,
 )
 from ._os_release import read_os_release
@@ -71,7 +69,7 @@ class NvidiaContainerToolkit(ToolkitPlanner, Resource[ToolkitState]):
                 doing="Enabling %s.path" % REFRESH,
             )
         elif change.action == "refresh":
-            self._refresh(host)
+            refresh_spec(host)
         else:
             self._apply_packages(host, change)
 
@@ -121,26 +119,6 @@ class NvidiaContainerToolkit(ToolkitPlanner, Resource[ToolkitState]):
             doing="Setting the mode in %s" % CONFIG,
             remedy="The file may be broken; mend it, or move it away and run again.",
             timeout=60,
-        )
-
-    def _refresh(self, host: Host) -> None:
-        if observe_refresh(host).present:
-            # A driver swap uses its start limit up: without the reset it would refuse to start.
-            host.run(["systemctl", "reset-failed", "%s.service" % REFRESH])
-            host.check(
-                ["systemctl", "restart", "%s.service" % REFRESH],
-                reason="cdi_refresh_failed",
-                doing="Writing the CDI specification with %s.service" % REFRESH,
-                remedy="See 'journalctl -u %s'." % REFRESH,
-                timeout=120,
-            )
-            return
-        host.make_dir(os.path.dirname(CDI_SPEC), mode=0o755)
-        host.check(
-            ["nvidia-ctk", "cdi", "generate", "--output=%s" % CDI_SPEC],
-            reason="cdi_refresh_failed",
-            doing="Writing the CDI specification %s" % CDI_SPEC,
-            timeout=120,
         )
 
     def _smoke_test(self, host: Host) -> None:

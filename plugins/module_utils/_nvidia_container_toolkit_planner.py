@@ -12,6 +12,7 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ._cdi_spec import CDI_SPEC, REFRESH, spec_is_for
 from ._docker_api import DockerApi
 from ._docker_daemon_planner import DaemonPlanner
 from ._docker_restart_risk import restart_blocked
@@ -41,9 +42,7 @@ RUNTIME_PROGRAM = "nvidia-container-runtime"
 BASE_PACKAGE = "nvidia-container-toolkit-base"
 HOOK = "/usr/bin/nvidia-container-runtime-hook"
 CONFIG = "/etc/nvidia-container-runtime/config.toml"
-CDI_SPEC = "/var/run/cdi/nvidia.yaml"
 STATIC_CDI_SPEC = "/etc/cdi/nvidia.yaml"
-REFRESH = "nvidia-cdi-refresh"
 #: Record of the last smoke test that passed; gone after a reboot, when it has to be proved again.
 VALIDATION = "/run/gpu_fleet/validations/nvidia_container_toolkit.json"
 
@@ -122,11 +121,6 @@ def configured_mode(text: t.Optional[str]) -> t.Optional[str]:
             if found:
                 return found.group(1)
     return None
-
-
-def spec_is_for(spec: str, driver_version: str) -> bool:
-    """Whether a CDI specification mounts the libraries of a driver version (their names carry it)."""
-    return re.search(r"lib[\w-]+\.so\.%s(?![\w.])" % re.escape(driver_version), spec) is not None
 
 
 class ToolkitPlanner(Planner[ToolkitState]):

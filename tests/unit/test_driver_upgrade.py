@@ -422,6 +422,58 @@ def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None
     assert not world.ran(r"systemctl (stop|start)|rmmod|modprobe")
 
 
+# -- containers get the new driver ----------------------------------------------------------------
+
+CDI_SPEC = "/var/run/cdi/nvidia.yaml"
+
+
+def with_cdi(world: UpgradeWorld, *, unit: bool) -> None:
+    """A host with a CDI specification, which ``nvidia-ctk`` writes or the unit that runs it."""
+
+    def generate(host: t.Any, *_: t.Any) -> str:
+        assert world.loaded == world.module
+        host.write_file(CDI_SPEC, "- /usr/lib/libcuda.so.%s\n" % world.loaded, mode=0o644)
+        return "LoadState=loaded\n"
+
+    world.files[CDI_SPEC] = b"- /usr/lib/libcuda.so.555.42.06\n"
+    more: dict[str, t.Any] = {"nvidia-ctk cdi generate *": generate}
+    if unit:
+        more = {
+            "nvidia-ctk *": (1, "", "not by hand"),
+            "systemctl show --no-pager -p LoadState nvidia-cdi-refresh.service": "LoadState=loaded\n",
+            "systemctl restart nvidia-cdi-refresh.service": generate,
+        }
+    world.commands = {**more, **world.commands}
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_containers_find_the_libraries_of_the_new_driver(world: UpgradeWorld, unit: bool) -> None:
+    """The unit that watches for new modules is stopped while they come, and nothing else renews the specification."""
+    with_cdi(world, unit=unit)
+    roll(world)
+    assert world.files[CDI_SPEC] == b"- /usr/lib/libcuda.so.580.95.05\n"
+
+
+def test_containers_find_the_libraries_of_the_old_driver_after_a_way_back(world: UpgradeWorld) -> None:
+    with_cdi(world, unit=True)
+    world.nim_fails_on = "580.95.05"
+    with pytest.raises(FleetError):
+        roll(world)
+    assert world.files[CDI_SPEC] == b"- /usr/lib/libcuda.so.555.42.06\n" and world.serves()
+
+
+def test_a_specification_that_nobody_has_is_written_where_containers_ask_by_it(world: UpgradeWorld) -> None:
+    with_cdi(world, unit=False)
+    del world.files[CDI_SPEC]
+    world.dirs.add("/var/run/cdi")
+    roll(world)
+    assert CDI_SPEC not in world.files
+    world.packages.clear()
+    world.install_driver("555.42.06")
+    roll(world, gpu_injection="cdi")
+    assert CDI_SPEC in world.files
+
+
 # -- odds and ends --------------------------------------------------------------------------------
 
 

@@ -13,9 +13,10 @@ import tarfile
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._cdi_spec import CDI_SPEC, spec_is_for
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_smoke_test import build_archive, parse_gpu_list
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import HOOK, spec_is_for
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import HOOK
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from docker_fakes import CONFIG
@@ -307,7 +308,7 @@ def test_cdi_feature_takes_one_restart(machine: Machine) -> None:
 def test_failed_refresh_unit_is_reset(machine: Machine) -> None:
     machine.ready()
     machine.refresh = "failed"
-    assert machine.whats() == [tk.CDI_SPEC, "GPU container"]
+    assert machine.whats() == [CDI_SPEC, "GPU container"]
     assert ("systemctl", "reset-failed", "nvidia-cdi-refresh.service") in machine.host.calls
     assert not machine.run().changed
 
@@ -325,7 +326,7 @@ def test_masked_refresh_units_count_only_where_they_are_needed(machine: Machine)
 
 def test_specification_of_an_older_driver(machine: Machine) -> None:
     machine.ready()
-    machine.host.files[tk.CDI_SPEC] = (SPEC % "570.1").encode()
+    machine.host.files[CDI_SPEC] = (SPEC % "570.1").encode()
     (change, dummy) = machine.run().changes
     assert DRIVER in change.why
     assert not machine.run().changed
@@ -361,7 +362,7 @@ def test_real_specification(fixtures: pathlib.Path) -> None:
 def test_proof_is_repeated_when_the_driver_changes(machine: Machine) -> None:
     machine.ready()
     machine.host.files["/sys/module/nvidia/version"] = b"580.126.09\n"
-    machine.host.files[tk.CDI_SPEC] = (SPEC % "580.126.09").encode()
+    machine.host.files[CDI_SPEC] = (SPEC % "580.126.09").encode()
     assert machine.whats() == ["GPU container"]
     assert not machine.run().changed
     assert machine.containers == 1

@@ -9,6 +9,7 @@ import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._cdi_spec import CDI_SPEC
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_container_toolkit_planner import HOOK
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._os_release import parse_os_release
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
@@ -81,7 +82,7 @@ class Machine:
         self.refreshes += 1
         self.refresh = "inactive"
         if self.units:
-            self.host.files[tk.CDI_SPEC] = (SPEC % DRIVER).encode()
+            self.host.files[CDI_SPEC] = (SPEC % DRIVER).encode()
         return ""
 
     def _run_container(self, host: FakeHost, argv: tuple[str, ...], *_: t.Any) -> tuple[int, str, str]:
