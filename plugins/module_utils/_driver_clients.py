@@ -10,10 +10,12 @@ import re
 import typing as t
 
 from ._errors import FleetError
-from ._gpu_holders import Holder
+from ._gpu_holders import Holder, driver_holders
 from ._host import Host
 from ._systemd import unit_properties
 from ._untrusted import json_object, strings
+
+T = t.TypeVar("T")
 
 #: The driver's own clients in the order in which they are stopped; they start again in the reverse order.
 CLIENT_UNITS = (
@@ -56,6 +58,29 @@ def is_client(holder: Holder) -> bool:
 def foreign_holders(holders: t.Iterable[Holder]) -> tuple[Holder, ...]:
     """Processes that use a GPU and that nothing here may stop."""
     return tuple(holder for holder in holders if not is_client(holder))
+
+
+#: Seconds between two looks at who uses a GPU, and how many looks there are.
+_LOOKS, _PAUSE = 3, 2.0
+
+
+def lasting(host: Host, look: t.Callable[[], t.Dict[str, T]]) -> dict[str, T]:
+    """Of those whom a look finds, by name, those that stay: monitoring runs nvidia-smi every few seconds for a moment."""
+    found = look()
+    for _again in range(_LOOKS - 1):
+        if not found:
+            break
+        host.sleep(_PAUSE)
+        still = look()
+        found = {name: still[name] for name in found if name in still}
+    return found
+
+
+def lasting_foreign_holders(host: Host) -> tuple[Holder, ...]:
+    """Those of :func:`foreign_holders` that stay."""
+    return tuple(
+        lasting(host, lambda: {str(holder.pid): holder for holder in foreign_holders(driver_holders(host))}).values()
+    )
 
 
 def in_use_message(holders: t.Sequence[Holder], doing: str) -> str:

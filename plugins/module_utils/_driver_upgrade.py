@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ._cdi_spec import follow_driver
 from ._driver_branches import branch_of_version
-from ._driver_clients import foreign_holders, in_use_error
+from ._driver_clients import in_use_error, lasting_foreign_holders
 from ._driver_swap import active_units, start_clients, stop_clients, unload_modules
 from ._driver_upgrade_planner import UpgradePlanner, UpgradeState
 from ._driver_upgrade_precheck import precheck, prestage, way_back
@@ -29,7 +29,6 @@ from ._driver_upgrade_record import (
 )
 from ._errors import FleetError
 from ._gpu_health import KERNEL_LINES, gpu_health
-from ._gpu_holders import driver_holders
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
@@ -56,6 +55,9 @@ from ._rollout_services import (
     wait_ready,
 )
 from ._verdict import OK, REFUSED
+
+#: How often the kernel is asked to give the old driver up, and seconds between.
+_UNLOADS, _PAUSE = 3, 2.0
 
 #: Until here the old driver only has to be used again.
 _BEFORE_UNLOAD = STEPS[: STEPS.index("packages_changed")]
@@ -157,13 +159,19 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
     @staticmethod
     def _step_clients_stopped(host: Host, _state: UpgradeState, record: Record) -> Record | None:
         stop_clients(host)
-        late = foreign_holders(driver_holders(host))
+        late = lasting_foreign_holders(host)
         if late:
             raise in_use_error(late, "Changing the driver")
         return record
 
     def _step_unloaded(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         why = unload_modules(host)
+        for _again in range(_UNLOADS - 1):
+            if not why or not (state.reload.loaded and state.reload.loaded.can_unload):
+                break
+            # Somebody may have used it for just this moment, and a reboot is a high price for that.
+            host.sleep(_PAUSE)
+            why = unload_modules(host)
         if self.reboot == "always":
             why = "driver_upgrade_reboot is always"
         if not why:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import typing as t
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._docker_api import DockerApi
-from ._driver_clients import foreign_holders
+from ._driver_clients import foreign_holders, lasting
 from ._errors import FleetError
 from ._gpu_holders import driver_holders
 from ._health_target import HealthTarget, parse_targets
@@ -103,22 +103,28 @@ def strangers(host: Host, api: DockerApi, services: t.Sequence[Service]) -> list
     libraries they have.
     """
     own = {name for service in services for name in ("nim-%s" % service.name, "nim-%s-download" % service.name)}
-    found = {}
-    for holder in foreign_holders(driver_holders(host)):
-        if holder.container not in own:
-            found[holder.container or "pid %d" % holder.pid] = holder.describe()
+    return sorted(lasting(host, lambda: _strangers(host, api, own)).values())
+
+
+def _strangers(host: Host, api: DockerApi, own: t.Collection[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    running: dict[str, str] = {}
     try:
-        running = api.containers(all=False)
-        for entry in running:
+        for entry in api.containers(all=False):
             name = str((entry.get("Names") or [""])[0]).lstrip("/")
-            if name in own or name in found:
-                continue
-            if _has_gpus(api.container(str(entry.get("Id") or name)) or {}):
+            running[str(entry.get("Id") or name)] = name
+        for identifier, name in running.items():
+            if name not in own and _has_gpus(api.container(identifier) or {}):
                 found[name] = "container %s" % name
     except FleetError:
-        # Without Docker no container uses a GPU; its processes would have been found above.
-        return sorted(found.values())
-    return sorted(found.values())
+        # Without Docker no container uses a GPU; its processes are found below.
+        pass
+    for holder in foreign_holders(driver_holders(host)):
+        # Docker's own record of the name is only found where Docker keeps its data in the usual place.
+        name = holder.container or running.get(holder.container_id, "")
+        if name not in own:
+            found[name or "pid %d" % holder.pid] = replace(holder, container=name).describe()
+    return found
 
 
 def _has_gpus(container: t.Mapping[str, t.Any]) -> bool:

@@ -219,6 +219,49 @@ def test_a_process_that_comes_after_the_drain_costs_nothing_but_the_drain(world:
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_own_containers_are_known_wherever_docker_keeps_its_data(world: UpgradeWorld) -> None:
+    container = "c" * 64
+    world.hold_gpu(700, "docker-%s.scope" % container)
+    world.docker.ids["nim-llama"] = container
+    call(world, "prestaged")
+    world.docker.ids = {"notebook": container}
+    world.docker.strangers["notebook"] = {}
+    with pytest.raises(FleetError, match=r"pid 700 \(python3\) in container notebook"):
+        call(world, "prestaged", "595")
+
+
+def test_a_look_of_monitoring_at_the_gpus_is_no_reason_to_stop(world: UpgradeWorld) -> None:
+    """A process that is there at one look and gone at the next, under another number every time."""
+    pids = iter(range(900, 999))
+    scan = world.list_dir
+
+    def passing(path: str) -> list[str]:
+        if path == "/proc":
+            for link in [link for link in world.links if link.startswith("/proc/9")]:
+                del world.links[link]
+            world.hold_gpu(next(pids), "cron.service", "nvidia-smi")
+        return scan(path)
+
+    world.list_dir = passing  # type: ignore[method-assign]  # what cron does is no file
+    roll(world)
+    assert world.serves() and world.loaded == "580.95.05"
+
+
+def test_a_module_that_was_in_use_for_a_moment_costs_no_reboot(world: UpgradeWorld) -> None:
+    removed, busy = world._rmmod, [2]
+
+    def rmmod(host: t.Any, argv: tuple[str, ...], stdin: t.Any, env: t.Any) -> t.Any:
+        if argv[1] == "nvidia" and busy[0]:
+            busy[0] -= 1
+            return (1, "", "rmmod: ERROR: Module nvidia is in use")
+        return removed(host, argv, stdin, env)
+
+    world.commands["rmmod *"] = rmmod
+    boot = world.files["/proc/sys/kernel/random/boot_id"]
+    roll(world)
+    assert world.serves() and world.loaded == "580.95.05" and world.files["/proc/sys/kernel/random/boot_id"] == boot
+
+
 def test_a_module_that_does_not_go_has_the_services_started_again(world: UpgradeWorld) -> None:
     world.refuses["nvidia_uvm"] = "Module nvidia_uvm is in use"
     with pytest.raises(FleetError) as caught:

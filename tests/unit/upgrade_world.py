@@ -41,6 +41,7 @@ class Docker(DockerApi):
         super().__init__()
         self.world = world
         self.environment = ["NVIDIA_REQUIRE_CUDA=cuda>=12.0"]
+        self.ids: dict[str, str] = {}
         self.strangers: dict[str, dict[str, t.Any]] = {}
         self.up = True
 
@@ -51,9 +52,10 @@ class Docker(DockerApi):
         if not self.up:
             raise FleetError("docker_unavailable", "Docker does not answer.")
         names = ["nim-" + name for name in SERVICES if self.world.is_active("nim-%s.service" % name)]
-        return [{"Id": name, "Names": ["/" + name]} for name in (*names, *self.strangers)]
+        return [{"Id": self.ids.get(name, name), "Names": ["/" + name]} for name in (*names, *self.strangers)]
 
     def container(self, name: str) -> dict[str, t.Any] | None:
+        name = next((known for known, number in self.ids.items() if number == name), name)
         if name in self.strangers:
             return self.strangers[name]
         running = self.world.is_active("%s.service" % name)
