@@ -37,6 +37,7 @@ from ._loaded_driver import observe_loaded_driver
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_reload_planner import observe_reload
+from ._redaction import scrub
 from ._resource import Change, Resource, converge
 from ._rollout_record import (
     RESTORED,
@@ -309,30 +310,31 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         record = read_record(host)
         if record is None or error.reason == "upgrade_running":
             return error
-        failure = {"step": step, "reason": error.reason, "message": error.message, "at": round(host.time(), 1)}
-        record = write_record(host, replace(record, failure=failure))
+        failure = {"step": step, "reason": error.reason, "message": scrub(error.message), "at": round(host.time(), 1)}
+        record = _note(host, replace(record, failure=failure))
         if not record.reached("drained") or step not in STEPS:
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)
         untouched = step in _BEFORE_UNLOAD and reload.loaded_version == reload.user_space != ""
+        before = reload.loaded_version if untouched else record.before.version
         try:
             if untouched:
-                outcome, said = RESTORED, "The old driver %s was left in place" % record.before.version
+                outcome, said = RESTORED, "Driver %s was left in place" % before
                 start_clients(host)
             else:
-                outcome, said = ROLLED_BACK, "The old driver %s was put back" % record.before.version
+                outcome, said = ROLLED_BACK, "The old driver %s was put back" % before
                 self._roll_back(host, record)
             self._serve_again(host, record)
         except FleetError as second:
-            write_record(host, replace(read_record(host) or record, outcome=STRANDED))
+            record = _note(host, replace(read_record(host) or record, failure=failure, outcome=STRANDED))
             error.message = (
                 "%s. Going back to driver %s failed too (%s): the host stays out of service, and running again goes on "
                 "where it is."
-            ) % (error.message.rstrip("."), record.before.version or "none", second.message.rstrip("."))
-            error.facts.update(outcome=STRANDED, step=step, record=(read_record(host) or record).as_dict())
+            ) % (error.message.rstrip("."), before or "none", second.message.rstrip("."))
+            error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
-        record = write_record(host, released(replace(read_record(host) or record, outcome=outcome)))
+        record = _note(host, released(replace(read_record(host) or record, failure=failure, outcome=outcome)))
         error.message = "%s. %s and the services run on it again." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error
@@ -356,17 +358,17 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             stop_clients(host)
             why = unload_modules(host)
             if why:
-                raise _needs_reboot(why)
+                raise _reboot_back(why)
         self._install(host, old)
         why = self._reload(host, before.version)
         if why:
-            raise _needs_reboot(why)
+            raise _reboot_back(why)
         self._settled(host, record)
         self._check_gpus(host, record)
 
     def _serve_again(self, host: Host, record: Record) -> None:
         record = read_record(host) or record
-        write_record(host, replace(record, reboot="", boot_id=""))
+        _note(host, replace(record, reboot="", boot_id=""))
         end_maintenance(host)
         state = self._look(host)
         start_services(host, state.services, record.workloads)
@@ -379,3 +381,19 @@ def _needs_reboot(why: str) -> FleetError:
         "reboot_needed",
         "Only a reboot loads the new driver (%s); set driver_upgrade_reboot to auto to allow it." % why.rstrip("."),
     )
+
+
+def _reboot_back(why: str) -> FleetError:
+    return FleetError(
+        "reboot_needed",
+        "Only a reboot takes the new driver out again (%s), and none is made for the old one; mend what failed and run "
+        "again, or install the old driver with role nvidia_driver and reboot" % why.rstrip("."),
+    )
+
+
+def _note(host: Host, record: Record) -> Record:
+    """Put a record on the host if that can be done: where its disk is full it has to come back into service all the same."""
+    try:
+        return write_record(host, record)
+    except FleetError:
+        return record

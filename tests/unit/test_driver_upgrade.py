@@ -267,7 +267,7 @@ def test_a_module_that_does_not_go_has_the_services_started_again(world: Upgrade
     with pytest.raises(FleetError) as caught:
         roll(world, reboot="never")
     assert caught.value.facts["outcome"] == "restored" and caught.value.facts["step"] == "unloaded"
-    assert "The old driver 555.42.06 was left in place and the services run on it again." in caught.value.message
+    assert "Driver 555.42.06 was left in place and the services run on it again." in caught.value.message
     assert world.serves() and world.loaded == "555.42.06"
     assert all(world.unit_state[unit][0] == "active" for unit in ("nvidia-persistenced.service", "nvidia-dcgm.service"))
 
@@ -280,6 +280,38 @@ def test_packages_that_cannot_be_installed_are_rolled_back(world: UpgradeWorld) 
     assert "The old driver 555.42.06 was put back and the services run on it again." in caught.value.message
     assert world.serves() and world.loaded == "555.42.06"
     assert all(world.unit_state[unit][0] == "active" for unit in ("nvidia-persistenced.service", "nvidia-dcgm.service"))
+
+
+def test_a_disk_that_is_full_does_not_keep_the_host_from_going_back(world: UpgradeWorld) -> None:
+    """Not even the record can be written then; what was unpacked halfway is taken away again."""
+    world.broken = "580.95.05-0ubuntu1"
+    write = world.write_file
+
+    def full(path: str, content: t.Any, **more: t.Any) -> None:
+        if path == RECORD and world.ran("install .*nvidia-open-580=580.95.05-0ubuntu1$"):
+            raise FleetError("write_failed", "Writing %s failed: No space left on device." % path)
+        write(path, content, **more)
+
+    call(world, "prestaged")
+    call(world, "drained")
+    world.calls.clear()
+    world.write_file = full  # type: ignore[method-assign]  # from one moment on
+    with pytest.raises(FleetError) as caught:
+        call(world, "ready")
+    assert caught.value.reason == "package_failed" and caught.value.facts["outcome"] == "rolled_back"
+    assert world.serves() and world.loaded == "555.42.06"
+
+
+def test_a_kernel_that_cannot_unload_says_why_there_is_no_way_back(world: UpgradeWorld) -> None:
+    world.can_unload = False
+    world.load("555.42.06")
+    world.remove("/sys/module/nvidia/refcnt")
+    world.nim_fails_on = "580.95.05"
+    with pytest.raises(FleetError) as caught:
+        roll(world)
+    assert caught.value.facts["outcome"] == "stranded"
+    assert "takes the new driver out again (the running kernel" in caught.value.message
+    assert "driver_upgrade_reboot" not in caught.value.message
 
 
 def test_a_module_that_cannot_be_built_is_rolled_back(world: UpgradeWorld) -> None:
