@@ -115,8 +115,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         )
 
     def _step_prestaged(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        found = precheck(host, self.api, self.driver, state.driver, state.services)
-        self._refuse(found)
+        self._refuse([*self._obstacles(state), *precheck(host, self.api, self.driver, state.driver, state.services)])
         ready, more = prestage(host, self.driver)
         # Now the version is known.
         self._refuse(precheck(host, self.api, self.driver, state.driver, state.services, version=ready.version))

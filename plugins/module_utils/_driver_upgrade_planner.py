@@ -25,6 +25,7 @@ from ._driver_upgrade_record import (
 from ._errors import FleetError
 from ._host import Host
 from ._nvidia_driver import NvidiaDriver
+from ._nvidia_driver_packages import is_driver_package
 from ._nvidia_driver_reload_planner import ReloadState, observe_reload
 from ._nvidia_driver_state import DriverState
 from ._resource import Change, Disruption, Planner
@@ -48,8 +49,12 @@ from ._verdict import REFUSED, Verdict
 GOALS = ("prestaged", "drained", "ready", "returned", "restored")
 REBOOTS = ("auto", "never", "always")
 
-#: Changes of the driver's resource for which the host is taken out of service; the others are site's.
-_DUE = ("repair", "packages", "build")
+
+def _disrupts(change: Change, driver: DriverState) -> bool:
+    """Whether the host is taken out of service for a change of the driver's resource; the others are site's."""
+    if change.action == "repair":
+        return any(is_driver_package(name) for name in driver.interrupted)
+    return change.action in ("packages", "build")
 
 
 @dataclass(frozen=True)
@@ -181,8 +186,30 @@ class UpgradePlanner(Planner[UpgradeState]):
         state = self._look(host)
         if self.goal != "prestaged" or not state.driver.inventory.pci:
             return state
-        checks = precheck(host, self.api, self.driver, state.driver, state.services) if state.due else []
+        checks: list[Verdict] = []
+        if state.due:
+            checks = [*self._obstacles(state), *precheck(host, self.api, self.driver, state.driver, state.services)]
         return replace(state, serving=serving(host, self.api, state.services), checks=tuple(checks))
+
+    def _obstacles(self, state: UpgradeState) -> list[Verdict]:
+        """What would only show when the host is out; one that is out already must not be kept from coming back."""
+        found: list[Verdict] = []
+        if state.record is not None and state.record.open:
+            return found
+        halfway = [name for name in state.driver.interrupted if not is_driver_package(name)]
+        if halfway:
+            text = "An installation of packages was interrupted on this host and would be gone on with: %s." % (
+                ", ".join(halfway[:8])
+            )
+            remedy = "finish it ('dpkg --configure -a', 'apt-get --fix-broken install')"
+            found.append(Verdict("packages", REFUSED, text, remedy, "packages_interrupted"))
+        loaded = state.reload.loaded
+        if self.reboot == "never" and loaded is not None and not loaded.can_unload:
+            text = "Only a reboot loads another driver: the running kernel %s was built without module unloading." % (
+                state.reload.kernel
+            )
+            found.append(Verdict("reboot", REFUSED, text, "set driver_upgrade_reboot to auto", "reboot_needed"))
+        return found
 
     def _look(self, host: Host) -> UpgradeState:
         """What the steps go by."""
@@ -209,8 +236,8 @@ class UpgradePlanner(Planner[UpgradeState]):
             state,
             services=observe_own(host),
             clients=tuple(active_units(host)),
-            changes=tuple(change for change in changes if change.action in _DUE),
-            others=tuple(change for change in changes if change.action not in _DUE),
+            changes=tuple(change for change in changes if _disrupts(change, driver)),
+            others=tuple(change for change in changes if not _disrupts(change, driver)),
             driver_error=error,
         )
 

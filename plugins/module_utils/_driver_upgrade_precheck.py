@@ -231,8 +231,15 @@ def _download_apt(
             raise transaction_failed("Downloading driver %s" % version, result, apt_cause(result))
     finally:
         host.remove(_DIRECTORY)
-    size = installed_size(result.stdout)
-    check_space(file_systems(host, [Need("/usr", size, "packages"), Need("/var/lib/dkms", BUILD_SPACE, "the build")]))
+    needs = [
+        Need("/usr", installed_size(result.stdout), "packages"),
+        Need("/var/lib/dkms", BUILD_SPACE, "the build"),
+    ]
+    # The driver's packages have it made anew, and the old one goes only when the new one is there.
+    image = host.stat("/boot/initrd.img-%s" % host.kernel_release())
+    if image is not None:
+        needs.append(Need("/boot", image.size, "the initial RAM disk"))
+    check_space(file_systems(host, needs))
     return [
         Verdict("download", OK, "All packages of driver %s are on the disk." % version),
         Verdict("disk", OK, "There is room for the packages and for building the module."),

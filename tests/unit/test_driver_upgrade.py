@@ -17,6 +17,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_reco
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import MAINTENANCE_FILE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome
+from driver_world import KERNEL
 from upgrade_world import GOALS, SERVICES, UpgradeWorld, call, install_fakes, record_of, roll
 
 #: (old driver, branch, driver in the end)
@@ -149,10 +150,19 @@ def test_always_reboots_although_a_reload_would_do(world: UpgradeWorld, loads_it
     assert world.serves() and world.files["/proc/sys/kernel/random/boot_id"] != boot
 
 
-def test_never_reboot_leaves_the_host_on_the_old_driver(world: UpgradeWorld) -> None:
+def test_without_a_reboot_a_kernel_that_cannot_unload_is_refused_while_it_serves(world: UpgradeWorld) -> None:
     world.can_unload = False
     world.load("555.42.06")
     world.remove("/sys/module/nvidia/refcnt")
+    for check_mode in (True, False):
+        with pytest.raises(FleetError, match="set driver_upgrade_reboot to auto") as caught:
+            call(world, "prestaged", reboot="never", check_mode=check_mode)
+        assert caught.value.reason == "reboot_needed" and "outcome" not in caught.value.facts
+    assert world.serves() and not world.ran(r"systemctl (stop|start)|rmmod|modprobe|--download-only")
+
+
+def test_never_reboot_leaves_the_host_on_the_old_driver(world: UpgradeWorld) -> None:
+    world.refuses["nvidia"] = "Module nvidia is in use"
     with pytest.raises(FleetError, match="set driver_upgrade_reboot to auto") as caught:
         roll(world, reboot="never")
     assert caught.value.reason == "reboot_needed" and caught.value.facts["outcome"] == "restored"
@@ -440,6 +450,33 @@ def test_a_full_disk_is_seen_before_anything_is_stopped(world: UpgradeWorld) -> 
     with pytest.raises(FleetError) as caught:
         call(world, "prestaged")
     assert caught.value.reason == "disk_full" and world.serves()
+
+
+def test_a_full_boot_partition_is_seen_before_anything_is_stopped(world: UpgradeWorld) -> None:
+    world.files["/boot/initrd.img-%s" % KERNEL] = b"x" * 1000
+    free = world.free_bytes
+    world.free_bytes = lambda path: 999 if path == "/boot" else free(path)  # type: ignore[method-assign]
+    world.files["/proc/self/mountinfo"] = b"1 1 0:1 / / rw\n2 1 0:2 / /boot rw\n"
+    with pytest.raises(FleetError, match="/boot") as caught:
+        call(world, "prestaged")
+    assert caught.value.reason == "disk_full" and world.serves()
+
+
+def test_an_interrupted_installation_of_others_is_refused_while_the_host_serves(world: UpgradeWorld) -> None:
+    """It would be gone on with between the old driver and the new one, and on the way back again."""
+    world.packages["linux-image-x"] = ["6.8", "iF"]
+    with pytest.raises(FleetError, match="linux-image-x") as caught:
+        call(world, "prestaged")
+    assert caught.value.reason == "packages_interrupted" and world.serves()
+
+
+def test_an_interrupted_installation_of_others_takes_nobody_out_of_service(world: UpgradeWorld) -> None:
+    roll(world)
+    world.packages["linux-image-x"] = ["6.8", "iF"]
+    assert not call(world, "prestaged")[1]["due"]
+    del world.packages["linux-image-x"]
+    world.packages["nvidia-utils-580"][1] = "hF"
+    assert call(world, "drained", check_mode=True)[1]["due"]
 
 
 def test_an_image_that_the_new_driver_is_too_old_for_is_refused(world: UpgradeWorld) -> None:
