@@ -35,6 +35,7 @@ from ._host import Host
 from ._kernel_log import read_kernel_log
 from ._loaded_driver import observe_loaded_driver
 from ._nvidia_driver import NvidiaDriver
+from ._nvidia_driver_packages import source_of
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_reload_planner import observe_reload
 from ._redaction import scrub
@@ -88,14 +89,15 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
 
     def _step_planned(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         digest = self.digest(state)
-        if record.digest == digest and not record.outcome:
-            # Known, and under way: only who is at it is new.
-            return record
+        if record.open and record.digest == digest and not record.outcome:
+            # Known, and under way: only who is at it is new, and what was ready for another run need not be so any more.
+            return replace(record, step="workloads_started") if record.reached("ready") else record
         if record.open:
             # Another target, or another try: what ran before is still what has to run again.
             return replace(
                 record, digest=digest, target=self.words, step="drained", outcome="", reboot="", validated=""
             )
+        # What an earlier run has found and not begun with counts for nothing: the host has gone on since.
         loaded = state.reload.loaded
         version = state.reload.user_space
         gpus = len(observe_gpus(host).gpus) if loaded is not None else 0
@@ -108,7 +110,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 branch=branch_of_version(version),
                 version=version,
                 flavour=loaded.flavour if loaded else "",
-                source=self.driver.source,
+                source=source_of(state.driver.installed) or self.driver.source,
                 gpus=gpus,
             ),
             claim=record.claim,

@@ -289,11 +289,13 @@ class UpgradePlanner(Planner[UpgradeState]):
         """Whether a step has nothing left to do, as the host is and not as its record says."""
         digest = self.digest(state)
         known = record.digest == digest and (record.open or not record.outcome)
+        ours = not self.run or record.claim.get("run") == self.run
         if step == "planned":
             # Two runs that both go on with what a third has left must not do so at once.
-            return known and (not self.run or record.claim.get("run") == self.run)
+            return known and ours
         if step == "prestaged":
-            return not state.packages_due or (known and record.prestaged == digest)
+            # Downloads of a run that never began may be gone.
+            return not state.packages_due or (known and record.prestaged == digest and (ours or record.open))
         if step == "drained":
             return known and record.open and record.outcome != STRANDED
         if step == "workloads_stopped":
@@ -314,7 +316,7 @@ class UpgradePlanner(Planner[UpgradeState]):
         if step == "workloads_started":
             return not state.due and state.maintenance != "ours" and not self._missing(state, record)
         if step == "ready":
-            return known and record.reached("ready") and self._done("validated", state, record)
+            return known and ours and record.reached("ready") and self._done("validated", state, record)
         return record.outcome == UPDATED and known
 
     @staticmethod

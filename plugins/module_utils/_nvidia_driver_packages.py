@@ -509,6 +509,12 @@ def user_space_version(installed: t.Mapping[str, Package]) -> str:
     return upstream_version(installed[candidates[0][1]].version) if candidates else ""
 
 
+def source_of(installed: t.Iterable[str]) -> str:
+    """``distribution`` where the names of installed packages are those of the distribution alone; empty when they do not tell."""
+    ours = re.compile(r"(nvidia|libnvidia).*-\d{3}-server(-open)?$|(lib)?nvidia-tesla-")
+    return "distribution" if any(ours.match(name) for name in installed) else ""
+
+
 # Tools that work with any branch and that distributions ship at versions of their own.
 _INDEPENDENT = re.compile(r"^(nvidia-(settings|modprobe|xconfig|persistenced|prime)|libxnvctrl|libnvidia-egl-)")
 

@@ -404,6 +404,12 @@ def test_it_is_said_beforehand_that_there_is_no_way_back(world: UpgradeWorld) ->
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_the_way_back_goes_where_the_old_driver_came_from(world: UpgradeWorld) -> None:
+    world.packages["nvidia-utils-555-server"] = ["555.42.06-0ubuntu0.24.04.1", "ii"]
+    said = call(world, "prestaged")[1]["way_back"]
+    assert record_of(world).before.source == "distribution" and "nvidia-headless-555-server" in said
+
+
 def test_a_driver_that_this_collection_does_not_install_can_be_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     world = UpgradeWorld("470.256.02")
     install_fakes(monkeypatch, world)

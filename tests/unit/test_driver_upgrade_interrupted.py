@@ -61,6 +61,45 @@ def test_two_runs_that_go_on_with_what_a_third_has_left(world: UpgradeWorld) -> 
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_what_a_run_has_found_that_never_began_counts_for_no_other(world: UpgradeWorld) -> None:
+    """Meanwhile somebody has changed the driver, and the downloads are gone."""
+    call(world, "prestaged", run="alice@ctl1")
+    world.clock += LEASE
+    world.packages.clear()
+    world.install_driver("580.95.05")
+    world.calls.clear()
+    call(world, "prestaged", "595", run="bob@ctl2")
+    world.packages.clear()
+    world.install_driver("555.42.06")
+    world.clock += LEASE
+    call(world, "prestaged", "595", run="carol@ctl3")
+    assert record_of(world).before.version == "555.42.06"
+    assert len(world.ran("--download-only .*nvidia-open=595")) == 2
+    # In one run that is looked at once.
+    call(world, "drained", "595", run="carol@ctl3")
+    assert len(world.ran("--download-only .*nvidia-open=595")) == 2
+
+
+def test_what_was_ready_for_one_run_is_asked_again_by_the_next(world: UpgradeWorld) -> None:
+    for goal in ("prestaged", "drained", "ready"):
+        call(world, goal, run="alice@ctl1")
+    world.clock += LEASE
+    world.unit_state["nim-qwen.service"][0] = "failed"
+    world.requests.clear()
+    for goal in GOALS:
+        call(world, goal, run="bob@ctl2")
+    assert world.requests == ["llama", "qwen"] and world.serves()
+
+
+def test_the_last_step_alone_asks_again_too(world: UpgradeWorld) -> None:
+    for goal in ("prestaged", "drained", "ready"):
+        call(world, goal, run="alice@ctl1")
+    world.clock += LEASE
+    world.requests.clear()
+    call(world, "returned", run="bob@ctl2")
+    assert world.requests == ["llama", "qwen"] and record_of(world).outcome == "updated"
+
+
 def test_a_word_counts_as_long_as_its_run_has_asked_for(world: UpgradeWorld) -> None:
     call(world, "drained", run="alice@ctl1", lease=1800)
     world.clock += 1799
@@ -110,8 +149,9 @@ def _kill_everywhere(monkeypatch: pytest.MonkeyPatch, make: t.Callable[[], Upgra
     """Kill the run after each of its commands and writes, and let another one go on; the end is always the same."""
 
     def finish(world: UpgradeWorld) -> str:
+        named = {"run": "run %d" % next(world.runs)} if world.runs else {}
         try:
-            roll(world, **more)
+            roll(world, **more, **named)
         except FleetError as error:
             return "%s %s" % (error.reason, error.facts.get("outcome"))
         return "updated"
@@ -137,6 +177,17 @@ def _kill_everywhere(monkeypatch: pytest.MonkeyPatch, make: t.Callable[[], Upgra
 @pytest.mark.parametrize("old, branch", [("555.42.06", "580"), ("580.95.05", "595"), ("595.45.04", "580")])
 def test_killed_anywhere_and_run_again(monkeypatch: pytest.MonkeyPatch, old: str, branch: str) -> None:
     assert _kill_everywhere(monkeypatch, lambda: UpgradeWorld(old), branch=branch) > 30
+
+
+def test_killed_anywhere_and_gone_on_with_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As playbooks do it: each run has its name."""
+
+    def make() -> UpgradeWorld:
+        world = UpgradeWorld()
+        world.runs = iter(range(9))
+        return world
+
+    assert _kill_everywhere(monkeypatch, make, take_over=True) > 30
 
 
 def test_killed_anywhere_with_a_reboot(monkeypatch: pytest.MonkeyPatch) -> None:

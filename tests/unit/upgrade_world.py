@@ -70,6 +70,7 @@ class UpgradeWorld(DriverWorld):
     kill_after: Number of commands and writes after which the process is gone; None for never.
     nim_fails_on: Driver version on which no NIM becomes ready.
     broken: Driver version whose packages cannot be installed.
+    runs: Numbers of the runs where each has a name of its own.
     """
 
     def __init__(self, old: str = "555.42.06") -> None:
@@ -78,6 +79,7 @@ class UpgradeWorld(DriverWorld):
         self.kill_after: int | None = None
         self.nim_fails_on = ""
         self.broken = ""
+        self.runs: t.Iterator[int] | None = None
         self.gpus_of: dict[str, int] = {}
         self.install_driver(old)
         self.configured()
