@@ -51,6 +51,7 @@ from ._rollout_record import (
 )
 from ._rollout_record import write as write_record
 from ._rollout_services import (
+    serving,
     start_services,
     stop_services,
     strangers,
@@ -78,6 +79,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if self._rebooting(state, record) and step != "restored":
             # It was found out in this very call; the steps behind it wait too.
             return
+        if state.held and record.open and step != "restored":
+            raise self.taken_away(state)
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:
@@ -133,10 +136,10 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         options = dict(self.options, branch=before.branch, version=before.version, source=before.source)
         return NvidiaDriver(**dict(options, flavour=before.flavour or "auto"))
 
-    @staticmethod
-    def _step_drained(_host: Host, _state: UpgradeState, record: Record) -> Record | None:
+    def _step_drained(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         # The load balancer is the caller's; what counts here is that a lost run is known to have begun.
-        return replace(record, outcome="")
+        ready = record.serving if record.open else serving(host, self.api, state.services)
+        return replace(record, outcome="", serving=ready)
 
     def _step_workloads_stopped(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         others = strangers(host, self.api, state.services)
@@ -374,7 +377,10 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         state = self._look(host)
         start_services(host, state.services, record.workloads)
         state = self._look(host)
-        self._wait(host, state, record)
+        # What was not ready before is no reason to keep the others out of service.
+        self._wait(host, state, replace(record, workloads=record.serving or record.workloads))
+        ready = {*record.serving, *serving(host, self.api, state.services)}
+        _note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
 
 
 def _needs_reboot(why: str) -> FleetError:

@@ -59,6 +59,7 @@ class Record(RolloutRecord):
 
     Attributes:
         clients: Services of the driver that ran before.
+        serving: Models that were ready before, and after a way back those that are ready then.
         reboot: Why only a reboot loads the new driver; empty when none is due.
         boot_id: The boot in which ``reboot`` was found out.
         prestaged: Digest of the target whose packages lie ready.
@@ -71,11 +72,13 @@ class Record(RolloutRecord):
     shape: t.ClassVar[t.Mapping[str, t.Any]] = {
         **dict.fromkeys(_TEXTS, str),
         "clients": [str],
+        "serving": [str],
         "before": {"loaded": str, "branch": str, "version": str, "flavour": str, "source": str, "gpus": int},
     }
 
     before: Before = field(default_factory=Before)
     clients: t.Tuple[str, ...] = ()
+    serving: t.Tuple[str, ...] = ()
     reboot: str = ""
     boot_id: str = ""
     prestaged: str = ""
@@ -88,6 +91,7 @@ class Record(RolloutRecord):
         return {
             **{name: str(found.get(name) or "") for name in _TEXTS},
             "clients": tuple(strings(found.get("clients"))),
+            "serving": tuple(strings(found.get("serving"))),
             "before": Before(
                 **{key: str(before.get(key) or "") for key in ("loaded", "branch", "version", "flavour", "source")},
                 gpus=int(before.get("gpus") or 0),

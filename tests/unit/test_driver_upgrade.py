@@ -341,6 +341,22 @@ def test_a_nim_that_does_not_get_ready_on_the_new_driver_goes_back_to_the_old_on
     assert world.requests == list(SERVICES)
 
 
+def test_a_nim_that_was_not_ready_before_keeps_no_other_out_of_service(world: UpgradeWorld) -> None:
+    world.sick = {"qwen"}
+    with pytest.raises(FleetError) as caught:
+        roll(world)
+    assert caught.value.reason == "start_timeout" and caught.value.facts["outcome"] == "rolled_back"
+    assert world.serves() and world.loaded == "555.42.06"
+    # The load balancer is told of this one alone.
+    assert caught.value.facts["record"]["serving"] == ("llama",)
+
+
+def test_a_nim_that_nobody_runs_is_not_started(world: UpgradeWorld) -> None:
+    world.unit_state["nim-qwen.service"][0] = "inactive"
+    roll(world)
+    assert not world.is_active("nim-qwen.service") and record_of(world).workloads == ("llama",)
+
+
 def test_a_gpu_that_the_new_driver_does_not_show_is_a_reason_to_go_back(world: UpgradeWorld) -> None:
     world.gpus_of["580.95.05"] = 0
     with pytest.raises(FleetError, match="shows 0 GPUs where the old one showed 1") as caught:
@@ -538,6 +554,34 @@ def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None
         assert not outcome.changed and answer["maintenance"] == "foreign"
     assert world.files[MAINTENANCE_FILE] == b"bad fan, Kim\n" and world.loaded == "555.42.06"
     assert not world.ran(r"systemctl (stop|start)|rmmod|modprobe")
+
+
+@pytest.mark.parametrize("moment", ["drained", "rmmod nvidia"])
+def test_maintenance_that_begins_meanwhile_keeps_the_host_out(world: UpgradeWorld, moment: str) -> None:
+    """Whoever goes on after the module would else give requests to a host that somebody works on."""
+    call(world, "prestaged")
+    call(world, "drained")
+    if moment == "drained":
+        world.files[MAINTENANCE_FILE] = b"bad fan, Kim\n"
+    else:
+        removed = world._rmmod
+
+        def rmmod(*arguments: t.Any) -> t.Any:
+            world.files[MAINTENANCE_FILE] = b"bad fan, Kim\n"
+            return removed(*arguments)
+
+        world.commands["rmmod *"] = rmmod
+    with pytest.raises(FleetError, match="somebody else has put this host under maintenance") as caught:
+        call(world, "ready")
+    assert caught.value.reason == "host_held" and "outcome" not in caught.value.facts
+    assert world.files[MAINTENANCE_FILE] == b"bad fan, Kim\n" and record_of(world).open
+    with pytest.raises(FleetError):
+        call(world, "returned")
+    assert call(world, "prestaged")[1]["held"]
+    world.remove(MAINTENANCE_FILE)
+    world.commands["rmmod *"] = world._rmmod
+    roll(world)
+    assert world.serves() and world.loaded == "580.95.05"
 
 
 # -- containers get the new driver ----------------------------------------------------------------

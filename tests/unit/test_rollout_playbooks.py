@@ -54,9 +54,15 @@ LOOK = {
 GOOD: dict[str, t.Any] = {
     "upgrade prestaged": LOOK,
     "upgrade drained": {"due": True, "held": "", "outcome": "", "open": True, "models": ["llama"]},
-    "upgrade ready": {"due": True, "outcome": "", "open": True, "reboot_required": False},
+    "upgrade ready": {
+        "due": True,
+        "outcome": "",
+        "open": True,
+        "reboot_required": False,
+        "record": {"workloads": ["llama", "loading"]},
+    },
     "upgrade returned": {"due": False, "outcome": "updated", "open": False},
-    "upgrade restored": {"due": True, "outcome": "restored", "open": False},
+    "upgrade restored": {"due": True, "outcome": "restored", "open": False, "record": {"serving": ["llama"]}},
 }
 #: The same for playbook deploy.
 DEPLOY_LOOK = {
@@ -104,8 +110,8 @@ def seen(**hosts: t.Any) -> dict[str, t.Any]:
 
 
 #: What happens to a host that is upgraded.
-TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled", "upgrade returned"]
-DEPLOY_TURN = [call.replace("upgrade", "deploy") for call in TURN]
+TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled of llama, loading", "upgrade returned"]
+DEPLOY_TURN = [call.replace("upgrade", "deploy").partition(" of ")[0] for call in TURN]
 
 
 class Play:
@@ -226,11 +232,12 @@ def test_a_rollback_gives_the_host_back_and_ends_the_run(play: Play, tmp_path: p
         "failed": True,
         "outcome": "rolled_back",
         "msg": "Model llama is not ready.",
+        "record": {"workloads": ["llama", "loading"], "serving": ["llama"]},
     }
     page = tmp_path / "page.html"
     code, output = play.run(driver_upgrade_report=str(page))
     assert code == 2, output
-    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled"]
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled of llama"]
     assert play.turn("gpu02") == play.turn("gpu03") == []
     assert "gpu01: Model llama is not ready." in output and "The run stops after 1 of 3 hosts" in output
     assert "rolled back: Model llama is not ready. Run again" in output
@@ -255,7 +262,7 @@ def test_a_drain_that_is_refused_gives_the_upgrade_up(play: Play) -> None:
     play.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
     code, output = play.run()
     assert code == 2 and "It is the last one that serves llama." in output
-    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled"]
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled of llama"]
     assert play.turn("gpu02") == []
     # The summary has it, too, and not only the task.
     assert "gpu01: It is the last one that serves llama." in output
@@ -265,7 +272,7 @@ def test_a_host_that_somebody_drains_meanwhile_is_left_alone(play: Play) -> None
     play.answers["gpu01"]["gateway drained"] = {"reason": "foreign_drain"}
     code, output = play.run(driver_upgrade_failure_budget=1, driver_upgrade_max_unavailable=2)
     assert code == 2, output
-    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled"]
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade restored", "gateway enabled of llama"]
     assert play.turn("gpu02") == TURN
 
 

@@ -69,6 +69,7 @@ class UpgradeWorld(DriverWorld):
     """Attributes:
     kill_after: Number of commands and writes after which the process is gone; None for never.
     nim_fails_on: Driver version on which no NIM becomes ready.
+    sick: Services that never become ready.
     broken: Driver version whose packages cannot be installed.
     runs: Numbers of the runs where each has a name of its own.
     """
@@ -78,6 +79,7 @@ class UpgradeWorld(DriverWorld):
         self.steps = 0
         self.kill_after: int | None = None
         self.nim_fails_on = ""
+        self.sick: set[str] = set()
         self.broken = ""
         self.runs: t.Iterator[int] | None = None
         self.gpus_of: dict[str, int] = {}
@@ -244,7 +246,7 @@ def install_fakes(monkeypatch: t.Any, world: UpgradeWorld) -> None:
             if service.name in names:
                 assert world.is_active(service.unit), "%s was never started" % service.unit
                 assert world.loaded == on_disk_version(world, KERNEL)
-                if world.loaded == world.nim_fails_on:
+                if world.loaded == world.nim_fails_on or service.name in world.sick:
                     raise FleetError("start_timeout", "Model %s is not ready after 1800 seconds." % service.name)
                 world.requests.append(service.name)
         tell("all ready")
@@ -254,11 +256,12 @@ def install_fakes(monkeypatch: t.Any, world: UpgradeWorld) -> None:
         return ("GPU-1",)
 
     def serving(host: t.Any, _api: t.Any, services: t.Any) -> tuple[str, ...]:
-        return tuple(service.name for service in services if service.active)
+        return tuple(service.name for service in services if service.active and service.name not in world.sick)
 
     monkeypatch.setattr(_driver_upgrade, "wait_ready", wait_ready)
     monkeypatch.setattr(_driver_upgrade, "run_gpu_container", run_gpu_container)
-    monkeypatch.setattr(_driver_upgrade_planner, "serving", serving)
+    for module in (_driver_upgrade, _driver_upgrade_planner):
+        monkeypatch.setattr(module, "serving", serving)
 
 
 # -- what the role does ---------------------------------------------------------------------------
