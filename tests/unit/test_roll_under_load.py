@@ -162,7 +162,14 @@ class Roll(Play):
             "nim_gateways": {"hosts": {"gw1": here}},
         }
         self.answers = {
-            host: dict(GOOD, **{"upgrade prestaged": dict(LOOK, models=[model], serving=[model])})
+            host: dict(
+                GOOD,
+                **{
+                    "upgrade prestaged": dict(LOOK, models=[model], serving=[model]),
+                    "upgrade ready": dict(GOOD["upgrade ready"], record={"workloads": [model]}),
+                    "upgrade restored": dict(GOOD["upgrade restored"], record={"serving": [model]}),
+                },
+            )
             for host, (model, _name) in FLEET.items()
         }
 
