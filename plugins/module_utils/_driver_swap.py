@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import typing as t
 
-from ._driver_clients import CLIENT_UNITS, DAEMONS, RECORD, UNLOAD_ORDER, idle_daemons, read_record
+from ._driver_clients import CLIENT_UNITS, RECORD, UNLOAD_ORDER, idle_daemons, read_record
 from ._errors import FleetError
 from ._host import Host
 from ._loaded_driver import loaded_modules, observe_loaded_driver
+from ._systemd import unit_properties
 
 _STOP_TIMEOUT = 90.0  # seconds for one systemctl call
 LOAD_TIMEOUT = 180.0  # seconds; eight GPUs take half a minute
@@ -62,24 +63,33 @@ def start_clients(host: Host) -> list[str]:
     """
     units = read_record(host)
     for unit in [*(unit for unit in idle_daemons(host) if unit not in units), *reversed(units)]:
-        if unit == "nvidia-cdi-refresh.service" or unit in DAEMONS:
-            # Earlier failures, while no module was loaded, would block the next start.
-            host.run(["systemctl", "reset-failed", unit], timeout=_STOP_TIMEOUT)
-        result = host.run(["systemctl", "start", unit], timeout=_STOP_TIMEOUT)
-        if not result.ok:
-            journal = host.run(["journalctl", "-u", unit, "-n", "5", "--no-pager", "-o", "cat"], timeout=30)
-            raise FleetError(
-                "client_not_started",
-                "The driver is loaded, but %s, which ran before, does not start: %s. Its last words: %s"
-                % (
-                    unit,
-                    result.last_line().rstrip("."),
-                    " / ".join(journal.stdout.split("\n")[-4:]).strip(" /") or "none",
-                ),
-            )
+        start_client(host, unit)
     if units:
         host.remove(RECORD)
     return list(units)
+
+
+def start_client(host: Host, unit: str) -> None:
+    """Start a service of the driver; one that went with the packages of the old driver is not missed.
+
+    Raises:
+        FleetError: ``client_not_started`` with the unit's own words.
+    """
+    # Earlier failures, while no module was loaded, would block the next start.
+    host.run(["systemctl", "reset-failed", unit], timeout=_STOP_TIMEOUT)
+    result = host.run(["systemctl", "start", unit], timeout=_STOP_TIMEOUT)
+    if result.ok or unit_properties(host, unit, "LoadState").get("LoadState") == "not-found":
+        return
+    journal = host.run(["journalctl", "-u", unit, "-n", "5", "--no-pager", "-o", "cat"], timeout=30)
+    raise FleetError(
+        "client_not_started",
+        "The driver is loaded, but %s, which ran before, does not start: %s. Its last words: %s"
+        % (
+            unit,
+            result.last_line().rstrip("."),
+            " / ".join(journal.stdout.split("\n")[-4:]).strip(" /") or "none",
+        ),
+    )
 
 
 def unload_modules(host: Host) -> str:

@@ -16,10 +16,11 @@ from dataclasses import replace
 from ._cdi_spec import follow_driver
 from ._driver_branches import branch_of_version
 from ._driver_clients import in_use_error, lasting_foreign_holders
-from ._driver_swap import active_units, start_clients, stop_clients, unload_modules
+from ._driver_swap import LOAD_TIMEOUT, active_units, start_client, start_clients, stop_clients, unload_modules
 from ._driver_upgrade_planner import UpgradePlanner, UpgradeState
 from ._driver_upgrade_precheck import precheck, prestage, way_back
 from ._driver_upgrade_record import (
+    RECORD,
     STEPS,
     Before,
     Record,
@@ -33,7 +34,7 @@ from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._kernel_log import read_kernel_log
-from ._loaded_driver import observe_loaded_driver
+from ._loaded_driver import loaded_modules, observe_loaded_driver
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_packages import source_of
 from ._nvidia_driver_reload import DriverReload
@@ -117,6 +118,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 gpus=gpus,
             ),
             claim=record.claim,
+            rebooted=record.rebooted,
         )
 
     def _step_prestaged(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
@@ -177,7 +179,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             # Somebody may have used it for just this moment, and a reboot is a high price for that.
             host.sleep(_PAUSE)
             why = unload_modules(host)
-        if self.reboot == "always":
+        marker = state.reload.marker or {}
+        rebooted = marker.get("target") == state.reload.on_disk and marker.get("boot_id") != state.reload.boot_id
+        if self.reboot == "always" and not rebooted:
             why = "driver_upgrade_reboot is always"
         if not why:
             return record
@@ -196,11 +200,19 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             raise FleetError("gpu_in_use", str(outcome.blocked[0].blocked))
 
     def _step_loaded(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        why = record.reboot if record.boot_id == state.reload.boot_id else ""
+        tried = record.rebooted != "" and record.rebooted == state.reload.on_disk
+        why = record.reboot if record.boot_id == state.reload.boot_id and not tried else ""
         if not why:
             why = self._reload(host, self.expected)
         if not why:
             return self._settled(host, record)
+        if tried:
+            raise FleetError(
+                "rebooted_once",
+                "This host was rebooted once for driver %s in an earlier run, which did not load it; it is not rebooted for it "
+                "again (%s). Find out why the module does not load (journalctl -k), then remove %s."
+                % (record.rebooted, why.rstrip("."), RECORD),
+            )
         if self.reboot == "never":
             raise _needs_reboot(why)
         # Told before it is noted for the host: without it the reboot would not be the only one.
@@ -226,13 +238,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         running = active_units(host)
         # In the order in which they start; enabled ones have been started by systemd after a reboot.
         for unit in reversed([unit for unit in record.clients if unit not in running]):
-            host.check(
-                ["systemctl", "start", unit],
-                reason="client_not_started",
-                doing="Starting %s, which ran before the driver was changed," % unit,
-                remedy="See 'journalctl -u %s'." % unit,
-                timeout=90,
-            )
+            start_client(host, unit)
         loaded = observe_loaded_driver(host)
         # Nothing else does it after a reload: what watches for new modules was stopped while they came.
         follow_driver(host, loaded.version if loaded else "", needed=self.gpu_injection == "cdi")
@@ -243,6 +249,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         why = self._reload(host, self.expected)
         if why:
             raise _needs_reboot(why)
+        if "nvidia_uvm" not in loaded_modules(host):
+            # Where somebody else has loaded the driver, a package or the boot; CUDA needs it, and nvidia-smi does not.
+            host.run(["modprobe", "nvidia_uvm"], timeout=LOAD_TIMEOUT)
         record = self._settled(host, record)
         self._check_health(host, self._check_gpus(host, record))
         if self.smoke_test and self.api.available():
@@ -294,16 +303,20 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
 
     @staticmethod
     def _step_returned(_host: Host, _state: UpgradeState, record: Record) -> Record | None:
-        return released(replace(record, outcome=UPDATED, failure={}))
+        return released(replace(record, outcome=UPDATED, failure={}, rebooted=""))
 
     def _step_restored(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        if state.loaded != state.reload.user_space or state.reload.stopped_units:
+        if not state.loaded or state.loaded != state.reload.user_space:
             raise FleetError(
                 "not_restorable",
                 "The driver of this host is not whole any more (%s is loaded, %s is installed), so its upgrade cannot just be "
                 "given up; run it again, or install the driver that is wanted."
                 % (state.loaded or "none", state.reload.user_space or "none"),
             )
+        start_clients(host)
+        if state.loaded != record.before.version:
+            # An earlier run has come further; nothing goes back into service untried.
+            record = write_record(host, self._step_validated(host, state, record) or record)
         self._serve_again(host, record)
         return released(replace(read_record(host) or record, outcome=RESTORED))
 
@@ -315,6 +328,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if record is None or error.reason == "upgrade_running":
             return error
         failure = {"step": step, "reason": error.reason, "message": scrub(error.message), "at": round(host.time(), 1)}
+        if error.reason == "rebooted_once":
+            record = replace(record, rebooted=observe_reload(host).on_disk)
         record = _note(host, replace(record, failure=failure))
         if not record.reached("drained") or step not in STEPS:
             return error

@@ -23,6 +23,7 @@ from ._driver_upgrade_record import (
     read_record,
 )
 from ._errors import FleetError
+from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_packages import is_driver_package
@@ -43,11 +44,15 @@ from ._rollout_services import (
     observe_own,
     serving,
 )
+from ._systemd import unit_properties
 from ._verdict import REFUSED, Verdict
 
 #: Where a call of the module stops.
 GOALS = ("prestaged", "drained", "ready", "returned", "restored")
 REBOOTS = ("auto", "never", "always")
+
+#: Makes partitions anew at every boot.
+_MIG = "nvidia-mig-manager.service"
 
 
 def _disrupts(change: Change, driver: DriverState) -> bool:
@@ -188,7 +193,8 @@ class UpgradePlanner(Planner[UpgradeState]):
             return state
         checks: list[Verdict] = []
         if state.due:
-            checks = [*self._obstacles(state), *precheck(host, self.api, self.driver, state.driver, state.services)]
+            checks = [*self._obstacles(state), *self._partitions(host, state)]
+            checks += precheck(host, self.api, self.driver, state.driver, state.services)
         return replace(state, serving=serving(host, self.api, state.services), checks=tuple(checks))
 
     def _obstacles(self, state: UpgradeState) -> list[Verdict]:
@@ -210,6 +216,19 @@ class UpgradePlanner(Planner[UpgradeState]):
             )
             found.append(Verdict("reboot", REFUSED, text, "set driver_upgrade_reboot to auto", "reboot_needed"))
         return found
+
+    def _partitions(self, host: Host, state: UpgradeState) -> list[Verdict]:
+        """Partitions of GPUs (MIG) do not outlive the driver, and services on them would find no GPU on either driver."""
+        split = [gpu.uuid for gpu in observe_gpus(host).gpus if gpu.mig_devices]
+        if not split or (state.record is not None and state.record.open):
+            return []
+        if self.reboot == "always" and unit_properties(host, _MIG, "UnitFileState").get("UnitFileState") == "enabled":
+            return []
+        text = "GPU %s is partitioned (MIG), and the partitions are gone when the driver is unloaded." % ", ".join(
+            split
+        )
+        remedy = "enable %s and set driver_upgrade_reboot to always, or leave the host out (driver_upgrade_skip)" % _MIG
+        return [Verdict("mig", REFUSED, text, remedy, "mig_partitions")]
 
     def _look(self, host: Host) -> UpgradeState:
         """What the steps go by."""

@@ -33,7 +33,7 @@ STEPS = (
     "ready",
     "returned",
 )
-_TEXTS = ("reboot", "boot_id", "prestaged", "way_back", "validated")
+_TEXTS = ("reboot", "rebooted", "boot_id", "prestaged", "way_back", "validated")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Record(RolloutRecord):
         clients: Services of the driver that ran before.
         serving: Models that were ready before, and after a way back those that are ready then.
         reboot: Why only a reboot loads the new driver; empty when none is due.
+        rebooted: Version that a reboot did not load; empty when none.
         boot_id: The boot in which ``reboot`` was found out.
         prestaged: Digest of the target whose packages lie ready.
         way_back: Why the old driver could not be put back; empty when it can.
@@ -80,6 +81,7 @@ class Record(RolloutRecord):
     clients: t.Tuple[str, ...] = ()
     serving: t.Tuple[str, ...] = ()
     reboot: str = ""
+    rebooted: str = ""
     boot_id: str = ""
     prestaged: str = ""
     way_back: str = ""

@@ -189,6 +189,28 @@ def test_a_driver_that_does_not_load_after_its_one_reboot_is_rolled_back(world: 
         call(world, "ready")
     assert caught.value.facts["outcome"] == "rolled_back"
     assert world.serves() and world.loaded == "555.42.06"
+    # Nor is it by a run of next night, as long as nobody has found out why.
+    for goal in ("prestaged", "drained"):
+        call(world, goal, run="next night")
+    with pytest.raises(FleetError, match=r"rebooted once for driver \S+ in an earlier run") as caught:
+        call(world, "ready", run="next night")
+    assert caught.value.facts["outcome"] == "rolled_back" and world.serves()
+    # When it loads, nobody minds.
+    world.commands["modprobe *"], world.load_error = loads, ""
+    roll(world, run="the night after")
+    assert world.serves() and world.loaded == "580.95.05" and record_of(world).rebooted == ""
+
+
+def test_a_boot_that_brings_the_old_module_back_is_no_reason_for_another(world: UpgradeWorld) -> None:
+    """Out of an initial RAM disk that nobody has made anew."""
+    call(world, "prestaged", reboot="always")
+    call(world, "drained", reboot="always")
+    assert call(world, "ready", reboot="always")[1]["reboot_required"]
+    world.reboot()
+    world.load("555.42.06")
+    assert not call(world, "ready", reboot="always")[1]["reboot_required"]
+    call(world, "returned", reboot="always")
+    assert world.serves() and world.loaded == "580.95.05"
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -280,6 +302,46 @@ def test_a_module_that_does_not_go_has_the_services_started_again(world: Upgrade
     assert "Driver 555.42.06 was left in place and the services run on it again." in caught.value.message
     assert world.serves() and world.loaded == "555.42.06"
     assert all(world.unit_state[unit][0] == "active" for unit in ("nvidia-persistenced.service", "nvidia-dcgm.service"))
+
+
+def test_a_service_that_went_with_the_old_packages_is_not_missed(world: UpgradeWorld) -> None:
+    world.commands = {
+        "systemctl start nvidia-dcgm.service": (5, "", "Unit nvidia-dcgm.service not found."),
+        "systemctl show --no-pager -p LoadState nvidia-dcgm.service": "LoadState=not-found\n",
+        **world.commands,
+    }
+    roll(world)
+    assert world.serves() and world.loaded == "580.95.05"
+
+
+def test_partitions_of_a_gpu_are_seen_before_they_are_lost(world: UpgradeWorld) -> None:
+    smi = world.commands["nvidia-smi -q -x"]
+    assert callable(smi)
+    device = "<mig_devices><mig_device><index>0</index><uuid>MIG-1</uuid></mig_device></mig_devices>"
+    world.commands["nvidia-smi -q -x"] = lambda *arguments: re.sub(
+        "(?s)<mig_devices>.*?</mig_devices>", device, smi(*arguments)
+    )
+    with pytest.raises(FleetError, match=r"partitioned \(MIG\)") as caught:
+        call(world, "prestaged")
+    assert caught.value.reason == "mig_partitions" and world.serves()
+    world.unit_state["nvidia-mig-manager.service"] = ["inactive", "enabled"]
+    call(world, "prestaged", reboot="always")
+
+
+def test_a_module_that_only_cuda_needs_is_loaded_too(world: UpgradeWorld) -> None:
+    """A package has loaded the new driver by itself, and nvidia-smi is content without nvidia_uvm."""
+    install = world._apt_get
+
+    def installs(host: t.Any, argv: tuple[str, ...], stdin: t.Any, env: t.Any) -> t.Any:
+        said = install(host, argv, stdin, env)
+        if world.module == "580.95.05" and not world.loaded:
+            world.load(world.module)
+            world.remove("/sys/module/nvidia_uvm")
+        return said
+
+    world.commands["apt-get *"] = installs
+    roll(world)
+    assert world.serves() and world.ran("modprobe nvidia_uvm$")
 
 
 def test_packages_that_cannot_be_installed_are_rolled_back(world: UpgradeWorld) -> None:
@@ -545,6 +607,31 @@ def test_an_upgrade_cannot_be_given_up_between_two_drivers(world: UpgradeWorld) 
     world.reboot()
     call(world, "ready")
     assert world.serves()
+
+
+def test_an_upgrade_can_be_given_up_while_only_services_of_the_driver_are_stopped(world: UpgradeWorld) -> None:
+    call(world, "prestaged")
+    call(world, "drained")
+    world.dirs.add("/run/gpu_fleet")
+    world.files["/run/gpu_fleet/driver-clients.json"] = b'{"units": ["nvidia-persistenced.service"]}'
+    world.unit_state["nvidia-persistenced.service"][0] = "inactive"
+    assert call(world, "restored")[1]["outcome"] == "restored"
+    assert world.is_active("nvidia-persistenced.service") and world.serves()
+
+
+def test_an_upgrade_that_is_given_up_on_the_new_driver_is_validated_first(world: UpgradeWorld) -> None:
+    """The run that goes on with it cannot drain the host, which is out already."""
+    for goal in ("prestaged", "drained", "ready"):
+        call(world, goal)
+    found = json.loads(world.files[RECORD])
+    world.files[RECORD] = json.dumps(dict(found, step="loaded", validated="")).encode()
+    world.gpus_of["580.95.05"] = 0
+    with pytest.raises(FleetError, match="shows 0 GPUs"):
+        call(world, "restored")
+    assert record_of(world).open
+    world.gpus_of.clear()
+    assert call(world, "restored")[1]["outcome"] == "restored" and record_of(world).validated
+    assert world.serves() and world.loaded == "580.95.05"
 
 
 def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None:
