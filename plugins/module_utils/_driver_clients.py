@@ -41,6 +41,8 @@ UNLOAD_ORDER = (
     "nvidia_modeset",
     "nvidia_uvm",
     "nvidia_peermem",
+    # Its predecessor, from Mellanox.
+    "nv_peer_mem",
     "nvidia_fs",
     "nvidia_vgpu_vfio",
     "gdrdrv",

@@ -126,6 +126,24 @@ def unload_modules(host: Host) -> str:
     return ""
 
 
+def restore_modules(host: Host, names: t.Sequence[str]) -> None:
+    """Load those modules beside the driver that were loaded before it was changed: RDMA and storage go without them, slowly
+    and without a word.
+
+    Raises:
+        FleetError: ``module_not_loaded``.
+    """
+    missing = set(names) - loaded_modules(host)
+    for name in reversed([name for name in UNLOAD_ORDER if name in missing]):
+        host.check(
+            ["modprobe", name],
+            reason="module_not_loaded",
+            doing="Loading kernel module %s, which was loaded before the driver was changed," % name,
+            remedy="It may have to be built for this driver; see 'dkms status' and 'journalctl -k'.",
+            timeout=LOAD_TIMEOUT,
+        )
+
+
 def load_failure(host: Host, kernel: str, said: str) -> tuple[str, bool]:
     """Why the kernel did not take the module, in words, and whether a reboot can change that (from the kernel log)."""
     log = host.run(["journalctl", "-k", "-b", "-n", "200", "--no-pager", "-o", "cat"], timeout=30).stdout

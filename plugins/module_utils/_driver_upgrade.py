@@ -16,7 +16,15 @@ from dataclasses import replace
 from ._cdi_spec import follow_driver
 from ._driver_branches import branch_of_version
 from ._driver_clients import in_use_error, lasting_foreign_holders
-from ._driver_swap import LOAD_TIMEOUT, active_units, start_client, start_clients, stop_clients, unload_modules
+from ._driver_swap import (
+    LOAD_TIMEOUT,
+    active_units,
+    restore_modules,
+    start_client,
+    start_clients,
+    stop_clients,
+    unload_modules,
+)
 from ._driver_upgrade_planner import UpgradePlanner, UpgradeState
 from ._driver_upgrade_precheck import precheck, prestage, way_back
 from ._driver_upgrade_record import (
@@ -99,7 +107,14 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if record.open:
             # Another target, or another try: what ran before is still what has to run again.
             return replace(
-                record, digest=digest, target=self.words, step="drained", outcome="", reboot="", validated=""
+                record,
+                digest=digest,
+                target=self.words,
+                step="drained",
+                outcome="",
+                reboot="",
+                validated="",
+                chosen="",
             )
         # What an earlier run has found and not begun with counts for nothing: the host has gone on since.
         loaded = state.reload.loaded
@@ -128,7 +143,12 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         self._refuse(precheck(host, self.api, self.driver, state.driver, state.services, version=ready.version))
         self._refuse(more)
         back = way_back(host, lambda: self._old_driver(record))
-        return replace(record, prestaged=self.digest(state), way_back="" if back.verdict == OK else back.message)
+        return replace(
+            record,
+            prestaged=self.digest(state),
+            chosen=ready.version,
+            way_back="" if back.verdict == OK else back.message,
+        )
 
     def _old_driver(self, record: Record) -> NvidiaDriver | None:
         """The driver that was there before, None when there was none."""
@@ -156,6 +176,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             record,
             workloads=tuple(sorted({*record.workloads, *running})),
             clients=tuple(dict.fromkeys([*record.clients, *state.clients])),
+            modules=tuple(sorted({*record.modules, *state.reload.modules})),
         )
         # Before the first of them is stopped: who goes on must know what has to run again.
         write_record(host, record)
@@ -190,6 +211,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return replace(record, reboot=why, boot_id=state.reload.boot_id)
 
     def _step_packages_changed(self, host: Host, _state: UpgradeState, record: Record) -> Record | None:
+        # What lies ready, and what the other hosts get, although the repository may have a newer one by now.
+        self.driver.chosen = record.chosen
         self._install(host, self.driver)
         return record
 
@@ -239,6 +262,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         # In the order in which they start; enabled ones have been started by systemd after a reboot.
         for unit in reversed([unit for unit in record.clients if unit not in running]):
             start_client(host, unit)
+        restore_modules(host, record.modules)
         loaded = observe_loaded_driver(host)
         # Nothing else does it after a reload: what watches for new modules was stopped while they came.
         follow_driver(host, loaded.version if loaded else "", needed=self.gpu_injection == "cdi")

@@ -331,7 +331,8 @@ class UpgradePlanner(Planner[UpgradeState]):
             return known and record.open and record.outcome != STRANDED
         if step == "workloads_stopped":
             running = any(service.active for service in state.services)
-            return not state.due or (state.maintenance == "ours" and not running)
+            # What has to run again must be on record before it is believed that nothing runs.
+            return not state.due or (state.maintenance == "ours" and not running and record.reached(step))
         if step == "clients_stopped":
             return not state.due or not state.loaded or not state.clients
         if step == "unloaded":

@@ -33,7 +33,7 @@ STEPS = (
     "ready",
     "returned",
 )
-_TEXTS = ("reboot", "rebooted", "boot_id", "prestaged", "way_back", "validated")
+_TEXTS = ("reboot", "rebooted", "boot_id", "chosen", "prestaged", "way_back", "validated")
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ class Record(RolloutRecord):
 
     Attributes:
         clients: Services of the driver that ran before.
+        modules: Kernel modules of the driver that were loaded before.
         serving: Models that were ready before, and after a way back those that are ready then.
         reboot: Why only a reboot loads the new driver; empty when none is due.
         rebooted: Version that a reboot did not load; empty when none.
         boot_id: The boot in which ``reboot`` was found out.
+        chosen: Version of the packages that lie ready.
         prestaged: Digest of the target whose packages lie ready.
         way_back: Why the old driver could not be put back; empty when it can.
         validated: The boot and driver that were validated.
@@ -73,16 +75,19 @@ class Record(RolloutRecord):
     shape: t.ClassVar[t.Mapping[str, t.Any]] = {
         **dict.fromkeys(_TEXTS, str),
         "clients": [str],
+        "modules": [str],
         "serving": [str],
         "before": {"loaded": str, "branch": str, "version": str, "flavour": str, "source": str, "gpus": int},
     }
 
     before: Before = field(default_factory=Before)
     clients: t.Tuple[str, ...] = ()
+    modules: t.Tuple[str, ...] = ()
     serving: t.Tuple[str, ...] = ()
     reboot: str = ""
     rebooted: str = ""
     boot_id: str = ""
+    chosen: str = ""
     prestaged: str = ""
     way_back: str = ""
     validated: str = ""
@@ -93,6 +98,7 @@ class Record(RolloutRecord):
         return {
             **{name: str(found.get(name) or "") for name in _TEXTS},
             "clients": tuple(strings(found.get("clients"))),
+            "modules": tuple(strings(found.get("modules"))),
             "serving": tuple(strings(found.get("serving"))),
             "before": Before(
                 **{key: str(before.get(key) or "") for key in ("loaded", "branch", "version", "flavour", "source")},

@@ -37,7 +37,13 @@ from ._resource import Change, Resource
 
 
 class NvidiaDriver(DriverPlanner, Resource[DriverState]):
-    """The driver that is wanted on a host. Options are those of the module of the same name."""
+    """The driver that is wanted on a host. Options are those of the module of the same name.
+
+    Attributes:
+        chosen: Version that is taken where several of the branch are on offer; empty for the newest.
+    """
+
+    chosen = ""
 
     def apply(self, host: Host, change: Change) -> None:
         os_release = read_os_release(host)
@@ -119,6 +125,14 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
             manager.refresh()
             offers = manager.available(*names)
         target = self.version or module or self._main(plan, installed)
+        if not target and any(
+            upstream_version(offer.version) == self.chosen
+            for choice in plan.choices
+            if choice.versioned and not choice.optional
+            for name in choice.names
+            for offer in offers.get(name, [])
+        ):
+            target = self.chosen
         resolved: dict[str, str] = {}
         if plan.pinning:
             if plan.pinning not in offers and plan.pinning not in installed:

@@ -328,6 +328,51 @@ def test_partitions_of_a_gpu_are_seen_before_they_are_lost(world: UpgradeWorld) 
     call(world, "prestaged", reboot="always")
 
 
+def test_modules_beside_the_driver_come_back_with_it(world: UpgradeWorld) -> None:
+    """Without nvidia_peermem everything works as before, but not as fast."""
+    load = world._modprobe
+
+    def modprobe(host: t.Any, argv: tuple[str, ...], stdin: t.Any, env: t.Any) -> t.Any:
+        if argv[1] == "nvidia_fs" and world.loaded == world.nim_fails_on:
+            return (1, "", "modprobe: ERROR: could not insert 'nvidia_fs': Exec format error")
+        world.files["/sys/module/%s/refcnt" % argv[1]] = b"0\n"
+        return load(host, argv, stdin, env)
+
+    world.commands["modprobe *"] = modprobe
+    beside = ("nvidia_peermem", "nvidia_fs", "nv_peer_mem")
+    for name in beside:
+        world.files["/sys/module/%s/refcnt" % name] = b"0\n"
+    roll(world)
+    assert world.serves() and all(world.exists("/sys/module/" + name) for name in beside)
+    assert world.ran("rmmod nvidia_peermem") and world.ran("rmmod nv_peer_mem")
+    # One that does not work with the new driver is worth as much as the driver.
+    world.nim_fails_on = "595.45.04"
+    with pytest.raises(FleetError, match="Loading kernel module nvidia_fs, which was loaded before") as caught:
+        roll(world, "595")
+    assert caught.value.facts["outcome"] == "rolled_back" and world.serves()
+    assert all(world.exists("/sys/module/" + name) for name in beside)
+
+
+def test_what_was_downloaded_is_installed_although_a_newer_one_has_come(world: UpgradeWorld) -> None:
+    """Else it is downloaded while the host is out, and the hosts of one run get different drivers."""
+    madison = world.commands["apt-cache madison *"]
+    world.without("580.95.05")
+    call(world, "prestaged")
+    call(world, "drained")
+    world.commands["apt-cache madison *"] = madison
+    call(world, "ready")
+    call(world, "returned")
+    assert world.serves() and world.loaded == "580.82.07"
+    # It may be gone, too.
+    world.packages.clear()
+    world.install_driver("555.42.06")
+    call(world, "prestaged")
+    call(world, "drained")
+    world.without("580.95.05")
+    call(world, "ready")
+    assert world.serves() and world.loaded == "580.82.07"
+
+
 def test_a_module_that_only_cuda_needs_is_loaded_too(world: UpgradeWorld) -> None:
     """A package has loaded the new driver by itself, and nvidia-smi is content without nvidia_uvm."""
     install = world._apt_get
