@@ -34,7 +34,9 @@ _OPTIONS: dict[str, dict[str, t.Any]] = {
     "results": {"type": "list", "elements": "str", "default": []},
     "failure": {"type": "str"},
     "gateways": {"type": "str"},
+    "decision": {"type": "str"},
     "before": {"type": "dict", "default": {}},
+    "begun": {"type": "float", "default": 0.0},
     "hosts": {"type": "list", "elements": "str"},
     "order": {"type": "list", "elements": "str", "default": []},
     "canary": {"type": "list", "elements": "str", "default": []},
@@ -164,9 +166,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         """What the gateways have counted since before the run; empty where there are none."""
         samples: dict[tuple[str, str, float], gateways.GatewayLook] = {}
         for name in self.variables:
-            for look in gateways.parse_looks(self._answer(name, self.args["gateways"])):
-                if not look.error and look not in (*self.before, *self.now):
-                    samples.setdefault((look.name, look.process, look.at), look)
+            # As they were before each batch; what was registered then, a later look has replaced.
+            decision = self._answer(name, self.args["decision"]) or {}
+            for look in gateways.parse_looks({"results": decision.get("requests")}):
+                samples.setdefault((look.name, look.process, look.at), look)
         meanwhile = [[look] for look in sorted(samples.values(), key=lambda one: one.at)]
         found = gateways.traffic_of([self.before, *meanwhile, self.now])
         return found.as_dict() if found else {}
@@ -194,13 +197,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             raise AnsibleActionFail("No host could be drained, so nothing was begun: %s." % "; ".join(unasked))
         if self.plan.waits and not self.plan.order and not self._task.check_mode:
             raise AnsibleActionFail("No host can be updated: %s." % self._waiting())
-        serial = [len(batch.hosts) for batch in self.plan.batches]
+        serial, begun = [len(batch.hosts) for batch in self.plan.batches], round(time.time(), 3)
         return {
             "changed": False,
             "rows": rows,
             "order": list(self.plan.order),
             "roll": {
-                "serial": serial or [1],
+                "serial": serial,
+                "group": "rollout_%d" % (begun * 1000),
+                "begun": begun,
                 "fleet": list(self.variables),
                 "gateways": [look.name for look in self.now],
                 "before": {"results": (self._own(self.args["gateways"]) or {}).get("results") or []},
@@ -264,13 +269,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         batch = [str(name) for name in self.task_vars.get("ansible_play_batch") or []]
         outcomes, passed = self._outcomes(), self._passed()
         self._write_page(self._traffic())
+        found = {"changed": False, "number": self._number(), "requests": gateways.counts_of(self.now)}
         stop = self._stop(passed, outcomes)
         unasked = gateways.errors(self.now)
         if not stop and unasked:
             stop = "after %d of %d hosts, because %s" % (len(passed), len(outcomes), "; ".join(unasked))
         if stop:
             self._display.display("The run stops %s." % stop)
-            return {"changed": False, "admitted": [], "left": {}, "number": self._number(), "stop": stop}
+            return {**found, "admitted": [], "left": {}, "stop": stop}
         now: list[FleetHost] = [
             looks.after(host, outcomes.get(host.name, looks.NOT_BEGUN)) if host.name in passed else host
             for host in self.fleet
@@ -280,7 +286,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         lines = ["Batch %d of %d: %s." % (self._number(), len(self.plan.batches), ", ".join(chosen) or "no host")]
         lines += ["%s is left for another run: %s." % item for item in left.items()]
         self._display.display("\n".join(lines))
-        return {"changed": False, "admitted": list(chosen), "left": left, "number": self._number(), "stop": ""}
+        return {**found, "admitted": list(chosen), "left": left, "stop": ""}
 
     def _end(self) -> dict[str, t.Any]:
         outcomes = self._outcomes()

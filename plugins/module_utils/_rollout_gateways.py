@@ -62,6 +62,20 @@ def parse_looks(answer: t.Any) -> tuple[GatewayLook, ...]:
     return tuple(found)
 
 
+def counts_of(gateways: t.Sequence[GatewayLook]) -> list[dict[str, t.Any]]:
+    """What of them :func:`traffic_of` needs later, as :func:`parse_looks` reads it."""
+    return [
+        {
+            "item": look.name,
+            "process": look.process,
+            "at": look.at,
+            "traffic": [{"backend": backend, **counts} for backend, counts in look.traffic.items()],
+        }
+        for look in gateways
+        if not look.error
+    ]
+
+
 def errors(gateways: t.Sequence[GatewayLook]) -> list[str]:
     """Gateways that could not be asked, and why."""
     return ["gateway %s: %s" % (look.name, look.error) for look in gateways if look.error]

@@ -57,10 +57,17 @@ options:
   gateways:
     description: Name under which M(gpu_fleet.nim.haproxy_info) was registered, in a loop over the gateways.
     type: str
+  decision:
+    description: Name under which O(phase=batch) was registered.
+    type: str
   before:
     description: RV(roll) of the plan has it, what the gateways said before anything began.
     type: dict
     default: {}
+  begun:
+    description: RV(roll) of the plan has it, when it was made, in seconds since the epoch.
+    type: float
+    default: 0.0
   hosts:
     description: All hosts of the fleet; by default those of the play.
     type: list
@@ -166,6 +173,12 @@ roll:
       description: Number of hosts of each batch.
       type: list
       elements: int
+    group:
+      description: Name for a group of the hosts of all batches, which no other plan has.
+      type: str
+    begun:
+      description: When the plan was made, in seconds since the epoch.
+      type: float
     fleet:
       description: All hosts that were looked at.
       type: list
@@ -231,12 +244,13 @@ missing:
   type: dict
 requests:
   description:
-    - Requests at the gateways since before the first batch, C(requests), C(failed) and C(truncated), together and by backend; empty
-      without gateways.
+    - With O(phase=batch), what each gateway had counted before this batch.
+    - With O(phase=end), requests at the gateways since before the first batch, C(requests), C(failed) and C(truncated), together and
+      by backend; empty without gateways.
     - C(complete) is false where a gateway was reloaded meanwhile (C(gaps)), whose earlier counts cannot be asked for any more, or could
       not be asked in the end (C(unknown)).
-  returned: with O(phase=end)
-  type: dict
+  returned: with O(phase=batch) and O(phase=end)
+  type: raw
 outcomes:
   description: "Host and what came of it: V(updated), V(restored), V(rolled back), V(out of service) or V(not begun)."
   returned: with O(phase=end)

@@ -31,6 +31,11 @@ class ActionModule(ActionBase):
         host = args.get("host", host) if {NAME!r} != "look" else (self._task.delegate_to or host)
         with open(os.environ["SCRIPT"]) as stream:
             answers = json.load(stream).get(host, {{}}).get(call, {{}})
+        if isinstance(answers, list):
+            # One after the other.
+            with open(os.environ["SCRIPT"] + ".log") as stream:
+                asked = sum(line.startswith("%s: %s" % (host, call)) for line in stream)
+            answers = answers[min(asked, len(answers) - 1)]
         with open(os.environ["SCRIPT"] + ".log", "a") as stream:
             of = " of " + ", ".join(args["models"]) if args.get("models") else ""
             stream.write("%s: %s%s%s\\n" % (host, call, of, " (check)" if self._task.check_mode else ""))

@@ -93,7 +93,9 @@ def test_the_plan_gives_order_and_batches(fleet: Fleet, tmp_path: pathlib.Path) 
     report, output = tmp_path / "page.html", tmp_path / "plan.json"
     plan = fleet.call("plan", report=str(report), output=str(output))
     assert plan["order"] == ["a", "b", "c", "d"]
-    assert plan["roll"] == {"serial": [1, 2, 1], "fleet": list("abcd"), "gateways": [], "before": {"results": []}}
+    roll = plan["roll"]
+    assert roll["serial"] == [1, 2, 1] and roll["fleet"] == list("abcd") and roll["before"] == {"results": []}
+    assert roll["begun"] == pytest.approx(time.time(), abs=60) and roll["group"].startswith("rollout_")
     assert "Batch 1 (canary): a." in fleet.shown and "Steps on" not in fleet.shown
     assert "Driver upgrade" in report.read_text() and '"serial"' not in output.read_text()
     assert '"batches"' in output.read_text()
@@ -259,24 +261,30 @@ def test_what_happens_beside_the_run_counts_before_each_batch(fleet: Fleet) -> N
 
 
 def test_requests_meanwhile_are_counted_over_a_reload(fleet: Fleet, tmp_path: pathlib.Path) -> None:
-    before = gateway(at=100.0, requests=1000)
-    fleet.hostvars["a"]["gateways"] = gateway(at=200.0, requests=1300)
-    fleet.hostvars["b"]["gateways"] = fleet.hostvars["c"]["gateways"] = gateway(at=300.0, process="p2", requests=50)
+    args = {"gateways": "gateways", "before": gateway(at=100.0, requests=1000), "decision": "decision"}
+    for batch, now in (
+        ("a", gateway(at=200.0, requests=1300)),
+        ("bc", gateway(at=300.0, process="p2", requests=50)),
+    ):
+        fleet.gateways = now
+        decision = fleet.call("batch", list(batch), **args)
+        for name in batch:
+            fleet.hostvars[name].update(UPDATED, decision=decision)
     fleet.gateways = gateway(at=400.0, process="p2", requests=250)
     page = tmp_path / "page.html"
-    found = fleet.call("end", gateways="gateways", before=before, report=str(page))["requests"]
+    found = fleet.call("end", report=str(page), **args)["requests"]
     assert (found["requests"], found["failed"], found["complete"]) == (300 + 50 + 200, 3 + 0 + 2, False)
     assert found["gaps"] == [{"gateway": "gw1", "after": 200.0, "before": 300.0}]
     assert "at least 550, of them 5 failed and 0 broken off" in fleet.shown
     assert "Gateway gw1 was reloaded or restarted between 00:03:20 and 00:05:00 UTC" in fleet.shown
     assert "<td>meta_llama</td><td>550</td><td>5</td>" in page.read_text()
     fleet.gateways = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
-    found = fleet.call("end", gateways="gateways", before=before)["requests"]
+    found = fleet.call("end", **args)["requests"]
     assert found["unknown"] == ["gw1"] and "could not be asked in the end" in fleet.shown
     # Without gateways nobody counts, and nothing is claimed.
     fleet.gateways = {}
     for name in "abc":
-        del fleet.hostvars[name]["gateways"]
+        del fleet.hostvars[name]["decision"]
     assert fleet.call("end")["requests"] == {} and "Requests" not in fleet.shown
 
 

@@ -1,0 +1,65 @@
+# SPDX-FileCopyrightText: The gpu_fleet.nim authors
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What Ansible itself, its settings and the way it is called could do to a rollout, under a real ansible-playbook."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from test_rollout_playbooks import DEPLOY_TURN, GOOD_DEPLOY, HOSTS, LOOK, TURN, Play, seen
+
+
+@pytest.fixture
+def play(tmp_path: pathlib.Path) -> Play:
+    return Play(tmp_path)
+
+
+def test_a_second_rollout_by_the_same_command_has_a_plan_of_its_own(play: Play) -> None:
+    (play.copy / "playbooks" / "both.yml").write_text(
+        "- ansible.builtin.import_playbook: gpu_fleet.nim.upgrade_drivers\n"
+        "- ansible.builtin.import_playbook: gpu_fleet.nim.deploy\n"
+    )
+    play.playbook = "both"
+    for host in HOSTS:
+        play.answers[host].update(GOOD_DEPLOY)
+    # The driver is rolled out on two hosts, the models on another one.
+    play.answers["gpu03"]["upgrade prestaged"] = dict(LOOK, due=False)
+    for host in ("gpu01", "gpu02"):
+        play.answers[host]["deploy prestaged"] = dict(GOOD_DEPLOY["deploy prestaged"], due=False)
+    code, output = play.run()
+    assert code == 0, output
+    assert [play.turn(host) for host in HOSTS] == [TURN, TURN, DEPLOY_TURN]
+    assert "Batch 1 of 2: gpu01." in output and "Batch 1 of 1: gpu03." in output and "no host" not in output
+    # The second one with nothing to do is over after its look.
+    play.answers["gpu03"]["deploy prestaged"] = dict(GOOD_DEPLOY["deploy prestaged"], due=False)
+    code, output = play.run()
+    assert code == 0 and "0 of 3 hosts are to be updated in 0 batches" in output, output
+    assert [play.turn(host) for host in HOSTS] == [TURN, TURN, []] and output.count("updated.") == 1
+
+
+def test_requests_before_a_reload_are_still_known_in_the_end(play: Play) -> None:
+    def look(at: float, process: str, requests: int) -> dict[str, object]:
+        traffic = [{"backend": "meta_llama", "requests": requests, "failed": requests // 100, "truncated": 0}]
+        return dict(seen(), at=at, process=process, traffic=traffic)
+
+    play.answers["gw1"]["look"] = [
+        look(100, "p1", 1000),
+        look(200, "p1", 1300),
+        look(300, "p1", 1500),
+        look(400, "p2", 50),
+        look(500, "p2", 250),
+    ]
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0, output
+    assert "Requests at the gateways during the run: at least 750, of them 7 failed" in output
+    assert "reloaded or restarted between 00:05:00 and 00:06:40 UTC" in output
+
+
+def test_settings_of_ansible_change_nothing(play: Play) -> None:
+    play.environment = {"ANSIBLE_STRATEGY": "free", "ANSIBLE_ANY_ERRORS_FATAL": "true"}
+    play.answers["gpu02"]["upgrade ready"] = {"failed": True, "outcome": "rolled_back", "msg": "Not ready."}
+    code, output = play.run(driver_upgrade_max_unavailable=2, driver_upgrade_failure_budget=1)
+    assert code == 2, output
+    assert play.turn("gpu01") == play.turn("gpu03") == TURN
+    assert "2 updated, 1 rolled back." in output
