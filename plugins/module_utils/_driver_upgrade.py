@@ -47,7 +47,6 @@ from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_packages import source_of
 from ._nvidia_driver_reload import DriverReload
 from ._nvidia_driver_reload_planner import observe_reload
-from ._redaction import scrub
 from ._resource import Change, Resource, converge
 from ._rollout_record import (
     RESTORED,
@@ -55,8 +54,10 @@ from ._rollout_record import (
     STRANDED,
     UPDATED,
     claimed,
+    failed,
     finished,
     released,
+    went_back,
 )
 from ._rollout_record import write as write_record
 from ._rollout_services import (
@@ -93,7 +94,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:
-            raise self._failed(host, step, error) from error
+            raise self._failed(host, step, began, error) from error
         if record is not None:
             write_record(host, finished(record, step, host.time(), began) if step in STEPS else record)
 
@@ -346,12 +347,12 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
 
     # -- the way back
 
-    def _failed(self, host: Host, step: str, error: FleetError) -> FleetError:
+    def _failed(self, host: Host, step: str, began: float, error: FleetError) -> FleetError:
         """The error of a step, after the host was brought back into service where that is possible."""
         record = read_record(host)
         if record is None or error.reason == "upgrade_running":
             return error
-        failure = {"step": step, "reason": error.reason, "message": scrub(error.message), "at": round(host.time(), 1)}
+        failure = failed(step, error, began, host.time())
         if error.reason == "rebooted_once":
             record = replace(record, rebooted=observe_reload(host).on_disk)
         record = _note(host, replace(record, failure=failure))
@@ -370,14 +371,16 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 self._roll_back(host, record)
             self._serve_again(host, record)
         except FleetError as second:
-            record = _note(host, replace(read_record(host) or record, failure=failure, outcome=STRANDED))
+            left = replace(read_record(host) or record, failure=failure)
+            record = _note(host, went_back(left, STRANDED, host.time()))
             error.message = (
                 "%s. Going back to driver %s failed too (%s): the host stays out of service, and running again goes on "
                 "where it is."
             ) % (error.message.rstrip("."), before or "none", second.message.rstrip("."))
             error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
-        record = _note(host, released(replace(read_record(host) or record, failure=failure, outcome=outcome)))
+        left = replace(read_record(host) or record, failure=failure)
+        record = _note(host, released(went_back(left, outcome, host.time())))
         error.message = "%s. %s and the services run on it again." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error

@@ -27,9 +27,11 @@ from ._rollout_record import (
     STRANDED,
     UPDATED,
     claimed,
+    failed,
     finished,
     read,
     released,
+    went_back,
     write,
 )
 from ._rollout_services import (
@@ -53,7 +55,7 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:
-            raise self._failed(host, step, error) from error
+            raise self._failed(host, step, began, error) from error
         write(host, finished(record, step, host.time(), began) if step in STEPS else record)
 
     # -- steps; each returns the record as it is after it
@@ -137,12 +139,12 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
 
     # -- the way back
 
-    def _failed(self, host: Host, step: str, error: FleetError) -> FleetError:
+    def _failed(self, host: Host, step: str, began: float, error: FleetError) -> FleetError:
         """The error of a step, after the host was brought back into service where that is possible."""
         record = read(host, DeployRecord)
         if record is None or error.reason == "upgrade_running":
             return error
-        failure = {"step": step, "reason": error.reason, "message": error.message, "at": round(host.time(), 1)}
+        failure = failed(step, error, began, host.time())
         record = write(host, replace(record, failure=failure))
         if not record.reached("drained") or step not in STEPS:
             return error
@@ -156,7 +158,7 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
                 self._roll_back(host, snapshot, record)
             wait_ready(host, self.api, observe_own(host), record.workloads, (), self._teller(host))
         except FleetError as second:
-            record = write(host, replace(read(host, DeployRecord) or record, outcome=STRANDED))
+            record = write(host, went_back(read(host, DeployRecord) or record, STRANDED, host.time()))
             error.message = (
                 "%s. Going back to %s failed too (%s): the host stays out of service, and running again goes on where it is."
                 % (error.message.rstrip("."), record.before or "nothing", second.message.rstrip("."))
@@ -164,7 +166,7 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
             error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
         Snapshot.forget(host)
-        record = write(host, released(replace(read(host, DeployRecord) or record, outcome=outcome)))
+        record = write(host, released(went_back(read(host, DeployRecord) or record, outcome, host.time())))
         error.message = "%s. %s and answers." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error

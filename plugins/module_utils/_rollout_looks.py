@@ -33,6 +33,9 @@ ROLLED_BACK = "rolled back"
 OUT = "out of service"
 NOT_BEGUN = "not begun"
 
+#: A step of no module: what was there before is put back.
+WAY_BACK = "way back"
+
 _KIND_WORDS = {RESUME: "left by an earlier run", CANARY: "canary"}
 _DISRUPTIONS = ("none", "reload", "restart_docker", "restart_nim", "unload_driver", "reboot")
 _WIDTH = 70
@@ -274,20 +277,41 @@ def record_of(results: t.Sequence[Look]) -> t.Mapping[str, t.Any]:
 
 
 def message_of(results: t.Sequence[Look]) -> str:
-    """Why a host was not updated, in its own words; empty when nothing failed."""
+    """Why a host was not updated, in its own words; empty when nothing failed and nobody holds it."""
     for answer in results:
         if answer and (answer.get("failed") or answer.get("unreachable")):
             return str(answer.get("msg") or "it cannot be reached")
+        if answer and answer.get("held"):
+            return str(answer["held"])
     return ""
 
 
+def steps_of(record: t.Mapping[str, t.Any]) -> list[t.Mapping[str, t.Any]]:
+    """The steps on record whose time is known, and, as two more, the one that failed and the way back from it."""
+    failure = record.get("failure") or {}
+    steps = list(record.get("steps") or [])
+    if any(step.get("step") == "drained" for step in steps):
+        at = failure.get("at")
+        steps.append({"step": failure.get("step"), "at": failure.get("began"), "until": at})
+        steps.append({"step": WAY_BACK, "at": at, "until": failure.get("until", at)})
+    found = []
+    for step in steps:
+        if isinstance(step.get("at"), (int, float)):
+            until = step.get("until", 0.0)
+            seconds = max(
+                float(step.get("seconds") or 0), (until if isinstance(until, (int, float)) else 0.0) - step["at"]
+            )
+            found.append({"step": step.get("step"), "at": float(step["at"]), "seconds": max(0.0, seconds)})
+    return found
+
+
 def out_of_service(record: t.Mapping[str, t.Any]) -> float:
-    """Seconds between the drain and the return, or the last step that is known; 0.0 for a host that was not taken out."""
-    steps = [step for step in record.get("steps") or [] if isinstance(step.get("at"), (int, float))]
-    begun = [float(step["at"]) for step in steps if step.get("step") == "drained"]
+    """Seconds between the drain and the return, or the last that is known; 0.0 for a host that was not taken out."""
+    steps = steps_of(record)
+    begun = [step["at"] for step in steps if step["step"] == "drained"]
     if not begun:
         return 0.0
-    return max(0.0, max(float(step["at"]) + float(step.get("seconds") or 0) for step in steps) - begun[0])
+    return max(0.0, max(step["at"] + step["seconds"] for step in steps) - begun[0])
 
 
 def seconds_text(seconds: float) -> str:

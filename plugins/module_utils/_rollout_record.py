@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from ._errors import FleetError
 from ._host import Host
 from ._nim_paths import MAINTENANCE_FILE
+from ._redaction import scrub
 from ._untrusted import json_object, misfit, parse_json, real_number, strings
 
 #: How it has ended: as wanted; with nothing taken away; with what was there before put back; outside.
@@ -49,7 +50,8 @@ class RolloutRecord:
         started: Seconds since the epoch.
         workloads: NIM services that ran before and run again in the end.
         steps: What was done when: ``step``, ``at`` (seconds since the epoch), ``seconds``.
-        failure: ``step``, ``reason`` and ``message`` of what went wrong last; empty when nothing did.
+        failure: ``step``, ``reason`` and ``message`` of what went wrong last, and when: ``began`` (the step), ``at`` (it failed) and
+            ``until`` (the way back had ended), in seconds since the epoch; empty when nothing did.
         claim: ``run`` (who is at it), ``seen`` (seconds since the epoch) and ``lease`` (seconds that it counts).
     """
 
@@ -151,6 +153,22 @@ def finished(record: R, step: str, now: float, began: float) -> R:
     entry = {"step": step, "at": round(began, 1), "seconds": round(max(0.0, now - began), 1)}
     others = tuple(old for old in record.steps if old.get("step") != step)
     return replace(record, step=record.step if record.reached(step) else step, steps=(*others, entry))
+
+
+def failed(step: str, error: FleetError, began: float, now: float) -> dict[str, t.Any]:
+    """What a record keeps of a step that failed."""
+    return {
+        "step": step,
+        "reason": error.reason,
+        "message": scrub(error.message),
+        "began": round(began, 1),
+        "at": round(now, 1),
+    }
+
+
+def went_back(record: R, outcome: str, now: float) -> R:
+    """The record when the way back has ended."""
+    return replace(record, outcome=outcome, failure={**record.failure, "until": round(now, 1)})
 
 
 # -- who is at it ---------------------------------------------------------------------------------

@@ -11,7 +11,12 @@ import time
 import typing as t
 
 import jinja2
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_looks import out_of_service, seconds_text
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_looks import (
+    WAY_BACK,
+    out_of_service,
+    seconds_text,
+    steps_of,
+)
 
 _TITLES = {"driver_upgrade": "Driver upgrade", "nim_deploy": "Deployment of models"}
 _TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "playbooks", "templates")
@@ -31,6 +36,7 @@ STEPS = {
     "changed": ("services change", "restart_nim"),
     "ready": ("until ready", "good"),
     "returned": ("return", "good"),
+    WAY_BACK: ("way back", "bad"),
 }
 _TONES = {
     "updated": "good",
@@ -57,20 +63,20 @@ class Bar(t.NamedTuple):
 def bars_of(steps: t.Sequence[t.Mapping[str, t.Any]], start: float, end: float) -> list[Bar]:
     """The parts of one line. Between two steps the host waits, for a drain or a reboot: that belongs to the earlier one."""
     span = max(end - start, 1.0)
-    known = sorted(
-        (step for step in steps if step.get("step") in STEPS and isinstance(step.get("at"), (int, float))),
-        key=lambda step: float(step["at"]),
-    )
+    known = sorted((step for step in steps if step["step"] in STEPS), key=lambda step: float(step["at"]))
     found = []
     for number, step in enumerate(known):
         words, tone = STEPS[str(step["step"])]
-        began = float(step["at"])
-        finished = began + float(step.get("seconds") or 0)
-        if number + 1 < len(known) and step["step"] not in _BEFORE:
-            finished = max(finished, float(known[number + 1]["at"]))
-        width = 100 * (finished - began) / span
+        began, finished = step["at"], step["at"] + step["seconds"]
+        if number + 1 < len(known):
+            finished = max(finished, known[number + 1]["at"])
         title = "%s: %s" % (words, seconds_text(finished - began))
-        found.append(Bar(tone, 100 * (began - start) / span, max(width, 0.15), title))
+        if finished < start:
+            continue
+        # What an earlier run has left out was taken out long before.
+        left = max(began, start)
+        width = 100 * (finished - left) / span
+        found.append(Bar(tone, 100 * (left - start) / span, max(width, 0.15), title))
     return found
 
 
@@ -82,6 +88,7 @@ def render_page(
     *,
     traffic: t.Mapping[str, t.Any] | None = None,
     said: t.Sequence[str] = (),
+    begun: float = 0.0,
 ) -> str:
     """The page.
 
@@ -92,21 +99,22 @@ def render_page(
         when: The time to print.
         traffic: Requests at the gateways, as :meth:`Traffic.as_dict` gives them.
         said: The same in words.
+        begun: When the run began, in seconds since the epoch: what was before would squeeze it on the axis.
     """
-    records = {str(host["name"]): list((host["record"] or {}).get("steps") or []) for host in hosts}
-    # Downloads were before the run, and would squeeze it.
-    moments = [
-        (float(step["at"]), float(step["at"]) + float(step.get("seconds") or 0))
-        for steps in records.values()
-        for step in steps
-        if step.get("step") not in _BEFORE and isinstance(step.get("at"), (int, float))
-    ]
+    records = {
+        # Downloads were before the run, too.
+        str(host["name"]): [step for step in steps_of(host["record"] or {}) if step["step"] not in _BEFORE]
+        for host in hosts
+    }
+    moments = [(step["at"], step["at"] + step["seconds"]) for steps in records.values() for step in steps]
     start, end = (
         (min(began for began, _end in moments), max(last for _began, last in moments)) if moments else (0.0, 1.0)
     )
+    if start < begun < end:
+        start = begun
     lines = []
     for host in hosts:
-        steps = [step for step in records[str(host["name"])] if step.get("step") not in _BEFORE]
+        steps = records[str(host["name"])]
         record = host["record"] or {}
         lines.append(
             {
@@ -151,6 +159,7 @@ _LEGEND = {
     "restart_nim": "services stop or change",
     "unload_driver": "driver changes",
     "good": "validation and services until ready",
+    "bad": "way back",
 }
 
 

@@ -200,6 +200,9 @@ def test_what_does_not_become_ready_gets_back_the_digest_of_before(world: Deploy
     )
     assert world.end() == before and world.runs() == DIGEST
     assert record_of(world).outcome == "rolled_back" and not record_of(world).claim
+    # For the report: how long the host was out.
+    times = error.facts["record"]["failure"]
+    assert record_of(world).failure == times and times["began"] <= times["at"] <= times["until"]
     # The next run tries again, and only says so until then.
     assert call(world, "prestaged", check_mode=True)[1]["due"]
     world.sick.clear()

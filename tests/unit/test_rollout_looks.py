@@ -213,11 +213,37 @@ STEPS = [
 
 
 def test_bars_fill_the_time_between_the_steps() -> None:
-    bars = bars_of(STEPS[1:], 1000.0, 1100.0)
+    bars = bars_of(looks.steps_of({"steps": STEPS[1:]}), 1000.0, 1100.0)
     assert [round(bar.left) for bar in bars] == [0, 20, 30, 40]
     assert [round(bar.width) for bar in bars] == [20, 10, 10, 60]
     assert bars[0].title == "drain: 20 s" and bars[3].tone == "good"
-    assert bars_of([{"step": "what", "at": 1}, {"step": "ready", "at": "soon"}], 0, 1) == []
+    strange = looks.steps_of({"steps": [{"step": "what", "at": 1}, {"step": "ready", "at": "soon"}]})
+    assert bars_of(strange, 0, 1) == []
+
+
+def test_a_host_that_went_back_was_out_until_then() -> None:
+    failure = {"step": "ready", "began": 1040.0, "at": 1640.0, "until": 1700.0}
+    record = {"steps": STEPS[:4], "failure": failure}
+    assert looks.out_of_service(record) == 700.0
+    bars = bars_of(looks.steps_of(record), 1000.0, 1700.0)
+    assert [bar.title for bar in bars[-2:]] == ["until ready: 10 min 0 s", "way back: 1 min 0 s"]
+    assert bars[-1].tone == "bad" and round(bars[-1].left + bars[-1].width) == 100
+    # Killed on the way, and written by an earlier release.
+    assert looks.out_of_service({"steps": STEPS[:4], "failure": {"step": "ready", "at": 1640.0}}) == 640.0
+    # It was never taken out.
+    assert looks.out_of_service({"steps": STEPS[:1], "failure": failure}) == 0.0
+
+
+def test_what_an_earlier_run_has_left_out_does_not_squeeze_the_chart() -> None:
+    yesterday = {"steps": [{"step": "drained", "at": 1000.0, "seconds": 0.1}, dict(STEPS[4], at=90000.0)]}
+    today = {"steps": [dict(STEPS[1], at=90100.0), dict(STEPS[4], at=90140.0)]}
+    hosts = [
+        {"name": name, "outcome": "updated", "message": "", "record": record, "models": []}
+        for name, record in (("a", yesterday), ("b", today))
+    ]
+    page = render_page("driver_upgrade", hosts, made({}).as_dict(), "today", begun=89990.0)
+    # From 89990 to 90200: the wait of b for its drain, 40 of 210 seconds.
+    assert 'x="52.381" width="19.048"' in page and 'x="0.000" width="4.762"' in page
 
 
 def test_seconds_as_people_read_them() -> None:
