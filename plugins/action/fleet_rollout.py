@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import time
 import typing as t
+from dataclasses import replace
 
-from ansible.errors import AnsibleActionFail, AnsiblePromptInterrupt, AnsiblePromptNoninteractive
+from ansible.errors import AnsibleActionFail, AnsibleError, AnsiblePromptInterrupt, AnsiblePromptNoninteractive
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_gateways as gateways
@@ -85,6 +86,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         )
         self.budget = parse_share(self.prefix + "_failure_budget", self.args["failure_budget"])
         self.pause = self._pause_option()
+        self._check_names()
         canaries = self._named(self.args["canary"])
         # The gateways now, and as they were before anything began.
         self.now = gateways.parse_looks(self._own(self.args["gateways"]))
@@ -96,7 +98,81 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             for name, look in self.looks.items()
             if looks.state_of(look) != looks.NO_GPU
         ]
-        self.plan: Rollout = plan_fleet(self.fleet, self.limits)
+        self._check_limits()
+        self.plan: Rollout = self._with_left_out(
+            plan_fleet([*self.fleet, *gateways.beside(self.variables, self.before)], self.limits)
+        )
+
+    def _check_names(self) -> None:
+        """A name with a mistake in it must not make another host the canary."""
+        groups, hosts = self.task_vars.get("groups") or {}, self.task_vars["hostvars"]
+        for option in ("order", "canary"):
+            for name in self.args[option]:
+                if name not in groups and name not in hosts:
+                    raise FleetError(
+                        "invalid_option",
+                        "%s_%s = %s: the inventory has neither a host nor a group of that name; name what it has."
+                        % (self.prefix, option, name),
+                    )
+
+    def _check_limits(self) -> None:
+        """Limits that say something else than the operator may believe."""
+        if not self.limits.max_unavailable.number:
+            raise FleetError(
+                "invalid_option",
+                "%s_max_unavailable = %s: no host could ever go, and it is no way to say that there is no limit; give at least "
+                "1, or 100%% for no limit." % (self.prefix, self.limits.max_unavailable),
+            )
+        for option, number in (
+            ("min_ready", self.limits.min_ready),
+            *(("min_ready_of", number) for number in self.limits.min_ready_of.values()),
+        ):
+            if number < 0:
+                raise FleetError(
+                    "invalid_option",
+                    "%s_%s = %d: there are no fewer replicas than 0; 0 lets the last one go, too."
+                    % (self.prefix, option, number),
+                )
+        wrong = sorted(set(self.limits.min_ready_of) - self._models())
+        if wrong:
+            raise FleetError(
+                "invalid_option",
+                "%s_min_ready_of = %s: no host has a model of that name, so nothing would be kept; use the names in nim_models."
+                % (self.prefix, ", ".join(wrong)),
+            )
+
+    def _models(self) -> set[str]:
+        """Names of models, where the operator has named some."""
+        found = {model for host in self.fleet for model in (*host.models, *host.serving)}
+        if not set(self.limits.min_ready_of) - found:
+            return found
+        # Of hosts, too, that this run does not have or that cannot be asked.
+        hostvars = self.task_vars["hostvars"]
+        for name in {*(self.task_vars.get("groups") or {}).get("all", ()), *self.variables}:
+            try:
+                entries = resolved(hostvars[name].get("nim_models") or [])
+            except AnsibleError:
+                # Of a host that this run does not have; its own have been checked.
+                continue
+            found |= {str(entry.get("name")) for entry in entries if isinstance(entry, dict)}
+        return found
+
+    def _with_left_out(self, plan: Rollout) -> Rollout:
+        """The plan, and hosts that are as wanted although an earlier run that went back could not give them back."""
+        left = {}
+        for name in plan.done:
+            gateway = gateways.left_out(name, self.now)
+            if gateway and (self.looks[name] or {}).get("outcome") in ("restored", "rolled_back"):
+                left[name] = (
+                    "an earlier run has left it drained at gateway %s; enable it there with module haproxy_server, when its "
+                    "models are ready" % gateway
+                )
+        return replace(
+            plan,
+            done=tuple(name for name in plan.done if name not in left),
+            left={**plan.left, **left},
+            waits=(*plan.waits, *left),
+        )
 
     def _named(self, names: t.Iterable[str]) -> list[str]:
         """Hosts and the members of groups."""
@@ -167,8 +243,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         samples: dict[tuple[str, str, float], gateways.GatewayLook] = {}
         for name in self.variables:
             # As they were before each batch; what was registered then, a later look has replaced.
-            decision = self._answer(name, self.args["decision"]) or {}
-            for look in gateways.parse_looks({"results": decision.get("requests")}):
+            for look in gateways.parse_looks({"results": self._decision(name).get("requests")}):
                 samples.setdefault((look.name, look.process, look.at), look)
         meanwhile = [[look] for look in sorted(samples.values(), key=lambda one: one.at)]
         found = gateways.traffic_of([self.before, *meanwhile, self.now])
@@ -282,6 +357,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             for host in self.fleet
         ]
         now = [gateways.as_gateways_see(host, self.now) for host in now]
+        now += gateways.beside(self.variables, self.now)
         chosen, left = admit(now, self.limits, [name for name in batch if name in outcomes])
         lines = ["Batch %d of %d: %s." % (self._number(), len(self.plan.batches), ", ".join(chosen) or "no host")]
         lines += ["%s is left for another run: %s." % item for item in left.items()]
@@ -299,7 +375,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             )
         self._write_page(traffic)
         missing = {
-            name: "%s: %s Run again to go on with it." % (outcome, messages[name] or self.plan.left.get(name) or "")
+            name: "%s: %s. Run again to go on with it." % (outcome, self._why(name, messages[name]).rstrip("."))
             for name, outcome in outcomes.items()
             if outcome != looks.UPDATED
         }
@@ -307,6 +383,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             {name: "left: %s. Run again to go on with it." % self.plan.left[name] for name in self.plan.waits}
         )
         return {"changed": False, "outcomes": outcomes, "missing": missing, "requests": traffic}
+
+    def _why(self, name: str, message: str) -> str:
+        """Why a host of the plan is not as wanted."""
+        decision = self._decision(name)
+        return (
+            message
+            or (decision.get("left") or {}).get(name)
+            or "the run ended before %s" % ("its end" if name in (decision.get("admitted") or ()) else "its turn")
+        )
+
+    def _decision(self, name: str) -> t.Mapping[str, t.Any]:
+        """What phase batch has said of the batch of a host; empty when it was never asked."""
+        return self._answer(name, self.args["decision"]) or {}
 
     def _write_page(self, traffic: dict[str, t.Any]) -> None:
         if not self.args["report"] or self._task.check_mode:
@@ -319,11 +408,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                     "name": name,
                     "outcome": outcomes.get(name) or looks.state_of(look, skip=bool(self.skips[name])),
                     "message": self._message(name) or looks.message_of([look]) or self.plan.left.get(name, ""),
-                    "record": records[name] if name in outcomes else {},
+                    # What is on record of a host that had no turn is of an earlier run.
+                    "record": records[name] if outcomes.get(name, looks.NOT_BEGUN) != looks.NOT_BEGUN else {},
                     "models": [str(model) for model in (look or {}).get("models") or []],
                 }
             )
         when = time.strftime("%Y-%m-%d at %H:%M UTC", time.gmtime())
         lines = gateways.traffic_words(traffic) if traffic else []
-        page = render_page(self.prefix, hosts, self.plan.as_dict(), when, traffic=traffic, said=lines)
+        page = render_page(
+            self.prefix, hosts, self.plan.as_dict(), when, traffic=traffic, said=lines, begun=self.args["begun"]
+        )
         write_file(self.args["report"], page)

@@ -69,6 +69,7 @@ class FleetHost:
         skip: Why it is left alone; empty when it is not.
         canary: Whether it is to be tried before the others.
         lost: Whether it cannot be reached.
+        beside: Whether this run does not have it: it only counts.
     """
 
     name: str
@@ -81,6 +82,7 @@ class FleetHost:
     skip: str = ""
     canary: bool = False
     lost: bool = False
+    beside: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -291,7 +293,7 @@ def plan_fleet(hosts: t.Sequence[FleetHost], limits: Limits) -> Rollout:
         batches=tuple(batches),
         left=left,
         waits=tuple(host.name for host in hosts if host.name in left and (host.wanted or host.lost)),
-        done=tuple(host.name for host in hosts if not host.due and not host.skip),
+        done=tuple(host.name for host in hosts if not host.due and not host.skip and not host.beside),
         capacity=before,
         max_unavailable=fleet.max_unavailable,
         max_parallel=fleet.max_parallel,

@@ -89,6 +89,30 @@ def unknown_at(name: str, gateways: t.Sequence[GatewayLook]) -> str:
     return ""
 
 
+def beside(names: t.Iterable[str], gateways: t.Sequence[GatewayLook]) -> list[FleetHost]:
+    """Hosts that the gateways have and this run does not, for example because of --limit; they count all the same."""
+    here = {safe_host(name) for name in names}
+    servers: dict[str, list[Json]] = {}
+    for look in gateways:
+        for server in look.servers:
+            if str(server.get("host")) not in here:
+                servers.setdefault(str(server.get("host")), []).append(server)
+    found = []
+    for name, own in sorted(servers.items()):
+        models = frozenset(str(server.get("model")) for server in own)
+        serving = models - {str(server.get("model")) for server in own if not server.get("serving")}
+        found.append(FleetHost(name, serving=serving, models=models, due=False, available=bool(serving), beside=True))
+    return found
+
+
+def left_out(name: str, gateways: t.Sequence[GatewayLook]) -> str:
+    """A gateway at which this collection has taken a host out; empty when there is none."""
+    for look in gateways:
+        if any(server.get("state") != "enabled" and not server.get("foreign") for server in _own(name, look)):
+            return look.name
+    return ""
+
+
 def _own(name: str, look: GatewayLook) -> list[Json]:
     return [server for server in look.servers if server.get("host") == safe_host(name)]
 

@@ -63,3 +63,18 @@ def test_settings_of_ansible_change_nothing(play: Play) -> None:
     assert code == 2, output
     assert play.turn("gpu01") == play.turn("gpu03") == TURN
     assert "2 updated, 1 rolled back." in output
+
+
+def test_a_part_of_the_fleet_goes_within_the_limits_of_the_whole(play: Play) -> None:
+    code, output = play.run("--limit", "gpu02", driver_upgrade_max_unavailable="25%")
+    assert code == 0, output
+    # Two others serve the model, and gpu04, which the inventory does not even have.
+    assert [play.turn(host) for host in HOSTS] == [[], TURN, []] and "ready: llama 3 of 4" in output
+    play.answers["gw1"]["look"] = seen(gpu01={"serving": False})
+    code, output = play.run("--limit", "gpu02", driver_upgrade_max_unavailable="25%")
+    assert code == 2 and "1 of at most 1 hosts are out of service (gpu01)" in output, output
+    assert play.turn("gpu02") == []
+    code, output = play.run("--limit", "gpu02", driver_upgrade_canary=["gpu02", "gpu22"])
+    assert code == 2 and "driver_upgrade_canary = gpu22: the inventory has neither" in output, output
+    code, output = play.run("--limit", "gpu02", driver_upgrade_min_ready_of={"lama": 2})
+    assert code == 2 and "driver_upgrade_min_ready_of = lama: no host has a model of that name" in output, output

@@ -177,12 +177,53 @@ def test_a_run_that_could_do_nothing_says_so_and_fails(fleet: Fleet) -> None:
         ({"min_ready_of": {"llama": "two"}}, "driver_upgrade_min_ready_of = "),
         ({"min_ready_of": {"llama": "two"}, "kind": "nim_deploy"}, "nim_deploy_min_ready_of = "),
         ({"pause_after_canary": "sometimes"}, "driver_upgrade_pause_after_canary = 'sometimes'"),
+        # What would be another wish than the operator believes.
+        ({"max_unavailable": "0%"}, "driver_upgrade_max_unavailable = 0%: no host could ever go"),
+        ({"min_ready": -1}, "driver_upgrade_min_ready = -1"),
+        ({"min_ready_of": {"llama": -2}}, "driver_upgrade_min_ready_of = -2"),
+        ({"min_ready_of": {"lama": 2}}, "driver_upgrade_min_ready_of = lama: no host has a model of that name"),
+        ({"canary": ["a", "e"]}, "driver_upgrade_canary = e: the inventory has neither"),
+        ({"order": ["rack1"]}, "driver_upgrade_order = rack1: the inventory has neither"),
     ],
 )
 def test_bad_limits_are_named_as_the_operator_gave_them(fleet: Fleet, args: dict[str, t.Any], words: str) -> None:
     with pytest.raises(AnsibleActionFail) as caught:
         fleet.call("plan", **args)
     assert words in str(caught.value)
+
+
+def test_a_model_of_a_host_that_is_not_in_this_run_may_be_named(fleet: Fleet) -> None:
+    fleet.groups = {"all": ["a", "z"]}
+    fleet.hostvars["z"] = {"nim_models": [{"name": "mistral"}]}
+    assert fleet.call("plan", min_ready_of={"mistral": 2}, hosts=list("abcd"))["order"] == list("abcd")
+
+
+def test_hosts_that_are_not_in_this_run_count_as_the_gateways_see_them(fleet: Fleet) -> None:
+    fleet.gateways = gateway()
+    args = {"gateways": "gateways", "hosts": ["a", "c"], "before": fleet.gateways, "max_unavailable": "50%"}
+    plan = fleet.call("plan", **args)
+    # Of each model there is another replica; and half of four hosts are two.
+    assert plan["order"] == ["a", "c"] and plan["capacity"] == {"llama": 2, "qwen": 2} and plan["max_unavailable"] == 2
+    assert plan["left"] == {} and plan["done"] == [] and plan["waits"] == []
+    # One of them goes down before the second batch.
+    fleet.hostvars["a"].update(UPDATED)
+    fleet.gateways = gateway(d={"serving": False})
+    found = fleet.call("batch", ["c"], **args)
+    assert found["left"] == {"c": "model qwen would have 0 ready replicas and keeps at least 1"}
+    args["before"] = fleet.gateways = gateway(b={"serving": False}, d={"serving": False, "foreign": True})
+    assert fleet.call("plan", **args, check_mode=True)["left"]["a"].startswith("2 of at most 2 hosts are out")
+
+
+def test_a_host_that_went_back_and_was_never_given_back_is_told(fleet: Fleet) -> None:
+    # Since then the operator wants again what runs on it.
+    for name, outcome in zip("abcd", ("rolled_back", "rolled_back", "updated", "restored")):
+        fleet.hostvars[name]["look"].update(due=False, outcome=outcome)
+    ours = {"serving": False, "state": "drained"}
+    fleet.gateways = gateway(a=ours, b={"state": "enabled"}, c=ours, d=dict(ours, foreign=True))
+    with pytest.raises(AnsibleActionFail, match="a: an earlier run has left it drained at gateway gw1; enable it"):
+        fleet.call("plan", gateways="gateways")
+    plan = fleet.call("plan", gateways="gateways", check_mode=True)
+    assert plan["waits"] == ["a"] and plan["done"] == ["b", "c"]
 
 
 # -- the gate -------------------------------------------------------------------------------------
@@ -303,6 +344,18 @@ def test_the_end_tells_what_came_of_every_host(fleet: Fleet) -> None:
     assert missing["b"] == "restored: It is the last one of llama. Run again to go on with it."
     assert set(missing) == {"b", "c", "d"} and missing["c"].startswith("not begun: ")
     assert "b: It is the last one of llama." in fleet.shown
+
+
+def test_a_host_that_did_not_get_its_turn_is_told_why(fleet: Fleet) -> None:
+    fleet.hostvars["a"].update(UPDATED)
+    fleet.hostvars["b"].update(begun={"due": True, "held": "somebody has put this host under maintenance"})
+    fleet.hostvars["c"].update(decision={"left": {"c": "2 of at most 2 hosts are out of service"}})
+    missing = fleet.call("end", decision="decision")["missing"]
+    assert missing == {
+        "b": "not begun: somebody has put this host under maintenance. Run again to go on with it.",
+        "c": "not begun: 2 of at most 2 hosts are out of service. Run again to go on with it.",
+        "d": "not begun: the run ended before its turn. Run again to go on with it.",
+    }
 
 
 def test_a_host_that_could_not_be_reached_at_all_is_not_passed_over_in_silence(fleet: Fleet) -> None:
