@@ -12,6 +12,7 @@ from dataclasses import replace
 from ansible.errors import AnsibleActionFail, AnsibleError, AnsiblePromptInterrupt, AnsiblePromptNoninteractive
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpu_fleet.nim.plugins.filter.gateway_hosts import gateway_hosts
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_gateways as gateways
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _rollout_looks as looks
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -161,8 +162,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         """The plan, and hosts that are as wanted although an earlier run that went back could not give them back."""
         left = {}
         for name in plan.done:
-            gateway = gateways.left_out(name, self.now)
-            if gateway and (self.looks[name] or {}).get("outcome") in ("restored", "rolled_back"):
+            look = self.looks[name] or {}
+            gateway = gateways.left_out(name, look.get("models") or (), self.now)
+            if gateway and look.get("outcome") in ("restored", "rolled_back"):
                 left[name] = (
                     "an earlier run has left it drained at gateway %s; enable it there with module haproxy_server, when its "
                     "models are ready" % gateway
@@ -254,9 +256,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
     def _plan(self) -> dict[str, t.Any]:
         rows = []
         for name, look in self.looks.items():
-            missing = gateways.unknown_at(name, self.now) if (look or {}).get("models") else ""
-            error = "gateway %s has no server of this host; run playbook gateway first" % missing if missing else ""
-            rows.append(looks.row_of(name, look, self.plan, skip=self.skips[name], gateway_error=error))
+            error, note = self._at_gateways(name, look)
+            rows.append(looks.row_of(name, look, self.plan, skip=self.skips[name], gateway_error=error, note=note))
         self._display.display("\n%s\n" % looks.render_plan(rows, self.plan, steps=bool(self._task.check_mode)))
         if self.args["output"] and not self._task.check_mode:
             write_file(self.args["output"], json.dumps({"rows": rows, **self.plan.as_dict()}, indent=2) + "\n")
@@ -287,6 +288,32 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             },
             **self.plan.as_dict(),
         }
+
+    def _at_gateways(self, name: str, look: looks.Look) -> tuple[str, str]:
+        """What speaks against draining a host, and what the operator should know of it; empty where nothing does."""
+        own = self._gateways_of(name)
+        missing = gateways.unknown_at(name, own) if (look or {}).get("models") else ""
+        if missing:
+            return "gateway %s has no server of this host; run playbook gateway first" % missing, ""
+        if self.args["kind"] != "nim_deploy" or not own:
+            return "", ""
+        try:
+            (found,) = gateway_hosts([name], self.task_vars["hostvars"]) or [{}]
+        except AnsibleError:
+            # Models that come from elsewhere than the inventory.
+            return "", ""
+        ports = {str(model["name"]): int(model["port"]) for model in found.get("models") or []}
+        return gateways.other_port(name, ports, own), gateways.unknown_models(name, ports, own)
+
+    def _gateways_of(self, name: str) -> tuple[gateways.GatewayLook, ...]:
+        """What those gateways say through which a host is drained: the variables of role drain may be others for some hosts."""
+        variables = self.variables[name]
+        if str(resolved(variables.get("drain_hook") or "haproxy")) != "haproxy":
+            return ()
+        named = resolved(variables.get("drain_gateways"))
+        names = named if isinstance(named, list) else (self.task_vars.get("groups") or {}).get("nim_gateways") or []
+        found = tuple(look for look in self.now if look.name in names)
+        return found if found or isinstance(named, list) else self.now
 
     def _waiting(self) -> str:
         return "; ".join("%s: %s" % (name, self.plan.left[name].rstrip(".")) for name in self.plan.waits)

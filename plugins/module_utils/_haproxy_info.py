@@ -4,8 +4,8 @@
 # This module util is PRIVATE to the collection; it may change at any time.
 """What a gateway says of its servers, and what it has counted since its process began.
 
-A reload is a new process, which counts from nothing; the one before goes on with the requests that it has and can no longer be
-asked. So the counts go with the process that they are of.
+A reload is a new process, which counts from nothing; the one before goes on with the requests that it has, and is gone with its
+counts when they have ended. So the counts go with the process that they are of.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def servers_of(state: GatewayServers) -> list[dict[str, t.Any]]:
             "server": server.server,
             "host": host_of(server.server),
             "model": server.server.rpartition(":")[2],
+            "port": server.port,
             "state": server.state,
             "status": server.status,
             "serving": server.serving,

@@ -39,6 +39,7 @@ class LiveServer:
         checked: Whether it has an active check.
         proven: Whether every check of late has passed; always false in maintenance, when nothing is checked.
         tls: Whether HAProxy speaks TLS to it.
+        down: Whether its checks have failed; false in maintenance, when nothing is checked.
     """
 
     backend: str
@@ -51,6 +52,7 @@ class LiveServer:
     checked: bool
     proven: bool
     tls: bool = False
+    down: bool = False
 
     @property
     def name(self) -> str:
@@ -187,6 +189,7 @@ def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str], earlier: int) -> 
     checked = bool(stat.get("check_status"))
     # When checks begin again after maintenance, health begins one below the most: it takes a new success to get there.
     passed = (stat.get("check_status") or "").lstrip("* ").endswith("OK") and health >= rise + fall - 1 > 0
+    stopped = whole_number(row.get("srv_op_state")) == 0
     return LiveServer(
         row["be_name"],
         row["srv_name"],
@@ -196,8 +199,9 @@ def _live(row: t.Mapping[str, str], stat: t.Mapping[str, str], earlier: int) -> 
         stat.get("status") or "",
         _requests(stat) + earlier,
         checked,
-        state != MAINTENANCE and whole_number(row.get("srv_op_state")) != 0 and (passed or not checked),
+        state != MAINTENANCE and not stopped and (passed or not checked),
         row.get("srv_use_ssl") == "1",
+        state != MAINTENANCE and stopped and checked,
     )
 
 

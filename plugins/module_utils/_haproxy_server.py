@@ -78,7 +78,8 @@ class HaproxyServer(Resource[GatewayServers]):
         master_socket: That of its master process.
         allow_last: Whether the last server of a model that serves may be taken out.
         ignore_unknown: Whether a host that the gateway does not know is fine.
-        models: Those whose servers are enabled, by their names in ``nim_models``; None for all. Others stay as they are.
+        models: Those that are waited for and enabled, by their names in ``nim_models``; None for all. Of the others, servers whose
+            checks fail are enabled too: they get nothing until they are ready, and would be forgotten otherwise.
     """
 
     name = "haproxy_server"
@@ -144,7 +145,7 @@ class HaproxyServer(Resource[GatewayServers]):
     def _plan_enable(self, state: GatewayServers, own: t.Sequence[LiveServer]) -> t.List[Change]:
         changes: t.List[Change] = []
         for server in own:
-            if self.models is not None and server.server.rpartition(":")[2] not in self.models:
+            if not self._waited_for(server) and not (server.state == DRAINED and server.down):
                 continue
             if state.is_foreign(server):
                 changes.append(
@@ -163,6 +164,7 @@ class HaproxyServer(Resource[GatewayServers]):
                 why = "somebody else has enabled it"
                 changes.append(Change(self.name, what, state.ours[server.name], None, why, action="forget", proof=True))
         mine = [change.data["server"] for change in changes if change.action == ENABLED and not change.blocked]
+        mine = [server for server in mine if self._waited_for(server)]
         if mine:
             proof = Change(
                 self.name,
@@ -176,6 +178,9 @@ class HaproxyServer(Resource[GatewayServers]):
             )
             changes.insert(0, proof)
         return changes
+
+    def _waited_for(self, server: LiveServer) -> bool:
+        return self.models is None or server.server.rpartition(":")[2] in self.models
 
     def _plan_out(self, state: GatewayServers, own: t.Sequence[LiveServer]) -> t.List[Change]:
         drains = [server for server in own if server.state == ENABLED]

@@ -312,6 +312,7 @@ class DeployPlanner(Planner[DeployState]):
             "outcome": record.outcome,
             "open": record.open,
             "held": state.held,
+            "wanted": list(self.started),
             "models": sorted({*self.started, *record.workloads}) if record.open else list(self.started),
             "serving": list(state.serving),
             "steps": [change.as_dict() for change in self._left(state, record)],

@@ -89,6 +89,37 @@ def unknown_at(name: str, gateways: t.Sequence[GatewayLook]) -> str:
     return ""
 
 
+def other_port(name: str, ports: t.Mapping[str, int], gateways: t.Sequence[GatewayLook]) -> str:
+    """A model that a gateway would ask at another port than is wanted; empty when there is none.
+
+    Args:
+        ports: Model -> port on the host.
+    """
+    for look in gateways:
+        for server in _own(name, look):
+            model, port = str(server.get("model")), server.get("port")
+            if port and ports.get(model, port) != port:
+                return (
+                    "gateway %s asks model %s at port %s of this host, and nim_models has %s. Change it for one host at a time: the "
+                    "port in the variables of that host, then playbook gateway, then deploy with -e target=%s"
+                    % (look.name, model, port, ports[model], name)
+                )
+    return ""
+
+
+def unknown_models(name: str, models: t.Iterable[str], gateways: t.Sequence[GatewayLook]) -> str:
+    """Models of a host that a gateway has no server of; empty when there are none."""
+    for look in gateways:
+        known = {str(server.get("model")) for server in _own(name, look)}
+        missing = sorted(set(models) - known)
+        if missing and known:
+            return "gateway %s has no server of %s here; run playbook gateway, or no client will reach that" % (
+                look.name,
+                ", ".join(missing),
+            )
+    return ""
+
+
 def beside(names: t.Iterable[str], gateways: t.Sequence[GatewayLook]) -> list[FleetHost]:
     """Hosts that the gateways have and this run does not, for example because of --limit; they count all the same."""
     here = {safe_host(name) for name in names}
@@ -105,11 +136,12 @@ def beside(names: t.Iterable[str], gateways: t.Sequence[GatewayLook]) -> list[Fl
     return found
 
 
-def left_out(name: str, gateways: t.Sequence[GatewayLook]) -> str:
-    """A gateway at which this collection has taken a host out; empty when there is none."""
+def left_out(name: str, models: t.Collection[str], gateways: t.Sequence[GatewayLook]) -> str:
+    """A gateway at which this collection has taken one of these models of a host out; empty when there is none."""
     for look in gateways:
-        if any(server.get("state") != "enabled" and not server.get("foreign") for server in _own(name, look)):
-            return look.name
+        for server in _own(name, look):
+            if server.get("state") != "enabled" and not server.get("foreign") and server.get("model") in models:
+                return look.name
     return ""
 
 

@@ -99,11 +99,12 @@ def fleet_host(name: str, look: Look, *, skip: str = "", canary: bool = False) -
 # -- the plan as a table --------------------------------------------------------------------------
 
 
-def row_of(name: str, look: Look, plan: Rollout, *, skip: str = "", gateway_error: str = "") -> Row:
+def row_of(name: str, look: Look, plan: Rollout, *, skip: str = "", gateway_error: str = "", note: str = "") -> Row:
     """The row of one host.
 
     Args:
         gateway_error: Why it could not be drained; empty when nothing speaks against it.
+        note: What is said of it when it is in a batch.
     """
     found = look or {}
     state = state_of(look, skip=bool(skip))
@@ -118,7 +119,7 @@ def row_of(name: str, look: Look, plan: Rollout, *, skip: str = "", gateway_erro
     elif batch is None and state == PLANNED:
         state = LEFT
     elif batch is not None:
-        message = str(found.get("way_back") or "")
+        message = ". ".join(part.rstrip(".") for part in (str(found.get("way_back") or ""), note) if part)
     return {
         "host": name,
         "state": state,

@@ -61,6 +61,9 @@ servers:
     model:
       description: Name of the model on that host.
       type: str
+    port:
+      description: Port of the host at which the model is asked.
+      type: int
     state:
       description: C(enabled), C(drained) or C(maintenance).
       type: str

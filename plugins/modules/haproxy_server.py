@@ -63,8 +63,9 @@ options:
     default: false
   models:
     description:
-      - With O(state=enabled), only the servers of these models, by their names in C(nim_models); the others stay as they are.
-      - By default all servers of the host.
+      - With O(state=enabled), the models that are waited for, by their names in C(nim_models); by default all of the host.
+      - Of the others, drained servers whose checks fail are enabled as well, as they get no requests before they are ready; the rest
+        stay as they are.
     type: list
     elements: str
 seealso:

@@ -124,6 +124,11 @@ held:
   description: Why the host is left alone, for example because somebody has it under maintenance; empty when it is not.
   returned: success
   type: str
+wanted:
+  description: Services that are to be ready in the end.
+  returned: success
+  type: list
+  elements: str
 models:
   description: Services that are to be ready in the end, or ran before the deployment.
   returned: success

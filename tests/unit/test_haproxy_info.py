@@ -73,6 +73,7 @@ def test_who_serves_and_who_was_taken_out_by_whom(world: World) -> None:
     world.gateway.wait_for("gpu02:llama", "DOWN")
     first, second = world.look()["servers"]
     assert first["host"] == "gpu01" and first["model"] == "llama" and first["backend"] == "llama"
+    assert first["port"] == world.nims["one"].port
     assert (first["state"], first["serving"], first["foreign"]) == ("drained", False, True)
     assert (second["state"], second["serving"], second["foreign"]) == ("enabled", False, False)
     world.host.files[RECORD] = json.dumps({"version": 1, "servers": {"llama/gpu01:llama": "drained"}}).encode()

@@ -266,14 +266,19 @@ def test_only_the_models_that_are_there_are_waited_for_and_enabled(world: World)
     nim.close()
     # As a whole the host does not come back, and one that serves as before is lost with it.
     assert world.fails("gpu01", "enabled", "not_ready", timeout=1)
-    assert not world.run("gpu01", "enabled", models=[]).changed
+    world.gateway.wait_for("gpu01:new", "DOWN")
     assert [change.what for change in world.run("gpu01", "enabled", models=["llama"]).changes] == [
         "readiness of llama/gpu01:llama",
         "server llama/gpu01:llama",
+        "server new/gpu01:new",
     ]
-    assert world.served_by() == {"one", "two"} and world.gateway.status("gpu01:new").startswith(("DRAIN", "DOWN"))
-    # Ours, so that whoever brings the model up gives it back.
-    assert world.resource("gpu01", "enabled").observe(world.host).ours == {"new/gpu01:new": "drained"}
+    assert world.served_by() == {"one", "two"}
+    # It gets nothing, and is not forgotten: whoever brings the model up has nothing to do here.
+    assert world.gateway.status("gpu01:new").startswith("DOWN")
+    assert world.resource("gpu01", "enabled").observe(world.host).ours == {}
+    # One whose checks pass is enabled by those who wait for it.
+    world.run("gpu01", "drained")
+    assert [change.what for change in world.run("gpu01", "enabled", models=[]).changes] == ["server new/gpu01:new"]
 
 
 def test_a_check_of_seconds_ago_is_not_believed(world: World) -> None:

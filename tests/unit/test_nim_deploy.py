@@ -123,7 +123,7 @@ def test_another_digest_behind_the_same_tag(world: DeployWorld) -> None:
 def test_a_model_that_is_new_and_one_that_goes(world: DeployWorld) -> None:
     answer = roll(world, llama(state="absent"), nemo(), llama(name="third", port=8003))
     assert world.runs() == "" and world.runs("third") == DIGEST and "nim-llama" not in world.api.list
-    assert answer["models"] == ["nemo", "third"]
+    assert answer["models"] == answer["wanted"] == ["nemo", "third"]
 
 
 # -- what is refused ------------------------------------------------------------------------------

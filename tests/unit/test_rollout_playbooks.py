@@ -88,7 +88,7 @@ GOOD_DEPLOY: dict[str, t.Any] = {
         "models": ["llama", "new"],
         "record": {"workloads": ["llama"]},
     },
-    "deploy ready": {"due": True, "outcome": "", "open": True},
+    "deploy ready": {"due": True, "outcome": "", "open": True, "wanted": ["llama"]},
     "deploy returned": {"due": False, "outcome": "updated", "open": False},
     "deploy restored": {"due": True, "outcome": "restored", "open": False},
 }
@@ -116,7 +116,7 @@ def seen(**hosts: t.Any) -> dict[str, t.Any]:
 
 #: What happens to a host that is upgraded.
 TURN = ["upgrade drained", "gateway drained", "upgrade ready", "gateway enabled of llama, loading", "upgrade returned"]
-DEPLOY_TURN = [call.replace("upgrade", "deploy").partition(" of ")[0] for call in TURN]
+DEPLOY_TURN = [call.replace("upgrade", "deploy").replace(", loading", "") for call in TURN]
 
 
 class Play:

@@ -78,3 +78,29 @@ def test_a_part_of_the_fleet_goes_within_the_limits_of_the_whole(play: Play) -> 
     assert code == 2 and "driver_upgrade_canary = gpu22: the inventory has neither" in output, output
     code, output = play.run("--limit", "gpu02", driver_upgrade_min_ready_of={"lama": 2})
     assert code == 2 and "driver_upgrade_min_ready_of = lama: no host has a model of that name" in output, output
+
+
+def test_hosts_may_be_drained_in_different_ways(play: Play, tmp_path: pathlib.Path) -> None:
+    hosts = play.inventory["gpu_hosts"]["hosts"]
+    hosts["gpu01"]["drain_hook"] = "none"
+    hosts["gpu03"]["drain_gateways"] = ["gw2"]
+    play.inventory["nim_gateways"]["hosts"] = {"gw1": {}}
+    play.inventory["others"] = {"hosts": {"gw2": {}}}
+    answer = seen()
+    for gateway, host in (("gw1", "gpu02"), ("gw2", "gpu03")):
+        servers = [server for server in answer["servers"] if server["host"] == host]
+        play.answers[gateway] = {"look": dict(answer, servers=servers)}
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0, output
+    assert play.turn("gpu01") == [call for call in TURN if "gateway" not in call] and play.turn("gpu02") == TURN
+    assert play.log.count("gw1: look") == play.log.count("gw2: look") == 5
+
+
+def test_an_own_command_that_fails_says_what_and_how_to_try_it(play: Play) -> None:
+    command = ["/bin/sh", "-c", "echo starting >&2; echo no such node >&2; exit 3"]
+    code, output = play.run(drain_hook="command", drain_command=command)
+    assert code == 2, output
+    assert "drain_command (/bin/sh) for gpu01, drained, ended with status 3: no such node. Run it by" in output
+    code, output = play.run(drain_hook="command")
+    assert code == 2 and "drain_hook is command and drain_command is empty" in output, output
+    assert [play.turn(host) for host in HOSTS] == [[], [], []]

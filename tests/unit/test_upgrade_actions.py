@@ -159,6 +159,15 @@ def test_nothing_begins_when_a_gateway_cannot_be_asked_or_does_not_know_a_host(f
     assert "b: gateway gw1 has no server of this host; run playbook gateway first." in fleet.shown
 
 
+def test_a_host_that_is_drained_in_another_way_need_not_be_known_to_a_gateway(fleet: Fleet) -> None:
+    fleet.gateways = gateway()
+    del fleet.gateways["results"][0]["servers"][1]
+    fleet.hostvars["b"]["drain_hook"] = "none"
+    assert "b" in fleet.call("plan", gateways="gateways")["order"]
+    fleet.hostvars["b"] = {**fleet.hostvars["b"], "drain_hook": "haproxy", "drain_gateways": ["gw2"]}
+    assert "b" in fleet.call("plan", gateways="gateways")["order"]
+
+
 def test_a_run_that_could_do_nothing_says_so_and_fails(fleet: Fleet) -> None:
     for name in "bcd":
         fleet.hostvars[name]["look"] = look("llama" if name == "b" else "qwen", due=False)
@@ -212,6 +221,29 @@ def test_hosts_that_are_not_in_this_run_count_as_the_gateways_see_them(fleet: Fl
     assert found["left"] == {"c": "model qwen would have 0 ready replicas and keeps at least 1"}
     args["before"] = fleet.gateways = gateway(b={"serving": False}, d={"serving": False, "foreign": True})
     assert fleet.call("plan", **args, check_mode=True)["left"]["a"].startswith("2 of at most 2 hosts are out")
+
+
+def test_ports_and_models_that_a_gateway_does_not_know_are_told_before_a_deployment(fleet: Fleet) -> None:
+    def models(*ports: int) -> list[dict[str, t.Any]]:
+        image = "nvcr.io/nim/meta/llama:1.8.5"
+        return [
+            {"name": name, "image": image, "gpus": 1, "port": port} for name, port in zip(("llama", "third"), ports)
+        ]
+
+    args = {"kind": "nim_deploy", "gateways": "gateways", "check_mode": True}
+    fleet.gateways = gateway(a={"port": 8000}, b={"port": 8001})
+    for name in "ab":
+        fleet.hostvars[name]["nim_models"] = models(8000)
+    with pytest.raises(AnsibleActionFail, match="b cannot be updated"):
+        fleet.call("plan", **args)
+    assert "b: gateway gw1 asks model llama at port 8001 of this host, and nim_models has 8000." in fleet.shown
+    assert "deploy with -e target=b." in fleet.shown
+    # The driver has nothing to do with it.
+    assert fleet.call("plan", gateways="gateways")["order"]
+    fleet.hostvars["b"]["nim_models"] = models(8001, 8002)
+    assert fleet.call("plan", **args)["order"]
+    assert "b: gateway gw1 has no server of third here; run playbook gateway, or no client" in fleet.shown
+    assert "\na: " not in fleet.shown
 
 
 def test_a_host_that_went_back_and_was_never_given_back_is_told(fleet: Fleet) -> None:
