@@ -267,7 +267,13 @@ class UpgradePlanner(Planner[UpgradeState]):
             return []
         record = state.record or Record()
         # With nothing on record yet, and in check mode too.
-        self._refuse(state.checks)
+        try:
+            self._refuse(state.checks)
+        except FleetError as error:
+            # It serves all the same, and counts so where it is left alone.
+            models = [service.name for service in state.services if service.active]
+            error.facts.update(models=models, serving=list(state.serving))
+            raise
         if not record.open and (not state.due or self.goal == "restored"):
             return []
         # Whoever is told here has not even waited for the other one's job.

@@ -218,7 +218,12 @@ class DeployPlanner(Planner[DeployState]):
         if not record.open and (not state.due or self.goal == "restored"):
             return []
         if self.goal == "prestaged" and not state.held:
-            self._refuse(state)
+            try:
+                self._refuse(state)
+            except FleetError as error:
+                # It serves all the same, and counts so where it is left alone.
+                error.facts.update(models=list(self.started), serving=list(state.serving))
+                raise
         # Whoever is told here has not even waited for the other one's job.
         claimed(record, self.run, state.now, take_over=self.take_over)
         if state.rival is not None:

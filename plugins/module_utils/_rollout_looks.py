@@ -72,7 +72,8 @@ def fleet_host(name: str, look: Look, *, skip: str = "", canary: bool = False) -
     available = True
     if state == UNREACHABLE:
         reason, available = "it cannot be reached", False
-    elif found.get("failed"):
+    elif found.get("failed") and not (skip and "serving" in found):
+        # Nothing is known of it; where its work is refused, it is.
         reason, available = "its look failed", False
     if found.get("held"):
         reason, available = str(found["held"]), False

@@ -169,8 +169,8 @@ models:
   type: list
   elements: str
 serving:
-  description: Those that are ready now; looked for with O(state=prestaged) only.
-  returned: success
+  description: Those that are ready now; looked for with O(state=prestaged) only, and told where that is refused, too.
+  returned: success and refusal
   type: list
   elements: str
 checks:

@@ -614,6 +614,7 @@ def test_an_image_that_the_new_driver_is_too_old_for_is_refused(world: UpgradeWo
     with pytest.raises(FleetError, match=r"nvcr\.io/nim/meta/llama:1\.8\.4 requires cuda>=12\.9") as caught:
         call(world, "prestaged", "535")
     assert caught.value.reason == "requirement"
+    assert caught.value.facts["serving"] == caught.value.facts["models"] == list(SERVICES)
     call(world, "prestaged", "580")
 
 

@@ -142,6 +142,7 @@ def test_what_cannot_be_set_up_is_refused_at_the_look(world: DeployWorld) -> Non
     with pytest.raises(FleetError) as caught:
         call(world, "prestaged", llama(image=NEWER, gpus=3), nemo(), check_mode=True)
     assert caught.value.reason == "gpus_unavailable"
+    assert caught.value.facts["serving"] == caught.value.facts["models"] == ["llama", "nemo"]
     assert world.runs() == DIGEST and read(world.host, DeployRecord) is None
 
 

@@ -71,6 +71,15 @@ def test_a_host_that_is_skipped_still_serves() -> None:
     assert host.skip == "driver_upgrade_skip is true"
 
 
+def test_a_host_that_is_skipped_because_it_was_refused_still_serves() -> None:
+    refusal = {"failed": True, "msg": "no room", "models": ["llama", "qwen"], "serving": ["llama"]}
+    host = looks.fleet_host("a", refusal, skip="driver_upgrade_skip")
+    assert host.available and host.serving == {"llama"} and not host.wanted
+    assert not looks.fleet_host("a", refusal).available
+    # One that says nothing may be down.
+    assert not looks.fleet_host("a", {"failed": True, "msg": "x"}, skip="driver_upgrade_skip").available
+
+
 def test_a_host_on_which_nothing_is_ready_is_down_and_can_go() -> None:
     host = looks.fleet_host("a", look("llama", serving=[]))
     assert host.down and not host.available and host.wanted and not host.resumable
