@@ -7,7 +7,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from test_rollout_playbooks import DEPLOY_TURN, GOOD_DEPLOY, HOSTS, LOOK, TURN, Play, seen
+from test_rollout_playbooks import DEPLOY_TURN, GOOD, GOOD_DEPLOY, HOSTS, LOOK, TURN, Play, seen
 
 
 @pytest.fixture
@@ -104,3 +104,13 @@ def test_an_own_command_that_fails_says_what_and_how_to_try_it(play: Play) -> No
     code, output = play.run(drain_hook="command")
     assert code == 2 and "drain_hook is command and drain_command is empty" in output, output
     assert [play.turn(host) for host in HOSTS] == [[], [], []]
+
+
+def test_a_host_that_is_gone_when_it_is_to_be_rebooted_counts_and_is_told(play: Play) -> None:
+    # Nobody answers under that name, so Ansible's own module for it finds the host unreachable.
+    play.answers["gpu01"]["upgrade ready"] = [dict(GOOD["upgrade ready"], reboot_required=True), "lost"]
+    code, output = play.run(driver_upgrade_failure_budget=1, driver_upgrade_max_unavailable=2)
+    assert code == 2, output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "upgrade ready"]
+    assert play.turn("gpu02") == TURN and "1 out of service" in output
+    assert "gpu01: The host cannot be reached any more." in output
