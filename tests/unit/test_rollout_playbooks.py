@@ -38,6 +38,7 @@ class ActionModule(ActionBase):
             answers = answers[min(asked, len(answers) - 1)]
         with open(os.environ["SCRIPT"] + ".log", "a") as stream:
             of = " of " + ", ".join(args["models"]) if args.get("models") else ""
+            of += " (allow_last)" if os.environ.get("TELL_LAST") and args.get("allow_last") in (True, "True") else ""
             stream.write("%s: %s%s%s\\n" % (host, call, of, " (check)" if self._task.check_mode else ""))
         if answers == "unreachable":
             raise AnsibleConnectionFailure("timed out")

@@ -114,3 +114,17 @@ def test_a_host_that_is_gone_when_it_is_to_be_rebooted_counts_and_is_told(play: 
     assert play.turn("gpu01") == ["upgrade drained", "gateway drained", "upgrade ready", "upgrade ready"]
     assert play.turn("gpu02") == TURN and "1 out of service" in output
     assert "gpu01: The host cannot be reached any more." in output
+
+
+def test_only_hosts_with_a_model_that_keeps_none_may_take_the_last_server_away(play: Play) -> None:
+    for host, model in zip(HOSTS, ("llama", "dev", "llama")):
+        play.inventory["gpu_hosts"]["hosts"][host]["nim_models"] = [
+            {"name": model, "image": "nvcr.io/nim/meta/llama:1.8.5", "gpus": 1}
+        ]
+        play.answers[host]["upgrade prestaged"] = dict(LOOK, models=[model], serving=[model])
+    play.environment = {"TELL_LAST": "1"}
+    code, output = play.run(driver_upgrade_max_unavailable=1, driver_upgrade_min_ready_of={"dev": 0})
+    assert code == 0, output
+    assert [line for line in play.log if "allow_last" in line] == ["gpu02: gateway drained (allow_last)"]
+    code, output = play.run(driver_upgrade_max_unavailable=1, driver_upgrade_min_ready=0)
+    assert code == 0 and len([line for line in play.log if "allow_last" in line]) == 3, output
