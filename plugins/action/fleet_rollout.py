@@ -25,6 +25,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     parse_share,
     plan_fleet,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._text_table import shorten
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import write_file
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved, returned
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_page import render_page
@@ -258,7 +259,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         for name, look in self.looks.items():
             error, note = self._at_gateways(name, look)
             rows.append(looks.row_of(name, look, self.plan, skip=self.skips[name], gateway_error=error, note=note))
-        self._display.display("\n%s\n" % looks.render_plan(rows, self.plan, steps=bool(self._task.check_mode)))
+        text = looks.render_plan(rows, self.plan, steps=bool(self._task.check_mode))
+        undrained = [name for name in self.plan.order if self._hook(name) == "none"]
+        if undrained:
+            text += (
+                "\ndrain_hook is none for %s: nobody in front is told, and requests that run there are broken off."
+                % shorten(", ".join(undrained), 200)
+            )
+        self._display.display("\n%s\n" % text)
         if self.args["output"] and not self._task.check_mode:
             write_file(self.args["output"], json.dumps({"rows": rows, **self.plan.as_dict()}, indent=2) + "\n")
         self._write_page({})
@@ -305,12 +313,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         ports = {str(model["name"]): int(model["port"]) for model in found.get("models") or []}
         return gateways.other_port(name, ports, own), gateways.unknown_models(name, ports, own)
 
+    def _hook(self, name: str) -> str:
+        """How a host is drained, by the variables and the default of role drain."""
+        found = self.variables[name].get("drain_hook") or self.task_vars.get("drain_hook")
+        usual = "haproxy" if (self.task_vars.get("groups") or {}).get("nim_gateways") or self.now else "none"
+        return str(resolved(found or usual))
+
     def _gateways_of(self, name: str) -> tuple[gateways.GatewayLook, ...]:
         """What those gateways say through which a host is drained: the variables of role drain may be others for some hosts."""
-        variables = self.variables[name]
-        if str(resolved(variables.get("drain_hook") or "haproxy")) != "haproxy":
+        if self._hook(name) != "haproxy":
             return ()
-        named = resolved(variables.get("drain_gateways"))
+        named = resolved(self.variables[name].get("drain_gateways"))
         names = named if isinstance(named, list) else (self.task_vars.get("groups") or {}).get("nim_gateways") or []
         found = tuple(look for look in self.now if look.name in names)
         return found if found or isinstance(named, list) else self.now

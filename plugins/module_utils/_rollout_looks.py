@@ -288,7 +288,7 @@ def message_of(results: t.Sequence[Look]) -> str:
     return ""
 
 
-def steps_of(record: t.Mapping[str, t.Any]) -> list[t.Mapping[str, t.Any]]:
+def steps_of(record: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
     """The steps on record whose time is known, and, as two more, the one that failed and the way back from it."""
     failure = record.get("failure") or {}
     steps = list(record.get("steps") or [])
@@ -310,10 +310,10 @@ def steps_of(record: t.Mapping[str, t.Any]) -> list[t.Mapping[str, t.Any]]:
 def out_of_service(record: t.Mapping[str, t.Any]) -> float:
     """Seconds between the drain and the return, or the last that is known; 0.0 for a host that was not taken out."""
     steps = steps_of(record)
-    begun = [step["at"] for step in steps if step["step"] == "drained"]
+    begun = [float(step["at"]) for step in steps if step["step"] == "drained"]
     if not begun:
         return 0.0
-    return max(0.0, max(step["at"] + step["seconds"] for step in steps) - begun[0])
+    return max(0.0, max(float(step["at"]) + float(step["seconds"]) for step in steps) - begun[0])
 
 
 def seconds_text(seconds: float) -> str:

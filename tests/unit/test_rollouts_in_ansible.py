@@ -104,6 +104,10 @@ def test_an_own_command_that_fails_says_what_and_how_to_try_it(play: Play) -> No
     code, output = play.run(drain_hook="command")
     assert code == 2 and "drain_hook is command and drain_command is empty" in output, output
     assert [play.turn(host) for host in HOSTS] == [[], [], []]
+    # No host is restarted under its clients because nobody has said which gateways there are.
+    code, output = play.run(drain_hook="haproxy", drain_gateways=[])
+    assert code == 2 and "drain_hook is haproxy and drain_gateways is empty" in output, output
+    assert [play.turn(host) for host in HOSTS] == [[], [], []]
 
 
 def test_a_host_that_is_gone_when_it_is_to_be_rebooted_counts_and_is_told(play: Play) -> None:

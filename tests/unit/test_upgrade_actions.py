@@ -168,6 +168,16 @@ def test_a_host_that_is_drained_in_another_way_need_not_be_known_to_a_gateway(fl
     assert "b" in fleet.call("plan", gateways="gateways")["order"]
 
 
+def test_the_plan_says_who_is_not_drained(fleet: Fleet) -> None:
+    fleet.call("plan")
+    assert "drain_hook is none for a, b, c, d: nobody in front is told" in fleet.shown
+    fleet.groups = {"nim_gateways": ["gw1"]}
+    fleet.hostvars["b"]["drain_hook"] = "none"
+    fleet.hostvars["c"]["drain_hook"] = "command"
+    fleet.call("plan")
+    assert "drain_hook is none for b: nobody" in fleet.shown
+
+
 def test_a_run_that_could_do_nothing_says_so_and_fails(fleet: Fleet) -> None:
     for name in "bcd":
         fleet.hostvars[name]["look"] = look("llama" if name == "b" else "qwen", due=False)
