@@ -19,14 +19,6 @@ _FUTURE = "from __future__ import annotations\n"
 _OWN_IMPORT = re.compile(r"^from \._nim_unit\w* import (?:\([^)]*\)|[^\n(]*)\n", re.MULTILINE)
 
 
-def program() -> str:
-    """The text of the program, without its first line."""
-    texts = [_source(part.__name__) for part in PARTS]
-    head = texts[-1].partition(_FUTURE)[0]
-    bodies = [_OWN_IMPORT.sub("", text.partition(_FUTURE)[2]).strip("\n") for text in texts]
-    return head + _FUTURE + "\n" + "\n\n\n".join(bodies) + "\n"
-
-
 def _source(name: str) -> str:
     """The text of a module, also where it is imported from an archive."""
     spec = importlib.util.find_spec(name)
@@ -35,3 +27,14 @@ def _source(name: str) -> str:
     if not text:
         raise RuntimeError("The source of %s is not available." % name)
     return str(text)
+
+
+#: Read at once: work that goes on when the module has ended has no archive to read them from.
+_TEXTS = tuple(_source(part.__name__) for part in PARTS)
+
+
+def program() -> str:
+    """The text of the program, without its first line."""
+    head = _TEXTS[-1].partition(_FUTURE)[0]
+    bodies = [_OWN_IMPORT.sub("", text.partition(_FUTURE)[2]).strip("\n") for text in _TEXTS]
+    return head + _FUTURE + "\n" + "\n\n\n".join(bodies) + "\n"

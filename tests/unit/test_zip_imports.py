@@ -105,3 +105,23 @@ print(__import__(package + "._first", fromlist=["NUMBER"]).NUMBER)
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         ended[how] = done.stdout.strip(), done.returncode
     assert ended == {"all": ("7", 0), "none": ("", 1)}
+
+
+def test_the_program_of_the_units_is_there_when_the_archive_is_gone(tmp_path: pathlib.Path) -> None:
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+package = "ansible_collections.gpu_fleet.nim.plugins.module_utils"
+module = __import__(package + "._nim_unit_program", fromlist=["program"])
+os.unlink(sys.argv[1])
+print(len(module.program()) > 10000)
+"""
+    archive = tmp_path / "payload.zip"
+    folder = pathlib.Path(str(_zip_imports.__file__)).parent
+    with zipfile.ZipFile(packed(archive), "a") as payload:
+        for path in folder.glob("_nim_unit*.py"):
+            payload.write(path, "%s/%s" % (PACKAGE, path.name))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(archive)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "True\n", done.stderr
