@@ -399,6 +399,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         now = [gateways.as_gateways_see(host, self.now) for host in now]
         now += gateways.beside(self.variables, self.now)
         chosen, left = admit(now, self.limits, [name for name in batch if name in outcomes])
+        if passed and all(outcomes[name] == looks.NOT_BEGUN for name in passed):
+            # The canaries could not go after all.
+            left.update(
+                dict.fromkeys(chosen[1:], "no host has tried it yet, and %s goes first" % chosen[0] if chosen else "")
+            )
+            chosen = chosen[:1]
         lines = ["Batch %d of %d: %s." % (self._number(), len(self.plan.batches), ", ".join(chosen) or "no host")]
         lines += ["%s is left for another run: %s." % item for item in left.items()]
         self._display.display("\n".join(lines))

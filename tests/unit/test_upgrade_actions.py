@@ -279,6 +279,15 @@ def test_a_batch_goes_when_those_before_went_well(fleet: Fleet) -> None:
     assert second["admitted"] == ["b", "c"] and second["left"] == {}
 
 
+def test_a_canary_that_could_not_go_is_followed_by_one_host_alone(fleet: Fleet) -> None:
+    # Since the plan somebody has put it under maintenance.
+    fleet.hostvars["a"].update(begun={"due": True, "held": "bad fan", "outcome": ""})
+    found = fleet.call("batch", ["b", "c"], max_unavailable=3)
+    assert found["admitted"] == ["b"] and found["left"] == {"c": "no host has tried it yet, and b goes first"}
+    fleet.hostvars["b"].update(UPDATED)
+    assert fleet.call("batch", ["d"], max_unavailable=3)["admitted"] == ["d"]
+
+
 def test_the_operator_is_asked_once_after_the_canaries(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet.call("pause", ["a"], pause_after_canary=True)
     fleet.hostvars["a"].update(UPDATED)
