@@ -229,14 +229,24 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
 
     def _message(self, name: str) -> str:
         """What went wrong on a host, where the role has failed or else where its module has."""
-        return looks.message_of([self._answer(name, self.args["failure"]), *self._results(name)])
+        message = looks.message_of([self._answer(name, self.args["failure"]), *self._results(name)])
+        gateway = self._not_given_back(name)
+        return "%s It is still drained at gateway %s." % (message, gateway) if message and gateway else message
+
+    def _not_given_back(self, name: str) -> str:
+        """A gateway at which a host that went back is still drained; empty when there is none."""
+        return gateways.left_out(name, (self.looks[name] or {}).get("serving") or (), self.now)
 
     def _outcomes(self) -> dict[str, str]:
         """What has come of every host of the plan so far."""
         known = {host.name: host for host in self.fleet}
-        return {
+        found = {
             name: looks.outcome_of(self._results(name), resumable=known[name].resumable) for name in self.plan.order
         }
+        for name, outcome in found.items():
+            if outcome in (looks.RESTORED, looks.ROLLED_BACK) and self._not_given_back(name):
+                found[name] = looks.OUT
+        return found
 
     def _records(self) -> dict[str, t.Mapping[str, t.Any]]:
         return {name: looks.record_of([*self._results(name), look]) for name, look in self.looks.items()}

@@ -11,6 +11,7 @@ import typing as t
 from dataclasses import dataclass, field, replace
 
 from ._gateway_settings import safe_host
+from ._haproxy_runtime import DRAINED, MAINTENANCE
 from ._rollout import FleetHost
 
 Json = t.Mapping[str, t.Any]
@@ -140,7 +141,8 @@ def left_out(name: str, models: t.Collection[str], gateways: t.Sequence[GatewayL
     """A gateway at which this collection has taken one of these models of a host out; empty when there is none."""
     for look in gateways:
         for server in _own(name, look):
-            if server.get("state") != "enabled" and not server.get("foreign") and server.get("model") in models:
+            out = server.get("state") in (DRAINED, MAINTENANCE) and not server.get("foreign")
+            if out and server.get("model") in models:
                 return look.name
     return ""
 

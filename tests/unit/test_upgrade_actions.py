@@ -397,6 +397,17 @@ def test_the_end_tells_what_came_of_every_host(fleet: Fleet) -> None:
     assert "b: It is the last one of llama." in fleet.shown
 
 
+def test_a_host_that_went_back_and_is_still_drained_is_out_of_service(fleet: Fleet) -> None:
+    fleet.hostvars["a"].update(begun=BEGUN, ready={"failed": True, "outcome": "rolled_back", "msg": "Not ready."})
+    fleet.gateways = gateway(a={"state": "enabled"})
+    args = {"gateways": "gateways", "before": gateway()}
+    assert fleet.call("end", **args)["outcomes"]["a"] == "rolled back"
+    fleet.gateways = gateway(a={"serving": False, "state": "drained"})
+    found = fleet.call("end", **args)
+    assert found["outcomes"]["a"] == "out of service"
+    assert "Not ready. It is still drained at gateway gw1. Run again" in found["missing"]["a"]
+
+
 def test_a_host_that_did_not_get_its_turn_is_told_why(fleet: Fleet) -> None:
     fleet.hostvars["a"].update(UPDATED)
     fleet.hostvars["b"].update(begun={"due": True, "held": "somebody has put this host under maintenance"})
