@@ -11,6 +11,8 @@ module is out of the kernel its services are started again, after that the old p
 
 from __future__ import annotations
 
+import os.path
+import traceback
 from dataclasses import replace
 
 from ._cdi_spec import follow_driver
@@ -72,6 +74,9 @@ from ._verdict import OK, REFUSED
 #: How often the kernel is asked to give the old driver up, and seconds between.
 _UNLOADS, _PAUSE = 3, 2.0
 
+#: Seconds for Docker to answer.
+_DOCKER_TIMEOUT = 120.0
+
 #: Until here the old driver only has to be used again.
 _BEFORE_UNLOAD = STEPS[: STEPS.index("packages_changed")]
 
@@ -95,6 +100,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:
             raise self._failed(host, step, began, error) from error
+        except Exception as error:
+            # Even a defect must not leave the services stopped.
+            raise self._failed(host, step, began, _unexpected("Step %s of the upgrade" % step, error)) from error
         if record is not None:
             write_record(host, finished(record, step, host.time(), began) if step in STEPS else record)
 
@@ -138,7 +146,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         )
 
     def _step_prestaged(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        self._refuse([*self._obstacles(state), *precheck(host, self.api, self.driver, state.driver, state.services)])
+        self._refuse(
+            [*self._obstacles(host, state), *precheck(host, self.api, self.driver, state.driver, state.services)]
+        )
         ready, more = prestage(host, self.driver)
         # Now the version is known.
         self._refuse(precheck(host, self.api, self.driver, state.driver, state.services, version=ready.version))
@@ -279,10 +289,29 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             host.run(["modprobe", "nvidia_uvm"], timeout=LOAD_TIMEOUT)
         record = self._settled(host, record)
         self._check_health(host, self._check_gpus(host, record))
-        if self.smoke_test and self.api.available():
+        if self.smoke_test and self._docker(host, record):
             self.tell("trying a container with GPUs")
             run_gpu_container(host, self.gpu_injection, host.which("nvidia-smi") or "nvidia-smi")
         return replace(record, validated=self._valid(replace(state, reload=observe_reload(host))))
+
+    def _docker(self, host: Host, record: Record) -> bool:
+        """Whether Docker answers; shortly after a boot it may have to be waited for.
+
+        Raises:
+            FleetError: ``docker_unavailable`` where services need it.
+        """
+        deadline = host.monotonic() + _DOCKER_TIMEOUT
+        while not self.api.available():
+            if not record.workloads:
+                return False
+            if host.monotonic() >= deadline:
+                raise FleetError(
+                    "docker_unavailable",
+                    "Docker does not answer after %d seconds, so no container could be tried on driver %s; see 'journalctl -u "
+                    "docker'." % (_DOCKER_TIMEOUT, self.words),
+                )
+            host.sleep(_PAUSE)
+        return True
 
     def _check_gpus(self, host: Host, record: Record) -> GpuInventory:
         inventory = observe_gpus(host)
@@ -370,7 +399,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 outcome, said = ROLLED_BACK, "The old driver %s was put back" % before
                 self._roll_back(host, record)
             self._serve_again(host, record)
-        except FleetError as second:
+        except Exception as caught:
+            second = caught if isinstance(caught, FleetError) else _unexpected("It", caught)
             left = replace(read_record(host) or record, failure=failure)
             record = _note(host, went_back(left, STRANDED, host.time()))
             error.message = (
@@ -437,6 +467,16 @@ def _reboot_back(why: str) -> FleetError:
         "reboot_needed",
         "Only a reboot takes the new driver out again (%s), and none is made for the old one; mend what failed and run "
         "again, or install the old driver with role nvidia_driver and reboot" % why.rstrip("."),
+    )
+
+
+def _unexpected(what: str, error: Exception) -> FleetError:
+    """The error for what nobody has foreseen, such as no memory for another process; its own text might repeat what it was given."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return FleetError(
+        "internal_error",
+        "%s failed with %s (%s:%s); look at 'journalctl -k' for a lack of memory, and report it otherwise."
+        % (what, type(error).__name__, os.path.basename(where.filename), where.lineno),
     )
 
 

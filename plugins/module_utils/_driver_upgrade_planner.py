@@ -193,11 +193,11 @@ class UpgradePlanner(Planner[UpgradeState]):
             return state
         checks: list[Verdict] = []
         if state.due:
-            checks = [*self._obstacles(state), *self._partitions(host, state)]
+            checks = self._obstacles(host, state)
             checks += precheck(host, self.api, self.driver, state.driver, state.services)
         return replace(state, serving=serving(host, self.api, state.services), checks=tuple(checks))
 
-    def _obstacles(self, state: UpgradeState) -> list[Verdict]:
+    def _obstacles(self, host: Host, state: UpgradeState) -> list[Verdict]:
         """What would only show when the host is out; one that is out already must not be kept from coming back."""
         found: list[Verdict] = []
         if state.record is not None and state.record.open:
@@ -215,12 +215,12 @@ class UpgradePlanner(Planner[UpgradeState]):
                 state.reload.kernel
             )
             found.append(Verdict("reboot", REFUSED, text, "set driver_upgrade_reboot to auto", "reboot_needed"))
-        return found
+        return found + self._partitions(host)
 
-    def _partitions(self, host: Host, state: UpgradeState) -> list[Verdict]:
+    def _partitions(self, host: Host) -> list[Verdict]:
         """Partitions of GPUs (MIG) do not outlive the driver, and services on them would find no GPU on either driver."""
         split = [gpu.uuid for gpu in observe_gpus(host).gpus if gpu.mig_devices]
-        if not split or (state.record is not None and state.record.open):
+        if not split:
             return []
         if self.reboot == "always" and unit_properties(host, _MIG, "UnitFileState").get("UnitFileState") == "enabled":
             return []

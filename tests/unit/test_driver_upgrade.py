@@ -7,6 +7,7 @@ import re
 import typing as t
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _driver_upgrade
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_precheck import installed_size
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_record import (
@@ -199,6 +200,29 @@ def test_a_driver_that_does_not_load_after_its_one_reboot_is_rolled_back(world: 
     world.commands["modprobe *"], world.load_error = loads, ""
     roll(world, run="the night after")
     assert world.serves() and world.loaded == "580.95.05" and record_of(world).rebooted == ""
+
+
+def test_after_a_boot_docker_is_waited_for(world: UpgradeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else no container would be tried: sshd answers before Docker does."""
+    tried = []
+    monkeypatch.setattr(_driver_upgrade, "run_gpu_container", lambda *_: tried.append(world.clock))
+    call(world, "prestaged", reboot="always")
+    call(world, "drained", reboot="always")
+    call(world, "ready", reboot="always")
+    world.reboot()
+    booted = world.clock
+    monkeypatch.setattr(world.docker, "available", lambda: world.clock >= booted + 30)
+    call(world, "ready", reboot="always")
+    assert tried == [booted + 30] and world.serves()
+
+
+def test_without_docker_the_services_cannot_be_proved(world: UpgradeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(world, "prestaged")
+    call(world, "drained")
+    monkeypatch.setattr(world.docker, "available", lambda: world.loaded != "580.95.05")
+    with pytest.raises(FleetError, match="Docker does not answer after 120 seconds") as caught:
+        call(world, "ready")
+    assert caught.value.facts["outcome"] == "rolled_back" and world.serves()
 
 
 def test_a_boot_that_brings_the_old_module_back_is_no_reason_for_another(world: UpgradeWorld) -> None:
@@ -398,6 +422,21 @@ def test_packages_that_cannot_be_installed_are_rolled_back(world: UpgradeWorld) 
     assert "The old driver 555.42.06 was put back and the services run on it again." in caught.value.message
     assert world.serves() and world.loaded == "555.42.06"
     assert all(world.unit_state[unit][0] == "active" for unit in ("nvidia-persistenced.service", "nvidia-dcgm.service"))
+
+
+def test_what_nobody_has_foreseen_does_not_leave_the_services_stopped(world: UpgradeWorld) -> None:
+    install = world._apt_get
+
+    def no_memory(host: t.Any, argv: tuple[str, ...], stdin: t.Any, env: t.Any) -> t.Any:
+        if "nvidia-open-580=580.95.05-0ubuntu1" in argv and "--download-only" not in argv:
+            raise OSError(12, "Cannot allocate memory")
+        return install(host, argv, stdin, env)
+
+    world.commands["apt-get *"] = no_memory
+    with pytest.raises(FleetError, match="Step packages_changed of the upgrade failed with OSError") as caught:
+        roll(world)
+    assert caught.value.facts["outcome"] == "rolled_back"
+    assert world.serves() and world.loaded == "555.42.06"
 
 
 def test_a_disk_that_is_full_does_not_keep_the_host_from_going_back(world: UpgradeWorld) -> None:
