@@ -68,7 +68,12 @@ GOOD: dict[str, t.Any] = {
         "record": {"workloads": ["llama", "loading"]},
     },
     "upgrade returned": {"due": False, "outcome": "updated", "open": False},
-    "upgrade restored": {"due": True, "outcome": "restored", "open": False, "record": {"serving": ["llama"]}},
+    "upgrade restored": {
+        "due": True,
+        "outcome": "restored",
+        "open": False,
+        "record": {"workloads": ["llama"], "serving": ["llama"]},
+    },
 }
 #: The same for playbook deploy.
 DEPLOY_LOOK = {
@@ -272,6 +277,18 @@ def test_a_drain_that_is_refused_gives_the_upgrade_up(play: Play) -> None:
     assert play.turn("gpu02") == []
     # The summary has it, too, and not only the task.
     assert "gpu01: It is the last one that serves llama." in output
+
+
+def test_who_goes_back_with_what_another_run_has_left_gives_the_host_back(play: Play) -> None:
+    play.answers["gpu01"]["upgrade drained"] = {
+        "failed": True,
+        "outcome": "restored",
+        "msg": "Downloading driver 580 failed.",
+        "record": {"workloads": ["llama", "loading"], "serving": ["llama"]},
+    }
+    code, output = play.run()
+    assert code == 2 and "Downloading driver 580 failed." in output
+    assert play.turn("gpu01") == ["upgrade drained", "gateway enabled of llama"]
 
 
 def test_a_host_that_somebody_drains_meanwhile_is_left_alone(play: Play) -> None:
