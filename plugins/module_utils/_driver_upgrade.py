@@ -204,13 +204,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return record
 
     def _step_unloaded(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        why = unload_modules(host)
-        for _again in range(_UNLOADS - 1):
-            if not why or not (state.reload.loaded and state.reload.loaded.can_unload):
-                break
-            # Somebody may have used it for just this moment, and a reboot is a high price for that.
-            host.sleep(_PAUSE)
-            why = unload_modules(host)
+        why = _unload(host)
         marker = state.reload.marker or {}
         rebooted = marker.get("target") == state.reload.on_disk and marker.get("boot_id") != state.reload.boot_id
         if self.reboot == "always" and not rebooted:
@@ -432,7 +426,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         loaded = observe_loaded_driver(host)
         if loaded is not None and loaded.version != before.version:
             stop_clients(host)
-            why = unload_modules(host)
+            why = _unload(host)
             if why:
                 raise _reboot_back(why)
         self._install(host, old)
@@ -453,6 +447,19 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         self._wait(host, state, replace(record, workloads=record.serving or record.workloads))
         ready = {*record.serving, *serving(host, self.api, state.services)}
         _note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
+
+
+def _unload(host: Host) -> str:
+    """Take the driver out of the kernel; why it is still there, or an empty string."""
+    why = unload_modules(host)
+    for _again in range(_UNLOADS - 1):
+        loaded = observe_loaded_driver(host)
+        if not why or loaded is None or not loaded.can_unload:
+            break
+        # Somebody may have used it for just this moment, and a reboot is a high price for that.
+        host.sleep(_PAUSE)
+        why = unload_modules(host)
+    return why
 
 
 def _needs_reboot(why: str) -> FleetError:
