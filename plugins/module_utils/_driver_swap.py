@@ -19,6 +19,9 @@ from ._systemd import unit_properties
 _STOP_TIMEOUT = 90.0  # seconds for one systemctl call
 LOAD_TIMEOUT = 180.0  # seconds; eight GPUs take half a minute
 
+#: How often something is tried that a moment may be in the way of, and seconds between.
+_TRIES, _PAUSE = 3, 2.0
+
 _KEY_SIGNS = ("Key was rejected by service", "Required key not available", "key was rejected")
 
 
@@ -124,6 +127,36 @@ def unload_modules(host: Host) -> str:
             return "kernel module %s cannot be unloaded: %s" % (name, result.last_line().rstrip("."))
         removed.append(name)
     return ""
+
+
+def unload_patiently(host: Host) -> str:
+    """As :func:`unload_modules`: somebody may use it for just this moment, and a reboot is a high price for that."""
+    why = unload_modules(host)
+    for _again in range(_TRIES - 1):
+        loaded = observe_loaded_driver(host)
+        if not why or loaded is None or not loaded.can_unload:
+            break
+        host.sleep(_PAUSE)
+        why = unload_modules(host)
+    return why
+
+
+def patiently(host: Host, do: t.Callable[[], object]) -> None:
+    """Do what is refused while somebody uses a GPU, which may be for a moment only.
+
+    Raises:
+        FleetError: As ``do`` does; ``gpu_in_use`` when it stays so.
+    """
+    for _again in range(_TRIES - 1):
+        try:
+            do()
+        except FleetError as error:
+            if error.reason != "gpu_in_use":
+                raise
+            host.sleep(_PAUSE)
+        else:
+            return
+    do()
 
 
 def restore_modules(host: Host, names: t.Sequence[str]) -> None:

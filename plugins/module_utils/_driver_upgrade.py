@@ -21,11 +21,12 @@ from ._driver_clients import in_use_error, lasting_foreign_holders
 from ._driver_swap import (
     LOAD_TIMEOUT,
     active_units,
+    patiently,
     restore_modules,
     start_client,
     start_clients,
     stop_clients,
-    unload_modules,
+    unload_patiently,
 )
 from ._driver_upgrade_planner import UpgradePlanner, UpgradeState
 from ._driver_upgrade_precheck import precheck, prestage, way_back
@@ -70,9 +71,6 @@ from ._rollout_services import (
     wait_ready,
 )
 from ._verdict import OK, REFUSED
-
-#: How often the kernel is asked to give the old driver up, and seconds between.
-_UNLOADS, _PAUSE = 3, 2.0
 
 #: Seconds for Docker to answer.
 _DOCKER_TIMEOUT = 120.0
@@ -204,7 +202,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return record
 
     def _step_unloaded(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        why = _unload(host)
+        why = unload_patiently(host)
         marker = state.reload.marker or {}
         rebooted = marker.get("target") == state.reload.on_disk and marker.get("boot_id") != state.reload.boot_id
         if self.reboot == "always" and not rebooted:
@@ -223,9 +221,12 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
 
     @staticmethod
     def _install(host: Host, driver: NvidiaDriver) -> None:
-        outcome = converge(host, driver, check_mode=False)
-        if outcome.blocked:
-            raise FleetError("gpu_in_use", str(outcome.blocked[0].blocked))
+        def install() -> None:
+            outcome = converge(host, driver, check_mode=False)
+            if outcome.blocked:
+                raise FleetError("gpu_in_use", str(outcome.blocked[0].blocked))
+
+        patiently(host, install)
 
     def _step_loaded(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         tried = record.rebooted != "" and record.rebooted == state.reload.on_disk
@@ -244,11 +245,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if self.reboot == "never":
             raise _needs_reboot(why)
         # Told before it is noted for the host: without it the reboot would not be the only one.
-        converge(
-            host,
-            DriverReload(prepare_reboot=True, always=True, expected_version=self.expected, reboot_reason=why),
-            check_mode=False,
-        )
+        marker = DriverReload(prepare_reboot=True, always=True, expected_version=self.expected, reboot_reason=why)
+        patiently(host, lambda: converge(host, marker, check_mode=False))
         write_record(host, replace(record, reboot=why, boot_id=state.reload.boot_id))
         return None
 
@@ -304,7 +302,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                     "Docker does not answer after %d seconds, so no container could be tried on driver %s; see 'journalctl -u "
                     "docker'." % (_DOCKER_TIMEOUT, self.words),
                 )
-            host.sleep(_PAUSE)
+            host.sleep(2.0)
         return True
 
     def _check_gpus(self, host: Host, record: Record) -> GpuInventory:
@@ -426,7 +424,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         loaded = observe_loaded_driver(host)
         if loaded is not None and loaded.version != before.version:
             stop_clients(host)
-            why = _unload(host)
+            why = unload_patiently(host)
             if why:
                 raise _reboot_back(why)
         self._install(host, old)
@@ -447,19 +445,6 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         self._wait(host, state, replace(record, workloads=record.serving or record.workloads))
         ready = {*record.serving, *serving(host, self.api, state.services)}
         _note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
-
-
-def _unload(host: Host) -> str:
-    """Take the driver out of the kernel; why it is still there, or an empty string."""
-    why = unload_modules(host)
-    for _again in range(_UNLOADS - 1):
-        loaded = observe_loaded_driver(host)
-        if not why or loaded is None or not loaded.can_unload:
-            break
-        # Somebody may have used it for just this moment, and a reboot is a high price for that.
-        host.sleep(_PAUSE)
-        why = unload_modules(host)
-    return why
 
 
 def _needs_reboot(why: str) -> FleetError:

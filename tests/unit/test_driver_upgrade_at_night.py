@@ -98,6 +98,34 @@ def test_a_look_of_monitoring_at_the_gpus_is_no_reason_to_stop(world: UpgradeWor
     assert world.serves() and world.loaded == "580.95.05"
 
 
+@pytest.mark.parametrize("times, outcome", [(2, None), (3, "rolled_back")])
+def test_a_look_of_monitoring_at_a_driver_that_stays_loaded(
+    world: UpgradeWorld, monkeypatch: pytest.MonkeyPatch, times: int, outcome: str | None
+) -> None:
+    """Until a reboot the packages are changed under it, and that is refused while somebody uses a GPU."""
+    world.can_unload = False
+    world.load("555.42.06")
+    world.remove("/sys/module/nvidia/refcnt")
+    call(world, "prestaged")
+    call(world, "drained")
+    converge, refusals = _driver_upgrade.converge, [0]
+
+    def refused(host: t.Any, resource: t.Any, **more: t.Any) -> t.Any:
+        if resource.name == "nvidia_driver" and refusals[0] < times:
+            refusals[0] += 1
+            raise FleetError("gpu_in_use", "Changing the driver packages would take the GPU away from pid 812.")
+        return converge(host, resource, **more)
+
+    monkeypatch.setattr(_driver_upgrade, "converge", refused)
+    if outcome is None:
+        assert call(world, "ready")[1]["reboot_required"]
+    else:
+        with pytest.raises(FleetError) as caught:
+            call(world, "ready")
+        assert caught.value.reason == "gpu_in_use" and caught.value.facts["outcome"] == outcome
+        assert world.serves()
+
+
 @pytest.mark.parametrize("version", ["555.42.06", "580.95.05"])
 def test_a_module_that_was_in_use_for_a_moment_costs_no_reboot(world: UpgradeWorld, version: str) -> None:
     """On the way there, and on the way back, when a service that has failed may still be about to let go of its GPU."""
