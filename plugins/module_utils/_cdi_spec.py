@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""The CDI specification that NVIDIA's toolkit writes: it names the driver's libraries, so it is made anew for every driver."""
+"""The CDI specification that NVIDIA's toolkit writes: it names the driver's libraries, so every driver needs its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._host import Host
 from ._systemd import unit_properties
 
 CDI_SPEC = "/var/run/cdi/nvidia.yaml"
-#: Units that keep it fresh (toolkit 1.18 and newer); their path unit watches for new modules, not for one that is loaded.
+#: Units that keep it fresh (toolkit 1.18 and newer); their path unit watches for new modules, not for loaded ones.
 REFRESH = "nvidia-cdi-refresh"
 
 

@@ -67,7 +67,7 @@ _LOOKS, _PAUSE = 3, 2.0
 
 
 def lasting(host: Host, look: t.Callable[[], t.Dict[str, T]]) -> dict[str, T]:
-    """Of those whom a look finds, by name, those that stay: monitoring runs nvidia-smi every few seconds for a moment."""
+    """Of those whom a look finds, by name, those that stay: monitoring runs nvidia-smi for a moment now and then."""
     found = look()
     for _again in range(_LOOKS - 1):
         if not found:

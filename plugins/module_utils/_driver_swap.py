@@ -160,8 +160,8 @@ def patiently(host: Host, do: t.Callable[[], object]) -> None:
 
 
 def restore_modules(host: Host, names: t.Sequence[str]) -> None:
-    """Load those modules beside the driver that were loaded before it was changed: RDMA and storage go without them, slowly
-    and without a word.
+    """Load those modules beside the driver that were loaded before it was changed: RDMA and storage go without them,
+    slowly and without a word.
 
     Raises:
         FleetError: ``module_not_loaded``.

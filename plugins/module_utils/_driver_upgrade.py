@@ -109,7 +109,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
     def _step_planned(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
         digest = self.digest(state)
         if record.open and record.digest == digest and not record.outcome:
-            # Known, and under way: only who is at it is new, and what was ready for another run need not be so any more.
+            # Known, and under way: only who is at it is new, and what was ready for another run need not be so now.
             return replace(record, step="workloads_started") if record.reached("ready") else record
         if record.open:
             # Another target, or another try: what ran before is still what has to run again.
@@ -238,8 +238,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if tried:
             raise FleetError(
                 "rebooted_once",
-                "This host was rebooted once for driver %s in an earlier run, which did not load it; it is not rebooted for it "
-                "again (%s). Find out why the module does not load (journalctl -k), then remove %s."
+                "This host was rebooted once for driver %s in an earlier run, which did not load it; it is not rebooted for "
+                "it again (%s). Find out why the module does not load (journalctl -k), then remove %s."
                 % (record.rebooted, why.rstrip("."), RECORD),
             )
         if self.reboot == "never":
@@ -299,8 +299,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             if host.monotonic() >= deadline:
                 raise FleetError(
                     "docker_unavailable",
-                    "Docker does not answer after %d seconds, so no container could be tried on driver %s; see 'journalctl -u "
-                    "docker'." % (_DOCKER_TIMEOUT, self.words),
+                    "Docker does not answer after %d seconds, so no container could be tried on driver %s; see "
+                    "'journalctl -u docker'." % (_DOCKER_TIMEOUT, self.words),
                 )
             host.sleep(2.0)
         return True
@@ -463,7 +463,7 @@ def _reboot_back(why: str) -> FleetError:
 
 
 def _unexpected(what: str, error: Exception) -> FleetError:
-    """The error for what nobody has foreseen, such as no memory for another process; its own text might repeat what it was given."""
+    """The error for what nobody has foreseen, such as no memory for another process; without its text, which might be secret."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return FleetError(
         "internal_error",
@@ -473,7 +473,7 @@ def _unexpected(what: str, error: Exception) -> FleetError:
 
 
 def _note(host: Host, record: Record) -> Record:
-    """Put a record on the host if that can be done: where its disk is full it has to come back into service all the same."""
+    """Put a record on the host if that can be done: where its disk is full it has to come back all the same."""
     try:
         return write_record(host, record)
     except FleetError:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Driver upgrades on hosts as they are at night: with monitoring, Docker elsewhere, modules beside the driver, full disks."""
+"""Driver upgrades on hosts as they are at night: with monitoring, Docker elsewhere, more modules, full disks."""
 
 from __future__ import annotations
 
