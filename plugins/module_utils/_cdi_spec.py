@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""The CDI specification that NVIDIA's toolkit writes: it names the driver's libraries, so every driver needs its own."""
+"""The CDI specification that NVIDIA's toolkit writes: it names the libraries of one driver version."""
 
 from __future__ import annotations
 

@@ -292,8 +292,8 @@ class UpgradePlanner(Planner[UpgradeState]):
         """The error for a host that somebody else took over while it was out of service."""
         return FleetError(
             "host_held",
-            "The upgrade of this host has begun, and now %s; it stays out of service with its record, and running again "
-            "goes on when that has ended." % state.held.partition(";")[0],
+            "The upgrade of this host has begun, and now %s; it stays out of service with its record, and running "
+            "again goes on when that has ended." % state.held.partition(";")[0],
         )
 
     def _steps(self, state: UpgradeState, record: Record, goal: str) -> list[Change]:

@@ -510,7 +510,7 @@ def user_space_version(installed: t.Mapping[str, Package]) -> str:
 
 
 def source_of(installed: t.Iterable[str]) -> str:
-    """``distribution`` where the names of installed packages are the distribution's alone; empty when they do not tell."""
+    """``distribution`` where the names of installed packages are the distribution's alone; empty otherwise."""
     ours = re.compile(r"(nvidia|libnvidia).*-\d{3}-server(-open)?$|(lib)?nvidia-tesla-")
     return "distribution" if any(ours.match(name) for name in installed) else ""
 
