@@ -238,8 +238,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if tried:
             raise FleetError(
                 "rebooted_once",
-                "This host was rebooted once for driver %s in an earlier run, which did not load it; it is not rebooted "
-                "for it again (%s). Find out why the module does not load (journalctl -k), then remove %s."
+                "This host was rebooted once for driver %s in an earlier run, which did not load it; it is not "
+                "rebooted for it again (%s). Find out why the module does not load (journalctl -k), then remove %s."
                 % (record.rebooted, why.rstrip("."), RECORD),
             )
         if self.reboot == "never":
@@ -463,7 +463,7 @@ def _reboot_back(why: str) -> FleetError:
 
 
 def _unexpected(what: str, error: Exception) -> FleetError:
-    """The error for what nobody has foreseen, such as no memory for a process; without its text, which may be secret."""
+    """The error for what nobody has foreseen, such as no memory; without its text, which may be secret."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return FleetError(
         "internal_error",
