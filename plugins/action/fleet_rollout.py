@@ -276,6 +276,13 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                 "\ndrain_hook is none for %s: nobody in front is told, and requests that run there are broken off."
                 % shorten(", ".join(undrained), 200)
             )
+        widest = max((len(batch.hosts) for batch in self.plan.batches), default=0)
+        forks = int(self.task_vars.get("ansible_forks") or widest)
+        if widest > forks:
+            text += (
+                "\nBatches have up to %d hosts, and Ansible works on %d at a time: the others of a batch wait while they are out of "
+                "service; run with --forks %d." % (widest, forks, widest)
+            )
         self._display.display("\n%s\n" % text)
         if self.args["output"] and not self._task.check_mode:
             write_file(self.args["output"], json.dumps({"rows": rows, **self.plan.as_dict()}, indent=2) + "\n")

@@ -92,11 +92,14 @@ def in_use_message(holders: t.Sequence[Holder], doing: str) -> str:
         shown.append("%d more" % (len(holders) - 8))
     # A docker stop of a container that a unit keeps up would be undone.
     own = {re.sub(r"-download\Z", "", holder.container) for holder in holders if holder.container.startswith("nim-")}
-    return "%s would take the GPU away from %s. Nothing was changed; stop %s%s and run again." % (
+    # Only they can be taken out of the load balancer and started again.
+    roll = all(holder.container.startswith("nim-") for holder in holders)
+    return "%s would take the GPU away from %s. Nothing was changed; stop %s%s and run again%s." % (
         doing,
         "; ".join(shown),
         "it" if len(holders) == 1 else "them",
         " (systemctl stop %s)" % " ".join(sorted(own)) if own else "",
+        ", or use playbook gpu_fleet.nim.upgrade_drivers, which does so host by host" if roll else "",
     )
 
 

@@ -8,9 +8,10 @@ import json
 import pathlib
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients import CLIENT_UNITS, RECORD
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients import CLIENT_UNITS, RECORD, in_use_message
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_swap import load_failure
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import Holder
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import REBOOT_MARKER
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import on_disk_version
@@ -473,3 +474,12 @@ def test_a_module_that_loads_only_after_its_reboot_ends_the_record_of_it(world: 
     outcome, _resource = run(world)
     assert outcome.state.loaded_version == "580.95.05"
     assert REBOOT_MARKER not in world.files
+
+
+def test_who_is_in_the_way_is_named_with_what_helps() -> None:
+    nim = Holder(812, "python3", "", "c1", "nim-llama")
+    other = Holder(900, "train.py", "train.service", "", "")
+    said = in_use_message([nim], "Changing the driver packages")
+    assert "stop it (systemctl stop nim-llama) and run again, or use playbook gpu_fleet.nim.upgrade_drivers" in said
+    said = in_use_message([nim, other], "Changing the driver packages")
+    assert "of unit train.service" in said and said.endswith("stop them (systemctl stop nim-llama) and run again.")

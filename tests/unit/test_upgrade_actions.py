@@ -46,6 +46,7 @@ class Fleet:
         self.hostvars: dict[str, dict[str, t.Any]] = {name: {"look": answer} for name, answer in looks.items()}
         self.shown = ""
         self.groups: dict[str, list[str]] = {}
+        self.forks = 5
         self.gateways: dict[str, t.Any] = {}
         self.prompted = 0
         self.answer: type[Exception] | None = None
@@ -70,6 +71,7 @@ class Fleet:
         variables = {
             "hostvars": self.hostvars,
             "groups": self.groups,
+            "ansible_forks": self.forks,
             "ansible_play_hosts_all": list(self.hostvars),
             "ansible_play_hosts": list(self.hostvars) if alive is None else list(alive),
             "ansible_play_batch": list(batch),
@@ -166,6 +168,14 @@ def test_a_host_that_is_drained_in_another_way_need_not_be_known_to_a_gateway(fl
     assert "b" in fleet.call("plan", gateways="gateways")["order"]
     fleet.hostvars["b"] = {**fleet.hostvars["b"], "drain_hook": "haproxy", "drain_gateways": ["gw2"]}
     assert "b" in fleet.call("plan", gateways="gateways")["order"]
+
+
+def test_the_plan_says_when_a_batch_is_more_than_ansible_works_on(fleet: Fleet) -> None:
+    fleet.call("plan", max_unavailable="100%", min_ready=0)
+    assert "forks" not in fleet.shown
+    fleet.forks = 1
+    fleet.call("plan", max_unavailable="100%", min_ready=0)
+    assert "up to 3 hosts, and Ansible works on 1 at a time" in fleet.shown and "--forks 3" in fleet.shown
 
 
 def test_the_plan_says_who_is_not_drained(fleet: Fleet) -> None:
