@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import http.client
+import time
 import typing as t
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ ENABLED, DRAINED, MAINTENANCE = "enabled", "drained", "maintenance"
 #: Bits of srv_admin_state: forced, inherited or configured maintenance, or for want of an address; forced or inherited drain.
 _MAINTENANCE_BITS = 0x01 | 0x02 | 0x04 | 0x20
 _DRAIN_BITS = 0x08 | 0x10
+
+#: Seconds that the master process may say nothing.
+MASTER_SECONDS = 10.0
 
 PROBE_PATH = "/v1/health/ready"
 PROBE_SECONDS = 5.0
@@ -123,17 +127,41 @@ class RuntimeApi:
 
         Such a process ends what it has begun. It cannot be told to drain a server any more ("Proxy is disabled"), so a request
         that it has taken in and not given to a server yet counts on every server that gets requests there.
+
+        Raises:
+            FleetError: ``gateway_unreachable`` when the master process does not say so for a while.
         """
+        until = time.monotonic() + MASTER_SECONDS
+        while True:
+            try:
+                return self._ask_earlier(names)
+            except FileNotFoundError:
+                # No master has a socket.
+                return {}
+            except OSError as error:
+                # It starts anew for every reload. To believe it silent would end a drain while requests run.
+                if time.monotonic() >= until:
+                    raise FleetError(
+                        "gateway_unreachable",
+                        "Asking HAProxy's master process at %s for requests of before a reload failed: %s. Look at "
+                        "'journalctl -u haproxy', and run again." % (self.master, error.strerror or error),
+                        socket=self.master,
+                    ) from error
+                time.sleep(0.2)
+
+    def _ask_earlier(self, names: t.Collection[str]) -> t.Dict[str, int]:
         found: t.Dict[str, int] = {}
         for process in self._earlier():
-            try:
-                table = _table(ask(self.master, "@!%s show stat -1 5 -1" % process))
+            table = _table(ask(self.master, "@!%s show stat -1 5 -1" % process))
+            if not any(row.get("type") for row in table):
                 # HAProxy 2.4 lists nothing of a process that is leaving but how many connections it has.
-                info = "" if table else ask(self.master, "@!%s show info" % process)
-            except OSError:
+                info = ask(self.master, "@!%s show info" % process)
+                connections = _info(info, "CurrConns")
+                if not connections and process in self._earlier():
+                    raise OSError("process %s says nothing" % process)
+                for name in names:
+                    found[name] = found.get(name, 0) + whole_number(connections)
                 continue
-            for name in names if info else ():
-                found[name] = found.get(name, 0) + whole_number(_info(info, "CurrConns"))
             servers = [row for row in table if row.get("type") == "2"]
             taken = sum(whole_number(row.get("scur")) for row in table if row.get("type") == "0")
             undecided = max(0, taken - sum(_requests(row) for row in servers))
@@ -145,10 +173,11 @@ class RuntimeApi:
 
     def _earlier(self) -> t.List[str]:
         """Numbers of the processes of before a reload; none where there is no master to ask."""
-        try:
-            text = ask(self.master, "show proc") if self.master else ""
-        except OSError:
+        if not self.master:
             return []
+        text = ask(self.master, "show proc")
+        if "master" not in text:
+            raise OSError("it lists no processes")
         lines = [line.split() for line in text.partition("# old workers")[2].partition("\n#")[0].splitlines()]
         return [words[0] for words in lines if words[1:2] == ["worker"] and is_digits(words[0])]
 
