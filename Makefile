@@ -83,7 +83,7 @@ screenshot: install ## docs/images/fleet-report.png out of the demo that is up (
 # -- tests ------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: lint unit sanity molecule ## Everything that CI runs
+test: lint unit rollouts sanity molecule ## Everything that CI runs
 
 .PHONY: readme
 readme: demo ## The demo, then every playbook command that the README shows
@@ -101,7 +101,12 @@ lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stam
 .PHONY: unit
 unit: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Unit tests
 	@tests/tools.sh apt-get=apt dpkg=dpkg haproxy=haproxy openssl=openssl systemd-analyze=systemd
-	@PYTHONPATH=.build $(BIN)/pytest -n 2 tests/unit
+	@PYTHONPATH=.build $(BIN)/pytest -n 2 -m "not rollout" tests/unit
+
+.PHONY: rollouts
+rollouts: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## The playbooks of rollouts with played hosts, under load behind a real HAProxy (2 minutes)
+	@tests/tools.sh haproxy=haproxy openssl=openssl
+	@PYTHONPATH=.build $(BIN)/pytest -n 2 -m rollout tests/unit
 
 .PHONY: fuzz
 fuzz: .venv/.stamp .build/ansible_collections/gpu_fleet/nim ## Every parser with fifty times as much damaged input as `make unit`

@@ -30,7 +30,7 @@ from typing import Any
 #: A stream longer than this many seconds without a byte is given up.
 PATIENCE = 60
 #: Seconds that a client waits after an answer, so that it does not ask a gateway that refuses in a tight loop.
-PAUSE = 0.05
+PAUSE = 0.25
 DONE, FAILED, TRUNCATED = "done", "failed", "truncated"
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "sandbox"))
 
 from load import Load  # after the path is set
 
-pytestmark = pytest.mark.skipif(HAPROXY is None, reason="needs haproxy; `make unit` installs it")
+pytestmark = [pytest.mark.rollout, pytest.mark.skipif(HAPROXY is None, reason="needs haproxy; `make unit` installs it")]
 
 #: Host -> the model that it serves, and the name that clients ask for.
 FLEET = {

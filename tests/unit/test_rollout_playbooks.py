@@ -20,6 +20,8 @@ ACTION = """
 import json, os
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+
+pytestmark = pytest.mark.rollout
 class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True

@@ -9,6 +9,8 @@ import pathlib
 import pytest
 from test_rollout_playbooks import DEPLOY_TURN, GOOD, GOOD_DEPLOY, HOSTS, LOOK, TURN, Play, seen
 
+pytestmark = pytest.mark.rollout
+
 
 @pytest.fixture
 def play(tmp_path: pathlib.Path) -> Play:
