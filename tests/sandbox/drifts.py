@@ -130,7 +130,6 @@ _DRIVER = (
         "driver's keyring holds another key",
         "cp /usr/share/keyrings/debian-archive-keyring.gpg /etc/apt/keyrings/nvidia-cuda.gpg",
         "nvidia_driver, repository nvidia-cuda, none",
-        first=True,
     ),
     _drift(
         "driver's keyring readable for root alone",
@@ -568,7 +567,6 @@ _MODELS = (
         "wrapper not executable",
         "chmod 0644 /usr/local/libexec/nim/nim-unit",
         "nim_service, /usr/local/libexec/nim/nim-unit, none",
-        first=True,
     ),
     _drift(
         "a model's file edited",
@@ -677,7 +675,7 @@ _MODELS = (
     _drift("a wrapper killed", "systemctl kill -s KILL --kill-whom=main nim-llama" + _READY, restarts="llama.unit"),
     _drift("a container killed", "docker kill nim-llama" + _READY, restarts="llama"),
     _drift("a container removed", "docker rm -f nim-llama" + _READY, restarts="llama"),
-    _drift("a container paused", "docker pause nim-llama", "nim_service, nim-llama.service, none", first=True),
+    _drift("a container paused", "docker pause nim-llama", "nim_service, nim-llama.service, none"),
     _drift(
         "a container made by hand, without label",
         "systemctl stop nim-llama; docker rm nim-llama >/dev/null\n"
