@@ -27,7 +27,7 @@ class ResourcesModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ship
         self.resource_names = tuple(resources)
         super().__init__(
             argument_spec={**{name: {"type": "dict"} for name in resources}, **(options or {})},
-            required_one_of=[resources],
+            required_one_of=[resources] if len(resources) > 1 else [],
             supports_check_mode=True,
         )
 
@@ -50,6 +50,10 @@ class ResourcesModule(AnsibleModule):  # type: ignore[misc]  # ansible-core ship
         Raises:
             FleetError: ``invalid_option``.
         """
+        if all(self.params[name] is None for name in self.resource_names):
+            raise FleetError(
+                "invalid_option", "%s is not given; say what is wanted." % " or ".join(self.resource_names)
+            )
         found: dict[str, dict[str, t.Any]] = {}
         for name in self.resource_names:
             if self.params[name] is None:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Clients that keep asking a gateway, plain and streamed, and count what they did not get.

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Everything that goes wrong while a fleet is changed under load, and what must come of it.
 
-The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 large. It is on driver OLD, and NEW is wanted: 570 and 580 by turns, so that no
-line needs the work of the one before it undone. For ``deploy``, llama 1.8.5 is wanted. gpu01 is the canary, and at most two hosts are out at a time, so the batches are gpu01 / gpu02, gpu03 / gpu04. Clients ask gateway
-gw01 all the time. What the design gives up is said in ``lost``; where it is empty, no request may fail or be truncated.
+The fleet: gpu01 and gpu02 serve llama, gpu03 and gpu04 large. It is on driver OLD, and NEW is wanted: 570 and 580 by turns, so
+that no line needs the work of the one before it undone. For ``deploy``, llama 1.8.5 is wanted. gpu01 is the canary, and at most two
+hosts are out at a time, so the batches are gpu01 / gpu02, gpu03 / gpu04. Clients ask gateway gw01 all the time. What the design
+gives up is said in ``lost``; where it is empty, no request may fail or be truncated.
 """
 
 from __future__ import annotations

@@ -223,8 +223,8 @@ STEPS = [
 
 def test_bars_fill_the_time_between_the_steps() -> None:
     bars = bars_of(looks.steps_of({"steps": STEPS[1:]}), 1000.0, 1100.0)
-    assert [round(bar.left) for bar in bars] == [0, 20, 30, 40]
-    assert [round(bar.width) for bar in bars] == [20, 10, 10, 60]
+    assert [round(one.left) for one in bars] == [0, 20, 30, 40]
+    assert [round(one.width) for one in bars] == [20, 10, 10, 60]
     assert bars[0].title == "drain: 20 s" and bars[3].tone == "good"
     strange = looks.steps_of({"steps": [{"step": "what", "at": 1}, {"step": "ready", "at": "soon"}]})
     assert bars_of(strange, 0, 1) == []
@@ -235,7 +235,7 @@ def test_a_host_that_went_back_was_out_until_then() -> None:
     record = {"steps": STEPS[:4], "failure": failure}
     assert looks.out_of_service(record) == 700.0
     bars = bars_of(looks.steps_of(record), 1000.0, 1700.0)
-    assert [bar.title for bar in bars[-2:]] == ["until ready: 10 min 0 s", "way back: 1 min 0 s"]
+    assert [one.title for one in bars[-2:]] == ["until ready: 10 min 0 s", "way back: 1 min 0 s"]
     assert bars[-1].tone == "bad" and round(bars[-1].left + bars[-1].width) == 100
     # Killed on the way, and written by an earlier release.
     assert looks.out_of_service({"steps": STEPS[:4], "failure": {"step": "ready", "at": 1640.0}}) == 640.0
