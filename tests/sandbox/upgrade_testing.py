@@ -70,7 +70,10 @@ def make(
     sandbox("add", *["gw%02d" % number for number in range(1, gateways + 1)], *kind, "--gpus", "none")
     fleet = Fleet(scenario, found)
     fleet.site()
-    return UpgradeFleet(fleet)
+    made = UpgradeFleet(fleet)
+    # A gateway gives nothing to a server that it has not checked yet.
+    wait_until(lambda: all(made.gateway.complete(PORT, model)[0] == 200 for model in MODELS), "the gateway answers")
+    return made
 
 
 def taken_out(text: str, names: Mapping[str, str]) -> set[str]:
