@@ -14,14 +14,14 @@ import typing as t
 
 import pytest
 
+pytestmark = pytest.mark.rollout
+
 ROOT = pathlib.Path(__file__).parents[2]
 #: In the place of the modules that would connect to a host: what they are asked is written down, and answered from a file.
 ACTION = """
 import json, os
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-
-pytestmark = pytest.mark.rollout
 class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True
