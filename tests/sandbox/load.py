@@ -28,7 +28,7 @@ from typing import Any
 
 #: A stream longer than this many seconds without a byte is given up.
 PATIENCE = 60
-#: Seconds that a client waits after an answer, so that it does not ask a gateway that refuses in a tight loop.
+#: Seconds between two requests of a client.
 PAUSE = 0.25
 DONE, FAILED, TRUNCATED = "done", "failed", "truncated"
 
@@ -162,6 +162,7 @@ class Load:
         plain: Clients of each model that ask for whole answers.
         streamed: Clients of each model that have them streamed.
         tokens: Of a plain answer; a streamed one has ``stream_tokens``, which should take seconds.
+        pause: Seconds that a client waits after an answer, so that it does not ask a gateway that refuses in a tight loop.
         headers: With every request, for example an API key.
     """
 
@@ -174,10 +175,12 @@ class Load:
         streamed: int = 2,
         tokens: int = 8,
         stream_tokens: int = 400,
+        pause: float = PAUSE,
         headers: dict[str, str] | None = None,
     ) -> None:
         self.url = url
         self.headers = headers
+        self.pause = pause
         self.answers: list[Answer] = []
         self._end = threading.Event()
         kinds = [(False, tokens)] * plain + [(True, stream_tokens)] * streamed
@@ -190,7 +193,7 @@ class Load:
     def _client(self, model: str, streamed: bool, tokens: int) -> None:
         while not self._end.is_set():
             self.answers.append(ask(self.url, model, streamed=streamed, tokens=tokens, headers=self.headers))
-            self._end.wait(PAUSE)
+            self._end.wait(self.pause)
 
     def __enter__(self) -> Load:
         for thread in self._threads:

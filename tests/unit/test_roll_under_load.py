@@ -229,7 +229,7 @@ def world(tmp_path: pathlib.Path) -> t.Iterator[World]:
 
 def clients(world: World) -> Load:
     names = sorted({name for _model, name in FLEET.values()})
-    return Load("http://127.0.0.1:%d" % world.gateway.port, names, stream_tokens=30)
+    return Load("http://127.0.0.1:%d" % world.gateway.port, names, stream_tokens=30, pause=0.02)
 
 
 def test_a_roll_loses_no_request_although_the_gateway_is_reloaded(world: World) -> None:
