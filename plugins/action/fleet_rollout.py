@@ -68,7 +68,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         self.prefix = str(self.args["kind"])
         try:
             self._look()
-            return getattr(self, "_" + self.args["phase"])()  # type: ignore[no-any-return]
+            return getattr(self, "_" + self.args["phase"])()  # type: ignore[no-any-return]  # by name
         except FleetError as error:
             raise AnsibleActionFail(error.message) from error
 

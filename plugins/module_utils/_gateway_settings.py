@@ -120,7 +120,7 @@ class Settings:
     keys: t.Mapping[str, str] = field(default_factory=dict, repr=False)
     pem: t.Optional[str] = field(default=None, repr=False)
     certificate_file: t.Optional[str] = None
-    metrics_address: str = "0.0.0.0"  # noqa: S104
+    metrics_address: str = "0.0.0.0"  # noqa: S104 - as above
     metrics_port: int = 8405
 
     @property

@@ -68,7 +68,7 @@ GATEWAY_OPTIONS: t.Dict[str, t.Dict[str, t.Any]] = {
     "certificate": {"type": "str", "no_log": True},
     "private_key": {"type": "str", "no_log": True},
     "certificate_file": {"type": "path"},
-    "metrics_address": {"type": "str", "default": "0.0.0.0"},  # noqa: S104
+    "metrics_address": {"type": "str", "default": "0.0.0.0"},  # noqa: S104 - as above
     "metrics_port": {"type": "int", "default": 8405},
     "replace_configuration": {"type": "bool", "default": False},
 }

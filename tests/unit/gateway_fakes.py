@@ -78,7 +78,7 @@ class GatewayHost(FakeHost):
             "md5sum *": lambda *args: (
                 "%s  %s\n"
                 % (
-                    hashlib.md5(self.files[CONFIGURATION]).hexdigest(),  # noqa: S324
+                    hashlib.md5(self.files[CONFIGURATION]).hexdigest(),  # noqa: S324 - as above
                     CONFIGURATION,
                 )
             ),
