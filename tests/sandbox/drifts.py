@@ -596,7 +596,6 @@ _MODELS = (
         "rm %s" % _UNIT,
         "nim_service, %s, none" % _UNIT,
         "nim_service, systemd, reload",
-        first=True,
     ),
     _drift(
         "a unit writable for all",
@@ -739,7 +738,6 @@ _MODELS = (
         "kill -STOP $(docker inspect --format '{{.State.Pid}}' nim-llama)",
         "nim_service, nim-llama.service, restart_nim",
         restarts="llama",
-        first=True,
     ),
     _drift("an image gone while it runs", "docker rmi --force %s" % LLAMA, "nim_image, image %s, none" % LLAMA),
     _drift(
@@ -771,7 +769,7 @@ _MODELS = (
     ),
     _drift("key file gone", "rm /etc/nim/ngc.env", "nim_service, /etc/nim/ngc.env, none"),
     _drift("another key", "echo NGC_API_KEY=nvapi-other > /etc/nim/ngc.env", "nim_service, /etc/nim/ngc.env, none"),
-    _drift("key readable for all", "chmod 0644 /etc/nim/ngc.env", "nim_service, /etc/nim/ngc.env, none", first=True),
+    _drift("key readable for all", "chmod 0644 /etc/nim/ngc.env", "nim_service, /etc/nim/ngc.env, none"),
     _drift(
         "secret variables edited",
         "sed -i s/HF_TOKEN=.*/HF_TOKEN=other/ /etc/nim/llama.env",

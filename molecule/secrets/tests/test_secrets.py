@@ -189,9 +189,13 @@ def test_no_key_in_arguments_and_files_while_it_runs(evidence: Evidence) -> None
     # Where Docker and containerd keep variables was looked at, and meant: the token is there.
     assert any(what.startswith("token " + CONTAINERD) for what in found), sorted(found)
     # A file is written beside its place and then moved there, private from the start.
-    beside = re.compile(r"\w+ (/root/\.docker|/etc/nim)/\.(config\.json|(ngc|llama)\.env)\.\w+")
+    passing = r"\w+ (/root/\.docker|/etc/nim)/\.(config\.json|(ngc|llama)\.env)\.\w+"
+    # For the moment of a docker exec (does the container still have its GPUs?) runc is handed the container's variables.
+    passing += r"|token /tmp/runc-process\d+"
     found = without_containers(found)
-    assert {path: mode for path, mode in found.items() if not (beside.fullmatch(path) and mode == "600")} == ALLOWED
+    assert {
+        path: mode for path, mode in found.items() if not (re.fullmatch(passing, path) and mode == "600")
+    } == ALLOWED
 
 
 def test_only_containers_that_fetch_have_the_key_and_docker_does_not_know_it(evidence: Evidence) -> None:
