@@ -144,7 +144,7 @@ def test_keys_and_tls() -> None:
     planned = FLEET.play("gateway", "--check", "--diff", inventory=inventory)
     assert planned.changed()
     assert GATEWAY.complete(PORT, MODEL)[0] == 200
-    run = FLEET.play("gateway", "--diff", "-vvv", inventory=inventory)
+    run = FLEET.play("gateway", "--diff", "-vvvv", inventory=inventory)
     assert run.changed() == planned.changed()
     assert FLEET.play("gateway", inventory=inventory).changed() == []
     context = ssl.create_default_context(cadata=GATEWAY.run("cat /root/crt"))

@@ -5,7 +5,7 @@
 Those are a short-lived one for an image whose family is known, and the service itself for one that tells nothing. Neither
 Docker nor containerd has it. A secret variable of a model ("token") is in its file and in its containers, nowhere else.
 
-One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, every other playbook,
+One host, from bare: check mode, two runs whose controller is killed, the run that finishes, one more, the other playbooks,
 the modules that ask a registry, and a run with the key expired; all with -vvvv, all watched. Then everything is searched.
 """
 
@@ -31,8 +31,19 @@ ALLOWED = {"key /root/.docker/config.json": "600", "key /etc/nim/ngc.env": "600"
 #: What Docker and containerd write down about containers: their variables are in there, the key is not.
 CONTAINERD = "/var/lib/containerd"
 OF_CONTAINERS = ("/run/containerd/", "/run/docker/", CONTAINERD + "/", "/var/lib/docker/containers/")
-#: The playbooks beside site; the last one in check mode.
-OTHERS = ("plan", "preflight", "status", "diagnose", "remove")
+#: The playbooks beside site, with their options.
+OTHERS = {
+    "plan": [],
+    "preflight": [],
+    "status": [],
+    "diagnose": [],
+    # Another setting, of the service that has a secret variable: it is started anew.
+    "deploy": ["-e", "shm_size=17GB", "-e", "nim_deploy_min_ready=0"],
+    "upgrade_drivers": ["--check", "-e", "nvidia_driver_branch=595", "-e", "driver_upgrade_min_ready=0"],
+    "remove": ["--check"],
+}
+#: gateway has no NGC key; for its own secrets see scenario gateway. rollout is a part of two others.
+ELSEWHERE = {"gateway", "rollout"}
 _IMAGE = {"image": "{{ nim_models[0].image }}", "api_key": "{{ ngc_api_key }}"}
 #: Modules with a key that no playbook calls.
 ASK = [
@@ -123,9 +134,8 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
             interrupted("killed while the image is pulled", r"TASK \[.*Images are on the host", 1)
             run("finished")
             run("again")
-            for playbook in OTHERS:
-                how = ["--check"] if playbook == "remove" else []
-                found.runs[playbook] = FLEET.play(playbook, *loud, *how, environment=environment)
+            for playbook, options in OTHERS.items():
+                found.runs[playbook] = FLEET.play(playbook, *loud, *options, environment=environment)
             asked = tmp_path_factory.mktemp("play") / "ask.yml"
             asked.write_text(json.dumps(ASK), encoding="utf-8")
             found.runs["modules that ask"] = FLEET.play(asked, *loud, environment=environment)
@@ -159,7 +169,8 @@ def test_expired_key_is_told_before_anything_is_stopped(evidence: Evidence) -> N
 
 def test_ansible_prints_no_key(evidence: Evidence) -> None:
     playbooks = {path.stem for path in (CHECKOUT / "playbooks").glob("*.yml")}
-    assert playbooks == {"site", *OTHERS} and set(OTHERS) < set(evidence.runs)
+    assert playbooks == {"site", *OTHERS, *ELSEWHERE} and set(OTHERS) < set(evidence.runs)
+    assert "nim-llama" in json.dumps(evidence.runs["deploy"].results) and evidence.runs["deploy"].changed()
     for name, run in evidence.runs.items():
         assert len(run.output) > 5000, "%s was not loud" % name
         # Other callback plugins store what a task has returned.
@@ -192,6 +203,8 @@ def test_no_key_in_arguments_and_files_while_it_runs(evidence: Evidence) -> None
     passing = r"\w+ (/root/\.docker|/etc/nim)/\.(config\.json|(ngc|llama)\.env)\.\w+"
     # For the moment of a docker exec (does the container still have its GPUs?) runc is handed the container's variables.
     passing += r"|token /tmp/runc-process\d+"
+    # As long as a deployment lasts it keeps the files of before, for the way back.
+    passing += r"|\w+ /var/lib/gpu_fleet/(nim-deploy\.before|\.nim-deploy\.before\.\w+)"
     found = without_containers(found)
     assert {
         path: mode for path, mode in found.items() if not (re.fullmatch(passing, path) and mode == "600")
