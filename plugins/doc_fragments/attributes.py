@@ -14,7 +14,7 @@ attributes:
     description: Can run in check mode and return what would change without changing anything.
     support: full
   diff_mode:
-    description: Returns what changed (or would change) as a difference; secrets appear as fingerprints only.
+    description: Returns what changed (or would change) as a difference; secrets appear as fingerprints at most.
     support: full
   idempotent:
     description: A second run with the same options on an unchanged host changes nothing.

@@ -17,6 +17,8 @@ REGISTRY = "nvcr.io"
 USERNAME = "$oauthtoken"
 #: Variable that carries the key, on the controller and into the container.
 KEY_VARIABLE = "NGC_API_KEY"
+#: Keys as NGC makes them: today's, and those of before (base64 of 63 random characters).
+_MADE_BY_NGC = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|[A-Za-z0-9+/]{84}")
 
 
 def check_api_key(key: t.Any, option: str = "api_key") -> str:
@@ -63,6 +65,13 @@ def check_password(password: t.Any, option: str) -> str:
 def fingerprint(secret: str) -> str:
     """Stable short name of a secret: a rotation shows, the secret does not."""
     return "sha256:" + hashlib.sha256(secret.encode("utf-8")).hexdigest()[:12]
+
+
+def printable(secret: str) -> t.Optional[str]:
+    """What may be printed of a secret: the fingerprint of a key of NGC, which is long and random. None for anything else:
+    a password that somebody thought up could be guessed from its fingerprint.
+    """
+    return fingerprint(secret) if _MADE_BY_NGC.fullmatch(secret) else None
 
 
 def render_environment(key: str) -> str:

@@ -13,7 +13,7 @@ from ._docker_config import DockerConfig, find_account, read_docker_config
 from ._errors import FleetError
 from ._host import Host
 from ._image_reference import ImageReference
-from ._ngc_key import REGISTRY, USERNAME, check_api_key, check_password, fingerprint
+from ._ngc_key import REGISTRY, USERNAME, check_api_key, check_password, printable
 from ._resource import Change, FileDiff, Planner
 
 VALIDATE_ON_CHANGE = "on_change"
@@ -109,10 +109,12 @@ class LoginPlanner(Planner[DockerConfig]):
                 helper=state.helper,
             )
         changes = []
-        before = self._describe(state.credentials(self.registry))
-        after = self._describe((self.username, self.key) if self.state == "present" else None)
+        stored = state.credentials(self.registry)
+        wanted = (self.username, self.key) if self.state == "present" else None
+        before = self._describe(stored, "a password")
+        after = self._describe(wanted, "the password that is given")
         what = "login of %s at %s" % (self.docker_user, self.registry)
-        if before != after or (self.state == "absent"):
+        if stored != wanted or self.state == "absent":
             why = "no login is stored" if before is None else "another key or user is stored"
             changes.append(
                 Change(
@@ -159,7 +161,7 @@ class LoginPlanner(Planner[DockerConfig]):
                 "docker_user": self.docker_user,
                 "path": state.path,
                 "username": stored[0] if stored else None,
-                "fingerprint": fingerprint(stored[1]) if stored else None,
+                "fingerprint": printable(stored[1]) if stored else None,
             },
             "key_given": bool(self.key),
             "message": message,
@@ -173,8 +175,12 @@ class LoginPlanner(Planner[DockerConfig]):
         return [name for name in state.content.get("auths") or {} if pattern.fullmatch(name)]
 
     @staticmethod
-    def _describe(credentials: t.Optional[t.Tuple[str, str]]) -> t.Optional[str]:
-        return None if credentials is None else "%s %s" % (credentials[0], fingerprint(credentials[1]))
+    def _describe(credentials: t.Optional[t.Tuple[str, str]], otherwise: str) -> t.Optional[str]:
+        """User and fingerprint; ``otherwise`` stands for a password that has none."""
+        if credentials is None:
+            return None
+        shown = printable(credentials[1])
+        return "%s, %s" % (credentials[0], otherwise) if shown is None else "%s %s" % (credentials[0], shown)
 
     def _shown(self, value: t.Optional[str]) -> str:
         """Only our own entry, and of it no secret: the other entries are not ours to show."""

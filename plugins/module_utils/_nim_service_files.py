@@ -11,7 +11,7 @@ import os
 import typing as t
 
 from ._errors import FleetError
-from ._ngc_key import fingerprint
+from ._ngc_key import fingerprint, printable
 from ._nim_configuration import SLICE_TEXT, TARGET_TEXT, Secrets, unit_text, wrapper_text
 from ._nim_models import NimModel
 from ._nim_paths import (
@@ -163,7 +163,7 @@ def new_key(key: str | None, state: HostState) -> bool:
 
 def key_changes(key: str | None, key_state: str, state: HostState) -> list[Change]:
     """The file with the NGC key."""
-    before = state.key_fingerprint
+    before = (state.key_printable or "a key") if state.key_fingerprint is not None else None
     if key_state == "absent":
         if before is None:
             return []
@@ -173,7 +173,8 @@ def key_changes(key: str | None, key_state: str, state: HostState) -> list[Chang
     why = "the key changed; services that run keep running" if before else "the key is needed while files are fetched"
     if not new_key(key, state):
         why = "the file could be read by others than root"
-    return [Change(RESOURCE, KEY_FILE, before, fingerprint(key), why, Disruption.NONE, "key")]
+    after = printable(key) or "the key that is given"
+    return [Change(RESOURCE, KEY_FILE, before, after, why, Disruption.NONE, "key")]
 
 
 def reload_changes(

@@ -27,7 +27,7 @@ from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
 from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
-from ._ngc_key import fingerprint, key_in_environment
+from ._ngc_key import fingerprint, key_in_environment, printable
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
 from ._nim_models import NimModel, container_name, unit_name
 from ._nim_paths import (
@@ -195,7 +195,9 @@ class HostState:
     target_enabled: bool = False
     target_active: bool = False
     target_need_reload: bool = False
+    #: For comparing; what of it may be printed is the other.
     key_fingerprint: str | None = None
+    key_printable: str | None = None
     key_safe: bool = True
     listeners: tuple[Listener, ...] = ()
     addresses: tuple[str, ...] = ()
@@ -294,6 +296,7 @@ def observe_services(
         target_active=target.get("ActiveState") == "active",
         target_need_reload=target.get("NeedDaemonReload") == "yes",
         key_fingerprint=fingerprint(key) if key else None,
+        key_printable=printable(key) if key else None,
         key_safe=key_stat is None or (key_stat.mode == 0o600 and key_stat.uid == 0),
         listeners=_settled_listeners(host, api, wanted, containers, images),
         addresses=own_addresses(host.read_text("/proc/net/fib_trie") or "", host.read_text("/proc/net/if_inet6") or ""),

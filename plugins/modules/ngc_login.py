@@ -104,7 +104,9 @@ login:
       type: str
       returned: always
     fingerprint:
-      description: C(sha256:) and the first 12 hex digits of the SHA-256 of the stored key; null when none is stored.
+      description:
+        - C(sha256:) and the first 12 hex digits of the SHA-256 of the stored key; null when none is stored.
+        - Null also for anything but a key made by NGC, since an ordinary password could be guessed from it.
       type: str
       returned: always
   sample:

@@ -19,6 +19,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import (
     check_api_key,
     fingerprint,
     key_in_environment,
+    printable,
     render_environment,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
@@ -27,7 +28,7 @@ from ansible_collections.gpu_fleet.nim.plugins.modules import ngc_login
 from fake_host import FakeHost
 
 KEY = "nvapi-AbC_def-0123456789"
-NEW = "nvapi-new-0123456789"
+NEW = "nvapi-new-0123456789-0123456789"
 PATH = "/root/.docker/config.json"
 PASSWD = "root:x:0:0:root:/root:/bin/bash\nalice:x:1000:1001:Alice:/home/alice:/bin/bash\nnohome:x:5:5::nohome:/x\n"
 
@@ -131,6 +132,18 @@ def test_fingerprint() -> None:
     assert fingerprint("test") == "sha256:9f86d081884c"
 
 
+@pytest.mark.parametrize("secret", [KEY, NEW, "nvapi-" + "x_-9" * 16, "dTlsYm4xMjM0NTY3ODkw" * 4 + "Zm9v"])
+def test_a_key_of_ngc_is_shown_as_a_fingerprint(secret: str) -> None:
+    assert printable(secret) == fingerprint(secret)
+
+
+@pytest.mark.parametrize(
+    "secret", ["", "hunter2", "nvapi-hunter2", "correct-horse-battery-staple", "a" * 83, KEY + " x"]
+)
+def test_a_password_that_could_be_guessed_has_no_fingerprint(secret: str) -> None:
+    assert printable(secret) is None
+
+
 # -- storing ----------------------------------------------------------------------------------------------
 
 
@@ -165,6 +178,29 @@ def test_rotation_shows_as_fingerprints(host: FakeHost) -> None:
     assert change.after == "$oauthtoken " + fingerprint(NEW)
     assert change.diff is not None
     assert change.diff.after == "nvcr.io: $oauthtoken %s\n" % fingerprint(NEW)
+
+
+def test_of_a_password_nothing_is_shown_from_which_it_could_be_guessed(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of the one that is given nor of the one that somebody else has stored before."""
+    theirs, ours = "letmein", "hunter2"
+    host.files[PATH] = json.dumps({"auths": {"mirror:5000": {"auth": _auth("them", theirs)}}}).encode()
+    run = functools.partial(_module, host, monkeypatch, capsys, registry="mirror:5000")
+    given: dict[str, t.Any] = {"username": "them", "api_key": ours}
+    check, real, again = run(True, **given), run(False, **given), run(False, **given)
+    gone = run(False, state="absent")
+    for result in (check, real, again, gone):
+        for secret in (theirs, ours):
+            assert fingerprint(secret) not in json.dumps(result)
+            assert secret not in json.dumps(result)
+    assert check["changes"] == real["changes"]
+    change = real["changes"][0]
+    assert (change["from"], change["to"]) == ("them, a password", "them, the password that is given")
+    assert real["diff"][0]["after"] == "mirror:5000: them, the password that is given\n"
+    assert again["changed"] is False
+    assert again["login"]["fingerprint"] is None
+    assert [change["from"] for change in gone["changes"]] == ["them, a password"]
 
 
 def test_everything_else_is_kept(host: FakeHost) -> None:

@@ -217,6 +217,13 @@ def test_a_new_key_restarts_nothing_that_runs(machine: Machine) -> None:
     assert machine.converge(llama()).changes == []
 
 
+def test_a_key_that_could_be_guessed_has_no_fingerprint(machine: Machine) -> None:
+    machine.converge(llama(), key="password")
+    (change,) = machine.converge(llama(), key="hunter22").changes
+    assert (change.before, change.after) == ("a key", "the key that is given")
+    assert machine.host.files[KEY_FILE] == b"NGC_API_KEY=hunter22\n"
+
+
 def test_a_new_key_lets_a_failing_start_try_again_at_once(machine: Machine) -> None:
     machine.converge(llama(), key=KEY)
     spec = json.loads(machine.host.files["/etc/nim/llama.json"])["spec"]
