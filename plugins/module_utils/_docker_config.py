@@ -74,6 +74,7 @@ class DockerConfig:
         content: The parsed file; an empty dictionary when there is none.
         helper: Name of the credential helper that Docker would use for the registry, or empty.
         helper_key: Where it is configured: ``credsStore`` or ``credHelpers``.
+        ours: Entries that this collection has stored; known only to who has asked for it.
     """
 
     account: Account
@@ -84,12 +85,15 @@ class DockerConfig:
     helper: str = ""
     helper_key: str = ""
     helper_credentials: t.Optional[t.Tuple[str, str]] = field(default=None, repr=False)
+    ours: t.Tuple[str, ...] = ()
 
     def credentials(self, registry: str) -> t.Optional[t.Tuple[str, str]]:
         """User and password that Docker would use for a registry, or None."""
-        if self.helper:
-            return self.helper_credentials
-        entry = (self.content.get("auths") or {}).get(registry)
+        return self.helper_credentials if self.helper else self.entry(registry)
+
+    def entry(self, name: str) -> t.Optional[t.Tuple[str, str]]:
+        """User and password of an entry of the file itself, or None."""
+        entry = (self.content.get("auths") or {}).get(name)
         if not isinstance(entry, dict):
             return None
         if isinstance(entry.get("auth"), str) and entry["auth"]:

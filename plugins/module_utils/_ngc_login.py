@@ -15,6 +15,7 @@ from ._docker_registries import Registries
 from ._errors import FleetError
 from ._host import Host
 from ._ngc_login_planner import VALIDATE_ALWAYS, VALIDATE_NEVER, VALIDATE_ON_CHANGE, LoginPlanner
+from ._ngc_login_record import read_logins, write_logins
 from ._registry import RegistryClient
 from ._resource import Change, Resource
 from ._sleeping_docker import look_at_docker
@@ -52,16 +53,24 @@ class NgcLogin(LoginPlanner, Resource[DockerConfig]):
                 return
             content = dict(state.content)
             auths = dict(content.get("auths") or {})
+            record = read_logins(host)
             if change.action == "store":
                 auths[self.registry] = {"auth": encode_basic(self.username, self.key)}
+                # First, so that no login of ours is ever on the host without it.
+                before = state.credentials(self.registry)
+                record.add(self.docker_user, self.registry, (self.username, self.key), before)
+                write_logins(host, record)
             else:
-                for name in self.entry_names(state):
+                for name in state.ours if self.only_ours else self.entry_names(state):
                     del auths[name]
             content["auths"] = auths
             if change.action == "erase" and not any(content.values()):
                 self._remove(host, state)
             else:
                 self._write(host, state, content)
+            if change.action == "erase":
+                record.drop(self.docker_user, self.registry)
+                write_logins(host, record)
         elif change.action == "directory":
             self._make_directory(host, self.observe(host))
         elif change.action == "file":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import typing as t
+from dataclasses import replace
 
 from ._docker_config import DockerConfig, find_account, read_docker_config
 from ._errors import FleetError
@@ -31,6 +32,7 @@ class LoginPlanner(Planner[DockerConfig]):
         docker_user: User of the host whose Docker configuration is meant.
         state: ``present`` or ``absent``.
         check_repository: Repository, optionally with a tag, that the key must be allowed to pull.
+        only_ours: With ``absent``: only what this collection has stored goes, or what has this very user and key.
 
     Raises:
         FleetError: ``invalid_option``.
@@ -48,9 +50,14 @@ class LoginPlanner(Planner[DockerConfig]):
         state: str = "present",
         check_repository: str = "",
         validate: str = VALIDATE_ON_CHANGE,
+        only_ours: bool = False,
     ) -> None:
         if state not in ("present", "absent"):
             raise FleetError("invalid_option", "state = %s: unknown state; choose present or absent." % state)
+        if only_ours and state != "absent":
+            raise FleetError(
+                "invalid_option", "only_ours = true: means nothing with state present; leave it out or log out."
+            )
         if "/" in registry or "://" in registry:
             raise FleetError(
                 "invalid_option", "registry = %s: not a registry host; leave scheme and path out." % registry
@@ -71,6 +78,9 @@ class LoginPlanner(Planner[DockerConfig]):
         if state == "present" and api_key:
             check = check_api_key if username == USERNAME else check_password
             self.key = check(api_key, "api_key")
+        self.only_ours = only_ours
+        # Only compared, so it need not have the form of a key.
+        self._our_key = api_key if only_ours else None
         self.check_reference: t.Optional[ImageReference] = None
         self.check_tag = False
         if check_repository:
@@ -81,9 +91,24 @@ class LoginPlanner(Planner[DockerConfig]):
             self.check_tag = ":" in text.rsplit("/", 1)[-1] or "@" in text
 
     def observe(self, host: Host) -> DockerConfig:
-        return read_docker_config(host, find_account(host, self.docker_user), self.registry)
+        state = read_docker_config(host, find_account(host, self.docker_user), self.registry)
+        if not self.only_ours:
+            return state
+        # A look at a host never asks for it.
+        from ._ngc_login_record import read_logins
+
+        record = read_logins(host)
+
+        def is_ours(entry: t.Optional[t.Tuple[str, str]]) -> bool:
+            given = bool(self._our_key) and entry == (self.username, self._our_key)
+            return given or record.has(self.docker_user, self.registry, entry)
+
+        return replace(state, ours=tuple(name for name in self.entry_names(state) if is_ours(state.entry(name))))
 
     def plan(self, state: DockerConfig) -> t.List[Change]:
+        if self.only_ours:
+            # Entries of the file, also where a helper goes before them: what that has, we have never stored.
+            return [self._login_change(state, state.entry(state.ours[0]), None)] if state.ours else []
         if self.state == "present" and not self.key:
             return []
         if self.state == "absent" and state.credentials(self.registry) is None and not self.entry_names(state):
@@ -111,22 +136,8 @@ class LoginPlanner(Planner[DockerConfig]):
         changes = []
         stored = state.credentials(self.registry)
         wanted = (self.username, self.key) if self.state == "present" else None
-        before = self._describe(stored, "a password")
-        after = self._describe(wanted, "the password that is given")
-        what = "login of %s at %s" % (self.docker_user, self.registry)
         if stored != wanted or self.state == "absent":
-            why = "no login is stored" if before is None else "another key or user is stored"
-            changes.append(
-                Change(
-                    self.name,
-                    what,
-                    before,
-                    after,
-                    "it is to be removed" if self.state == "absent" else why,
-                    action="store" if self.state == "present" else "erase",
-                    diff=FileDiff(state.path, self._shown(before), self._shown(after)),
-                )
-            )
+            changes.append(self._login_change(state, stored, wanted))
         if self.state == "present":
             owner = (state.account.uid, state.account.gid)
             for kind, found, mode in (("directory", state.directory, 0o700), ("file", state.file, 0o600)):
@@ -145,10 +156,45 @@ class LoginPlanner(Planner[DockerConfig]):
                     )
         return changes
 
+    def _login_change(
+        self, state: DockerConfig, stored: t.Optional[t.Tuple[str, str]], wanted: t.Optional[t.Tuple[str, str]]
+    ) -> Change:
+        before = self._describe(stored, "a password")
+        after = self._describe(wanted, "the password that is given")
+        why = "no login is stored" if before is None else "another key or user is stored"
+        return Change(
+            self.name,
+            "login of %s at %s" % (self.docker_user, self.registry),
+            before,
+            after,
+            "it is to be removed" if self.state == "absent" else why,
+            action="store" if self.state == "present" else "erase",
+            diff=FileDiff(state.path, self._shown(before), self._shown(after)),
+        )
+
+    def left(self, state: DockerConfig) -> str:
+        """What is left of the registry's logins because it is somebody else's, as a sentence; empty when nothing is."""
+        auths = state.content.get("auths") or {}
+        # Docker leaves an empty entry beside what a helper has.
+        names = [name for name in self.entry_names(state) if auths[name] and name not in state.ours]
+        if state.helper_credentials is not None:
+            place, names = "the credential helper 'docker-credential-%s'" % state.helper, [self.registry, *names]
+        elif names:
+            place = state.path
+        else:
+            return ""
+        return "The login of %s at %s in %s was not stored by this collection, so it is left; %s as %s removes it." % (
+            self.docker_user,
+            self.registry,
+            place,
+            " and ".join("'docker logout %s'" % name for name in dict.fromkeys(names)),
+            self.docker_user,
+        )
+
     def result(self, state: DockerConfig) -> t.Dict[str, t.Any]:
         """Return values of the module."""
         stored = state.credentials(self.registry)
-        message = ""
+        message = self.left(state) if self.only_ours else ""
         if self.state == "present" and not self.key:
             message = (
                 "No API key is given: the stored login is left as it is."

@@ -118,6 +118,7 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
         "state": _PRESENT_OR_ABSENT,
         "check_repository": {"type": "str", "default": ""},
         "validate": {"type": "str", "choices": ["on_change", "always", "never"], "default": "on_change"},
+        "only_ours": {"type": "bool", "default": False},
     },
     "nim_image": {
         "images": {

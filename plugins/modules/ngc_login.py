@@ -15,6 +15,8 @@ description:
   - A new key is checked against the registry before anything is changed; when nothing changes, the registry is not contacted.
     The registry is asked as the host's Docker daemon would ask it (proxies, insecure registries).
   - Without a key nothing is done, since many images are public.
+  - That a login was stored by this module is remembered in C(/var/lib/gpu_fleet/logins), readable for root only, as a
+    fingerprint that is made with a random key.
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
 attributes:
@@ -27,6 +29,7 @@ options:
     description:
       - The NGC API key, or the password of O(username).
       - Without it, O(state=present) does nothing and a stored login is left as it is.
+      - O(state=absent) needs it only where O(only_ours) says so.
     type: str
   registry:
     description: Host of the registry, with its port where it has one.
@@ -61,6 +64,13 @@ options:
     type: str
     choices: [on_change, always, never]
     default: on_change
+  only_ours:
+    description:
+      - With O(state=absent), take away only the login that this module has stored, or one with the O(username) and
+        O(api_key) that are given. Any other one is left, and so is what a credential helper has; a warning says so.
+      - Without it, every login at the registry in the file is taken away, whoever has stored it.
+    type: bool
+    default: false
 seealso:
   - module: gpu_fleet.nim.nim_image
 author:
@@ -73,6 +83,12 @@ EXAMPLES = r"""
   gpu_fleet.nim.ngc_login:
     api_key: "{{ vault_ngc_api_key }}"
     check_repository: nim/meta/llama-3.1-8b-instruct:1.8.4
+  become: true
+
+- name: The login that this module has stored is gone
+  gpu_fleet.nim.ngc_login:
+    state: absent
+    only_ours: true
   become: true
 
 - name: Nobody is logged in any more
@@ -120,7 +136,7 @@ key_given:
   returned: success
   type: bool
 message:
-  description: What it means that no key was given; else empty.
+  description: What it means that no key was given, or what O(only_ours) has left; else empty.
   returned: success
   type: str
 changes:
@@ -141,7 +157,10 @@ reason:
   type: str
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_config import DockerConfig
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, run_resource
@@ -149,6 +168,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import (
     NgcLogin,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 
 
 def main() -> None:
@@ -162,7 +182,14 @@ def main() -> None:
         login.precheck(host)
     except FleetError as error:
         fail(module, error)
-    run_resource(module, lambda: login, login.result, host=host)
+
+    def result(state: DockerConfig) -> dict[str, t.Any]:
+        answer = login.result(state)
+        if login.only_ours and answer["message"]:
+            module.warn(scrub(answer["message"]))
+        return answer
+
+    run_resource(module, lambda: login, result, host=host)
 
 
 if __name__ == "__main__":

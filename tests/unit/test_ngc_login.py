@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import json
 import typing as t
 
@@ -23,6 +24,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_key import (
     render_environment,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login import NgcLogin
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._ngc_login_record import RECORD
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Outcome, converge
 from ansible_collections.gpu_fleet.nim.plugins.modules import ngc_login
 from fake_host import FakeHost
@@ -340,6 +342,203 @@ def test_a_file_with_other_settings_stays(host: FakeHost) -> None:
 def test_absent_on_a_bare_host(host: FakeHost) -> None:
     assert not _run(host, None, state="absent").changed
     assert PATH not in host.files
+
+
+# -- only what is ours ------------------------------------------------------------------------------------
+
+
+def _take_back(host: FakeHost, key: str | None = None, **options: t.Any) -> Outcome[t.Any]:
+    return _run(host, key, state="absent", only_ours=True, **options)
+
+
+def _left(host: FakeHost, key: str | None = None, **options: t.Any) -> str:
+    """What taking back says that it has left."""
+    login = _login(key, state="absent", only_ours=True, **options)
+    return str(login.result(converge(host, login, check_mode=False).state)["message"])
+
+
+def test_what_we_have_stored_is_ours(host: FakeHost) -> None:
+    """Without its key: the host remembers."""
+    _run(host)
+    assert host.modes[RECORD] == (0o600, 0, 0)
+    (change,) = _take_back(host).changes
+    assert (change.before, change.after) == ("$oauthtoken " + fingerprint(KEY), None)
+    assert PATH not in host.files
+    assert RECORD not in host.files
+    assert not _take_back(host).changed
+    assert _left(host) == ""
+
+
+def test_the_record_says_nothing_about_the_key(host: FakeHost) -> None:
+    _run(host)
+    record = host.files[RECORD].decode()
+    for text in (KEY, _auth("$oauthtoken", KEY)):
+        assert text not in record
+        assert hashlib.sha256(text.encode()).hexdigest()[:12] not in record
+    # Another random key on another host; and no name by which a support bundle would take it along.
+    other = FakeHost(files={"/etc/passwd": PASSWD})
+    other.dirs.add("/root")
+    _run(other)
+    assert other.files[RECORD] != host.files[RECORD]
+    assert not RECORD.endswith(".json")
+
+
+@pytest.mark.parametrize("key", [None, "", NEW, KEY + "\n"])
+def test_the_login_of_somebody_else_stays(host: FakeHost, key: str | None) -> None:
+    """Who uses public images only may have logged in by hand."""
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}}}).encode()
+    before = dict(host.files)
+    assert not _run(host, None).changed
+    assert not _take_back(host, key).changed
+    assert host.files == before
+    message = _left(host, key)
+    assert PATH in message
+    assert "'docker logout nvcr.io' as root" in message
+
+
+def test_a_login_that_came_after_ours_stays(host: FakeHost) -> None:
+    _run(host)
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", NEW)}}}).encode()
+    assert not _take_back(host).changed
+    assert b"auth" in host.files[PATH]
+
+
+def test_the_key_of_the_inventory_is_ours(host: FakeHost) -> None:
+    """Stored before there was a record, or the record is lost."""
+    _run(host)
+    del host.files[RECORD]
+    assert not _take_back(host, KEY, username="other").changed
+    assert _take_back(host, KEY).changed
+    assert PATH not in host.files
+
+
+def test_a_rotated_key_is_ours(host: FakeHost) -> None:
+    _run(host)
+    _run(host, NEW)
+    assert _take_back(host).changed
+    assert PATH not in host.files
+
+
+def test_a_rotation_that_was_interrupted(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run(host)
+
+    def dies(*_arguments: t.Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NgcLogin, "_write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            _run(host, NEW)
+    assert stored_credentials(host, "nvcr.io") == ("$oauthtoken", KEY)
+    assert _take_back(host).changed
+    assert PATH not in host.files
+
+
+def test_a_login_of_somebody_else_that_we_replaced_does_not_become_ours(host: FakeHost) -> None:
+    theirs = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}}}).encode()
+    host.files[PATH] = theirs
+    _run(host, NEW)
+    host.files[PATH] = theirs
+    assert not _take_back(host).changed
+
+
+def test_registries_and_users_are_told_apart(host: FakeHost) -> None:
+    _run(host)
+    _run(host, "password", registry="mirror:5000", username="me")
+    _run(host, docker_user="alice")
+    assert not _take_back(host, registry="other:5000").changed
+    assert _take_back(host).changed
+    assert stored_credentials(host, "mirror:5000") == ("me", "password")
+    assert stored_credentials(host, "nvcr.io", "alice") == ("$oauthtoken", KEY)
+    assert _take_back(host, registry="mirror:5000").changed
+    assert PATH not in host.files
+    assert _take_back(host, docker_user="alice").changed
+    assert RECORD not in host.files
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"key": 5, "logins": []}', b'{"key": "ab", "logins": {"root nvcr.io": 5}}']
+)
+def test_a_broken_record_is_none(host: FakeHost, content: bytes) -> None:
+    _run(host)
+    host.files[RECORD] = content
+    assert not _take_back(host).changed
+    _run(host, NEW)
+    assert _take_back(host).changed
+
+
+def test_a_login_that_is_there_already_is_not_written_down(host: FakeHost) -> None:
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", KEY)}}}).encode()
+    host.modes[PATH] = (0o600, 0, 0)
+    host.modes["/root/.docker"] = (0o700, 0, 0)
+    assert not _run(host).changed
+    assert RECORD not in host.files
+
+
+def test_plainly_absent_forgets(host: FakeHost) -> None:
+    _run(host)
+    assert _run(host, None, state="absent").changed
+    assert RECORD not in host.files
+
+
+@pytest.mark.parametrize("content", [{"credsStore": "pass"}, {"credHelpers": {"nvcr.io": "pass"}}])
+def test_what_a_credential_helper_has_stays_and_holds_nothing_up(host: FakeHost, content: dict[str, t.Any]) -> None:
+    # Docker leaves an empty entry beside a helper.
+    host.files[PATH] = json.dumps({**content, "auths": {"nvcr.io": {}}}).encode()
+    before = dict(host.files)
+    assert _left(host, KEY) == ""
+    host.commands["docker-credential-pass get"] = json.dumps({"Username": "$oauthtoken", "Secret": KEY})
+    assert not _take_back(host, KEY).changed
+    assert host.files == before
+    assert "docker-credential-pass" in _left(host, KEY)
+
+
+def test_what_we_stored_before_there_was_a_helper_goes(host: FakeHost) -> None:
+    _run(host)
+    content = {"credsStore": "pass", **json.loads(host.files[PATH])}
+    host.files[PATH] = json.dumps(content).encode()
+    host.commands["docker-credential-pass get"] = json.dumps({"Username": "me", "Secret": "theirs"})
+    (change,) = _take_back(host).changes
+    assert change.before == "$oauthtoken " + fingerprint(KEY)
+    assert json.loads(host.files[PATH]) == {"credsStore": "pass", "auths": {}}
+    assert "docker-credential-pass" in _left(host)
+
+
+def test_ours_goes_and_the_same_registry_under_another_name_stays(host: FakeHost) -> None:
+    _run(host)
+    content = json.loads(host.files[PATH])
+    content["auths"]["https://nvcr.io"] = {"identitytoken": "theirs"}
+    host.files[PATH] = json.dumps(content).encode()
+    assert _take_back(host).changed
+    assert json.loads(host.files[PATH]) == {"auths": {"https://nvcr.io": {"identitytoken": "theirs"}}}
+    assert "docker logout https://nvcr.io" in _left(host)
+
+
+def test_module_takes_back_only_ours(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = functools.partial(_module, host, monkeypatch, capsys)
+    run(False, api_key=KEY)
+    files = dict(host.files)
+    back: dict[str, t.Any] = {"state": "absent", "only_ours": True}
+    check_1 = run(True, **back)
+    assert host.files == files
+    real_1, check_2, real_2 = run(False, **back), run(True, **back), run(False, **back)
+    assert [found["changed"] for found in (check_1, real_1, check_2, real_2)] == [True, True, False, False]
+    assert check_1["changes"] == real_1["changes"]
+    before = "nvcr.io: $oauthtoken %s\n" % fingerprint(KEY)
+    assert check_1["diff"] == real_1["diff"]
+    assert real_1["diff"] == [{"before_header": PATH, "after_header": PATH, "before": before, "after": ""}]
+    assert not any(found.get("warnings") for found in (check_1, real_1, check_2, real_2))
+
+    host.dirs.add("/root/.docker")
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"auth": _auth("$oauthtoken", NEW)}}}).encode()
+    for check in (True, False):
+        found = run(check, api_key=KEY, **back)
+        assert found["changed"] is False
+        assert "was not stored by this collection" in json.dumps(found["warnings"])
+    assert host.files[PATH]
+    assert run(False, api_key=KEY, only_ours=True)["reason"] == "invalid_option"
 
 
 # -- options ----------------------------------------------------------------------------------------------
