@@ -15,13 +15,12 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
-from ._nim_models import NimModel
+from ._nim_models import NAME_LABEL, NimModel
 from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER
 from ._nim_service_state import ImageState
 from ._nim_unit import spec_hash
 from ._nim_unit_program import program
 
-NAME_LABEL = "io.gpu-fleet.nim.name"
 IMAGE_LABEL = "io.gpu-fleet.nim.image"
 DIGEST_LABEL = "io.gpu-fleet.nim.digest"
 #: Says which secret variables a container was given; see :meth:`Secrets.spec`.

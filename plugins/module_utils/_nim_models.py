@@ -55,6 +55,8 @@ _SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY
 _NO_SECRET = re.compile(r"(?i)(?:true|false|yes|no|on|off|none|[0-9.]*|/.*)\Z")
 _SECRET_VALUE = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|://[^\s/@:]*:[^\s@]+@")
 
+#: Label that says which service a container is.
+NAME_LABEL = "io.gpu-fleet.nim.name"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\Z")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _GPU_UUID = re.compile(r"(GPU|MIG)-[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\Z")

@@ -29,7 +29,7 @@ from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment, printable
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
-from ._nim_models import NimModel, container_name, unit_name
+from ._nim_models import NAME_LABEL, NimModel, container_name, unit_name
 from ._nim_paths import (
     BASE_DIRECTORY,
     CONFIGURATION_DIRECTORY,
@@ -45,7 +45,7 @@ from ._nim_process_state import parse_time
 from ._nim_silence import why_silent
 from ._nim_unit_docker import SPEC_LABEL
 from ._registry_image import foreign_architecture
-from ._untrusted import json_object, whole_number
+from ._untrusted import json_object, strings, whole_number
 from ._verdict import REFUSED, Verdict
 
 if t.TYPE_CHECKING:
@@ -92,7 +92,8 @@ class ServiceState:
         enabled: systemd's UnitFileState.
         running: Whether the container runs.
         paused: Whether somebody has paused it.
-        inspected: ``docker inspect`` of the container while it runs.
+        inspected: ``docker inspect`` of the container while it runs or is paused.
+        given_gpus: UUIDs that the container was made with, or the one that fetches the model's files.
         silent: Why it has to be restarted although it runs, see :mod:`._nim_silence`; empty for most.
         spec: What the container runs, by its label; empty without a container.
         started_spec: What the wrapper is starting or running, by its own word.
@@ -113,6 +114,7 @@ class ServiceState:
     running: bool = False
     paused: bool = False
     inspected: Json = field(default_factory=dict, repr=False)
+    given_gpus: tuple[str, ...] = ()
     silent: str = ""
     downloading: bool = False
     spec: str = ""
@@ -141,8 +143,11 @@ class ServiceState:
 
     @property
     def gpus(self) -> tuple[str, ...]:
-        found = self.configuration.get("gpus")
-        return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
+        """UUIDs by its file; by its container where the file is lost, or no longer names those it was made with."""
+        listed = tuple(strings(self.configuration.get("gpus")))
+        made = " ".join(strings(self.configuration.get("create")))
+        own = self.spec == self.configuration.get("spec") and all(uuid in made for uuid in self.given_gpus)
+        return self.given_gpus if self.given_gpus and (own or not listed) else listed
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def observe_services(
     problem, info, version, containers, inspected = _look_at_docker(api)
     wanted = [model for model in models if model.state != "absent" and not remove_all]
     inventory = observe_gpus(host) if wanted else None
-    names = _names(host, models)
+    names = _names(host, models, containers)
     units = _units(host, names)
     by_name = {str(name).lstrip("/"): entry for entry in containers for name in entry.get("Names") or []}
     key = key_in_environment(host.read_text(KEY_FILE))
@@ -272,9 +277,10 @@ def observe_services(
     services = {name: _service(host, name, units.get(unit_name(name), {}), by_name, by_id) for name in sorted(names)}
     for model in wanted:
         services[model.name] = replace(services[model.name], silent=_silent(host, model, services[model.name]))
-    endangered = _endangered(host, version, info, inspected)
+    active = [entry for entry in inspected if (entry.get("State") or {}).get("Status") != "paused"]
+    endangered = _endangered(host, version, info, active)
     if inventory and inventory.gpus:
-        for name, said in _lost_gpus(host, names, endangered, inspected).items():
+        for name, said in _lost_gpus(host, names, endangered, active).items():
             services[name] = replace(services[name], lost_gpus=said)
     state = HostState(
         docker=not problem,
@@ -346,16 +352,21 @@ def _look_at_docker(api: DockerApi) -> tuple[str, Json, str, list[Json], list[Js
         version = str(api.version().get("Version", ""))
         info = api.info()
         containers = api.containers(all=True)
-        running = [str(entry.get("Id", "")) for entry in containers if entry.get("State") == "running"]
+        running = [str(entry.get("Id", "")) for entry in containers if entry.get("State") in ("running", "paused")]
         inspected = [found for found in map(api.container, running) if found is not None]
     except FleetError as error:
         return error.message, {}, "", [], []
     return "", info, version, containers, inspected
 
 
-def _names(host: Host, models: t.Sequence[NimModel]) -> set[str]:
+def _names(host: Host, models: t.Sequence[NimModel], containers: t.Sequence[Json]) -> set[str]:
     """Services that are wanted or that an earlier run has put here."""
     names = {model.name for model in models}
+    for container in containers:
+        # Its file may be lost.
+        name = str((container.get("Labels") or {}).get(NAME_LABEL) or "")
+        if name and "/" + container_name(name) in (container.get("Names") or []):
+            names.add(name)
     for entry in host.list_dir(CONFIGURATION_DIRECTORY):
         if entry.endswith(".json"):
             names.add(entry[: -len(".json")])
@@ -401,6 +412,7 @@ def _service(
     masked = host.read_link(unit_path) == "/dev/null"
     text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
     container = containers.get(container_name(name))
+    shown = inspected.get(str((container or {}).get("Id", "")), {})
     runtime = json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
     failures = runtime.get("failures")
     download = containers.get(container_name(name) + "-download") or {}
@@ -417,7 +429,8 @@ def _service(
         container=container is not None,
         running=(container or {}).get("State") == "running",
         paused=(container or {}).get("State") == "paused",
-        inspected=inspected.get(str((container or {}).get("Id", "")), {}),
+        inspected=shown,
+        given_gpus=_given_gpus(shown) or _given_gpus(inspected.get(str(download.get("Id", "")), {})),
         downloading=download.get("State") == "running",
         spec=str(((container or {}).get("Labels") or {}).get(SPEC_LABEL, "")),
         started_spec=str(runtime.get("spec", "")),
@@ -427,6 +440,21 @@ def _service(
         secret_safe=secret_file is None or (secret_file.mode == 0o600 and secret_file.uid == 0),
         fetched=json_object(host.read_text("%s/%s.download.json" % (STATE_DIRECTORY, name))),
     )
+
+
+def _given_gpus(container: t.Mapping[str, t.Any]) -> tuple[str, ...]:
+    """UUIDs of the GPUs and MIG devices that a container was made with, whichever way; indices may mean others today."""
+    found: list[str] = []
+    for request in (container.get("HostConfig") or {}).get("DeviceRequests") or []:
+        # A device of CDI is "nvidia.com/gpu=UUID".
+        found += [str(one).rpartition("=")[2] for one in request.get("DeviceIDs") or []]
+    if not found:
+        # Else it is the image's own, which often asks for all.
+        variables = dict(
+            str(entry).split("=", 1) for entry in (container.get("Config") or {}).get("Env") or [] if "=" in entry
+        )
+        found = variables.get("NVIDIA_VISIBLE_DEVICES", "").split(",")
+    return tuple(uuid for uuid in found if uuid.startswith(("GPU-", "MIG-")))
 
 
 def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[str, ImageState]:
