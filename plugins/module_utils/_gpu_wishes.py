@@ -155,6 +155,21 @@ def given_gpus(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[Gpu]:
     return found
 
 
+def gpu_kinds(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[str]:
+    """What NIM chooses a profile by, for each GPU, sorted: its name, and the memory of a MIG device.
+
+    Memory of a whole GPU is left out, because drivers count it differently; one that is not known is of its own kind.
+    """
+    kinds = []
+    for uuid in uuids:
+        found = given_gpus([uuid], gpus)
+        kind = (found[0].name if found else "") or uuid
+        if found and not any(gpu.uuid == uuid for gpu in gpus):
+            kind += " MIG %.0f GiB" % ((found[0].memory_total_mib or 0) / 1024)
+        kinds.append(kind)
+    return sorted(kinds)
+
+
 def named_gpu(name: str, gpus: t.Sequence[Gpu]) -> Gpu | None:
     """The GPU of an index or UUID, or that a MIG device is part of; None where there is none."""
     for gpu in gpus:

@@ -14,6 +14,7 @@ import sys
 import typing as t
 from dataclasses import dataclass, field
 
+from ._gpu_wishes import names_profile
 from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
 from ._nim_models import NAME_LABEL, NimModel
 from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER
@@ -200,6 +201,7 @@ def build_configuration(
     image: ImageState,
     gpus: t.Sequence[str],
     *,
+    kinds: t.Sequence[str],
     injection: str,
     cgroup_driver: str,
     secret: Secrets,
@@ -207,6 +209,10 @@ def build_configuration(
     """Content of ``/etc/nim/<name>.json``: all that the wrapper needs, nothing secret.
 
     ``spec`` names what the container runs; it leaves out what can change without a new container.
+
+    Args:
+        gpus: UUIDs.
+        kinds: Of these GPUs.
     """
     family = image.family
     environment = family.environment(model)
@@ -241,12 +247,13 @@ def build_configuration(
     if step is not None:
         words = [*_log_arguments(model.container + "-download"), *labels, *common, *network]
         words += _environment_arguments({**environment, **step.environment})
+        files = [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory]
         download = {
             **_with_key(model, image, words, step.command),
-            # What decides which files are fetched, and where to.
-            "key": spec_hash(
-                [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory, sorted(gpus)]
-            ),
+            # What decides which files are fetched, and where to: without a name NIM takes a profile that suits the GPUs.
+            "key": spec_hash([*files, [] if names_profile(model) else sorted(kinds)]),
+            # By which hosts know what they fetched while that was asked with the very GPUs.
+            "former_key": spec_hash([*files, sorted(gpus)]),
         }
     key_in_service: Json | None = None
     if step is None and family.key == "unknown":

@@ -15,6 +15,7 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._gpu import Gpu
 from ._gpu_placement import place
+from ._gpu_wishes import gpu_kinds
 from ._host import Host
 from ._ngc_key import check_api_key
 from ._nim_configuration import Secrets, build_configuration
@@ -224,6 +225,7 @@ class NimService(Resource[HostState]):
                 model,
                 state.images[model.image],
                 placed[model.name],
+                kinds=gpu_kinds(placed[model.name], state.gpus),
                 injection=self.injection,
                 cgroup_driver=state.cgroup_driver,
                 secret=self._secrets(model, state),

@@ -22,7 +22,7 @@ from ._nim_service_checks import (
     check_port,
 )
 from ._nim_service_state import RESOURCE, HostState, ImageState, ServiceState
-from ._nim_unit import FETCHED
+from ._nim_unit import was_fetched
 from ._nim_unit_key import arguments_with_key
 from ._resource import Change, Disruption
 
@@ -106,9 +106,7 @@ def start_checks(
 
 def fetched(model: NimModel, configurations: t.Mapping[str, Json], state: HostState) -> bool:
     """Whether the wrapper has fetched all files of a model, as it will ask itself before the start."""
-    there = state.service(model.name).fetched
-    download = configurations.get(model.name, {}).get("download") or {}
-    return there.get("status") in FETCHED and there.get("key") == download.get("key", "")
+    return was_fetched(state.service(model.name).fetched, configurations.get(model.name, {}).get("download") or {})
 
 
 def due_starts(

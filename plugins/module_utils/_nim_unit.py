@@ -60,6 +60,8 @@ RUNTIME = os.environ.get("RUNTIME_DIRECTORY", "/run/nim")
 
 #: What is noted when all files of a model were fetched, and when they have served since.
 FETCHED = ("complete", "proven")
+#: Downloads whose files have served, that is: from images and profiles that one may go back to.
+PROVEN_MOST = 8
 
 #: Seconds between two questions to a service that is not ready.
 READY_SECONDS = 1.0
@@ -87,6 +89,37 @@ def read_json(path: str) -> Json:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def proven_downloads(record: Json) -> t.Dict[str, str]:
+    """Keys of the downloads whose files have served, oldest first, each with its cache directory; empty where not known."""
+    found = record.get("proven")
+    known = {
+        key: directory
+        for key, directory in (found.items() if isinstance(found, dict) else ())
+        if isinstance(directory, str)
+    }
+    key = record.get("key")
+    if record.get("status") == "proven" and isinstance(key, str):
+        known.setdefault(key, "")
+    return known
+
+
+def was_fetched(record: Json, plan: Json) -> bool:
+    """Whether the record of a model's downloads says that all files of this one were fetched.
+
+    Args:
+        plan: ``key``, and ``former_key`` by which earlier versions knew the same download.
+    """
+    keys = _keys(plan)
+    if record.get("status") in FETCHED and record.get("key") in keys:
+        return True
+    proven = proven_downloads(record)
+    return any(key in proven for key in keys)
+
+
+def _keys(plan: Json) -> t.List[str]:
+    return [key for key in (plan.get("key"), plan.get("former_key")) if isinstance(key, str)]
 
 
 def says_ready(address: str) -> bool:
@@ -382,8 +415,9 @@ class Unit:
         self.ready = True
         self.ready_since = time.monotonic()
         say("%s is ready" % self.container)
-        marker = read_json(self.marker_file)
-        if marker.get("status") == "complete":
+        plan = self.download_plan()
+        if plan and plan.get("key") not in proven_downloads(read_json(self.marker_file)) and self.cache_has_files():
+            # It had no key to fetch anything with, so whatever it needs is there, however it came.
             self.mark("proven")
         if os.environ.get("INVOCATION_ID"):
             # The start limit is meant for starts that fail in a row; a service that got ready starts counting anew.
@@ -424,7 +458,8 @@ class Unit:
             return self.exit_code(code)
         say("%s %s before it was ready" % (self.container, reason))
         self.note("failed", self.failures() + 1, reason)
-        if read_json(self.marker_file).get("status") == "complete":
+        record = read_json(self.marker_file)
+        if record.get("status") == "complete" and record.get("key") in _keys(self.download_plan()):
             # Files that never served may be incomplete: let the download look again.
             self.mark("incomplete")
         return self.exit_code(code) or 1
@@ -436,8 +471,24 @@ class Unit:
 
     # -- the download -----------------------------------------------------------------------------------
 
+    def download_plan(self) -> Json:
+        plan = self.config.get("download")
+        return plan if isinstance(plan, dict) else {}
+
     def mark(self, status: str) -> None:
-        content = {"status": status, "key": (self.config.get("download") or {}).get("key", "")}
+        """Note how far the wanted download is; those that have served before stay proven as long as their files are there."""
+        plan = self.download_plan()
+        key, directory = str(plan.get("key", "")), str(self.config.get("cache_directory", ""))
+        proven = proven_downloads(read_json(self.marker_file))
+        if not self.cache_has_files():
+            gone = _keys(plan)
+            proven = {known: at for known, at in proven.items() if at not in ("", directory) and known not in gone}
+        if status == "proven":
+            proven.pop(key, None)
+            proven[key] = directory
+        content: Json = {"status": status, "key": key}
+        if proven:
+            content["proven"] = dict(list(proven.items())[-PROVEN_MOST:])
         try:
             write_atomically(self.marker_file, json.dumps(content) + "\n")
         except OSError as error:
@@ -449,14 +500,16 @@ class Unit:
 
     def download(self) -> None:
         """Fetch the model with the NGC key in a container of its own, so that the service itself never has the key."""
-        plan = self.config.get("download")
+        plan = self.download_plan()
         running = inspect(self.downloader)
-        if not isinstance(plan, dict) or not self.key():
+        if not plan or not self.key():
             remove_container(self.downloader, running, self.stop_timeout)
             return
         marker = read_json(self.marker_file)
         filled = self.cache_has_files()
-        if filled and marker.get("key") == plan["key"] and marker.get("status") in FETCHED:
+        if filled and was_fetched(marker, plan):
+            if marker.get("key") not in _keys(plan):
+                say("The files of %s have served before: they are not fetched again" % self.container)
             remove_container(self.downloader, running, self.stop_timeout)
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.

@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import PciGpu
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import GpuInventory
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_wishes import gpu_kinds
 from nim_machine import DIGEST, LLAMA, NEMO, Machine, failure, llama, nemo
 
 EIGHT = parse_smi((pathlib.Path(__file__).parent / "fixtures/nvidia-smi/h200-x8.xml").read_text())[2]
@@ -152,3 +153,14 @@ def test_unified_memory_and_mig(machine: Machine) -> None:
     machine.converge(nemo(gpus=[device], profile="vllm-bf16-tp1-pp1"))
     assert json.loads(machine.host.files["/etc/nim/nemo.json"])["gpus"] == [device]
     assert "MIG devices" in failure(machine, nemo(gpus=1)).message
+
+
+def test_kinds_of_gpus() -> None:
+    device = "MIG-11111111-2222-3333-4444-555555555555"
+    sliced = dataclasses.replace(
+        EIGHT[0], mig="Enabled", mig_devices=({"uuid": device, "index": 0, "memory_total_mib": 18000},)
+    )
+    gpus = [sliced, *EIGHT[1:]]
+    assert gpu_kinds([EIGHT[2].uuid, device, "GPU-gone"], gpus) == sorted(
+        [EIGHT[2].name, EIGHT[0].name + " MIG 18 GiB", "GPU-gone"]
+    )

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import stat
 import subprocess
+import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_configuration import (
@@ -22,6 +24,8 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import (
     UNIT_DIRECTORY,
     WRAPPER,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_unit import spec_hash
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from nim_machine import (
     DIGEST,
     ENTRYPOINT,
@@ -145,6 +149,52 @@ def test_a_short_secret_cannot_be_guessed_from_what_everybody_reads(machine: Mac
     machine.converge(llama(secret_environment={"PIN": "0"}))
     there = Secrets.parse(machine.host.files["/etc/nim/llama.env"].decode())
     assert there and there.key not in machine.host.files["/etc/nim/llama.json"].decode()
+
+
+def download(machine: Machine) -> dict[str, t.Any]:
+    return json.loads(machine.host.files["/etc/nim/llama.json"])["download"]
+
+
+def test_another_gpu_of_the_same_kind_needs_no_other_files(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0]))
+    first = download(machine)
+    machine.converge(llama(gpus=[1]))
+    second = download(machine)
+    assert first["key"] == second["key"]
+    # As it was written until the GPUs' kinds took the place of the GPUs.
+    image = machine.api.images[LLAMA]["Id"]
+    former = [spec_hash([image, None, False, "/var/lib/nim/cache/llama", [uuid]]) for uuid in (ZERO, ONE)]
+    assert [first["former_key"], second["former_key"]] == former
+    # Two of them, or one of another kind, may be served with another profile.
+    machine.converge(llama(gpus=[0, 1]))
+    assert download(machine)["key"] != first["key"]
+    other = dataclasses.replace(machine.inventory.gpus[0], name="NVIDIA H100 80GB HBM3")
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(other, *machine.inventory.gpus[1:]))
+    machine.converge(llama(gpus=[0]))
+    assert download(machine)["key"] != first["key"]
+
+
+def test_what_earlier_versions_wrote_is_written_anew_and_nothing_restarts(machine: Machine) -> None:
+    machine.converge(llama())
+    earlier = json.loads(machine.host.files["/etc/nim/llama.json"])
+    earlier["download"]["key"] = earlier["download"].pop("former_key")
+    machine.host.files["/etc/nim/llama.json"] = json.dumps(earlier).encode()
+    machine.host.files[WRAPPER] = b"#!/usr/bin/python3\n"
+    changes = machine.converge(llama()).changes
+    assert {(change.what, change.disruption) for change in changes} == {
+        (WRAPPER, Disruption.NONE),
+        ("/etc/nim/llama.json", Disruption.NONE),
+    }
+
+
+def test_a_profile_by_its_name_has_the_same_files_on_any_gpu(machine: Machine) -> None:
+    machine.converge(llama(gpus=[0], profile="vllm-bf16-tp1-pp1"))
+    first = download(machine)
+    machine.converge(llama(gpus=[0, 1], profile="vllm-bf16-tp1-pp1"))
+    assert download(machine)["key"] == first["key"]
+    machine.converge(llama(gpus=[0, 1], profile="default"))
+    machine.converge(llama(gpus=[0], profile="default"))
+    assert download(machine)["key"] != first["key"]
 
 
 def test_a_secret_replaces_a_default_of_ours(machine: Machine) -> None:

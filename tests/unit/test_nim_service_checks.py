@@ -388,7 +388,11 @@ def test_a_model_that_was_fetched_needs_no_more_disk(machine: Machine) -> None:
     marker = "/var/lib/nim/state/llama.download.json"
     machine.host.files[marker] = json.dumps({"status": "complete", "key": "of another profile"}).encode()
     assert failure(machine, llama(disk_space="10GB")).reason == "disk_full"
-    machine.host.files[marker] = json.dumps({"status": "complete", "key": key}).encode()
+    there = {"status": "complete", "key": key}
+    served = {"status": "incomplete", "key": "of another image", "proven": {key: "/var/lib/nim/cache/llama"}}
+    for record in (there, served):
+        machine.host.files[marker] = json.dumps(record).encode()
+        assert machine.plan(llama(disk_space="10GB"))
     machine.converge(llama(disk_space="10GB"))
 
 

@@ -667,6 +667,107 @@ def test_a_cache_that_was_brought_here_is_tried_although_the_download_fails(mach
     assert marker(machine) == {}
 
 
+MARKER = "lib/state/llama.download.json"
+
+
+def test_what_has_served_before_is_served_without_another_download(machine: Machine, service: str) -> None:
+    """The way there and back again, with a key that has expired meanwhile."""
+    with_key(machine, ready_url=service)
+    (machine.bin / "download-writes").touch()
+    process = machine.start()
+    machine.until(lambda: marker(machine).get("status") == "proven")
+    process.kill()
+    machine.put(running=False)
+    (machine.bin / "download-code").write_text("1")
+    with_key(machine, download=dict(PLAN, key="k2"))
+    assert machine.finish(machine.start())[0] == 1
+    assert (marker(machine)["status"], marker(machine)["key"]) == ("incomplete", "k2")
+    downloads = len(machine.calls("create"))
+    with_key(machine)
+    process = machine.start()
+    machine.until(lambda: (machine.container() or {"State": {"Running": False}})["State"]["Running"])
+    assert len(machine.calls("create")) == downloads + 1
+    process.kill()
+    machine.put(running=False)
+    # The other one is still to be fetched.
+    with_key(machine, download=dict(PLAN, key="k2"))
+    assert machine.finish(machine.start())[0] == 1
+
+
+def test_a_cache_that_was_emptied_has_served_nothing(machine: Machine) -> None:
+    """What lies in another directory is still there."""
+    with_key(machine)
+    known = {"k1": str(machine.bin / "cache"), "k2": str(machine.bin / "cache"), "k0": "/elsewhere", "k": ""}
+    (machine.root / MARKER).write_text(json.dumps({"status": "proven", "key": "k2", "proven": known}))
+    (machine.bin / "download-code").write_text("1")
+    assert machine.finish(machine.start())[0] == 1
+    assert marker(machine) == {"status": "incomplete", "key": "k1", "proven": {"k0": "/elsewhere"}}
+
+
+def test_a_record_from_before_what_is_fetched_had_another_name(machine: Machine, service: str) -> None:
+    (machine.bin / "cache/weights").touch()
+    (machine.bin / "download-code").write_text("1")
+    (machine.root / MARKER).write_text(json.dumps({"status": "proven", "key": "k1"}))
+    with_key(machine, download=dict(PLAN, key="new", former_key="k1"), ready_url=service)
+    process = machine.start()
+    machine.until(lambda: machine.calls("wait"))
+    assert "nim-llama-download" not in " ".join(machine.calls("create"))
+    # It has served under its new name, so its former name (that of a GPU) may change.
+    cache = str(machine.bin / "cache")
+    machine.until(lambda: marker(machine).get("key") == "new")
+    assert marker(machine) == {"status": "proven", "key": "new", "proven": {"k1": "", "new": cache}}
+    process.kill()
+    machine.put(running=False)
+    with_key(machine, download=dict(PLAN, key="new", former_key="another"))
+    machine.start()
+    machine.until(lambda: (machine.container() or {"State": {"Running": False}})["State"]["Running"])
+    assert "nim-llama-download" not in " ".join(machine.calls("create"))
+
+
+def test_what_has_served_is_not_remembered_without_end(machine: Machine, service: str) -> None:
+    (machine.bin / "cache/weights").touch()
+    known = {"old-%d" % number: "/x" for number in range(20)}
+    (machine.root / MARKER).write_text(json.dumps({"status": "complete", "key": "k1", "proven": known}))
+    with_key(machine, ready_url=service)
+    machine.start()
+    machine.until(lambda: marker(machine).get("status") == "proven")
+    found = marker(machine)["proven"]
+    assert len(found) == 8
+    assert list(found)[-2:] == ["old-19", "k1"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"status": "proven", "key": ["k1"]}',
+        '{"proven": ["k1"]}',
+        '{"status": ["proven"], "key": ["k1"], "proven": {"k1": 7}}',
+    ],
+)
+def test_a_broken_record_of_the_download(machine: Machine, content: str) -> None:
+    """It says nothing, so the files are fetched."""
+    with_key(machine)
+    (machine.bin / "cache/weights").touch()
+    (machine.root / MARKER).write_text(content)
+    machine.start()
+    machine.until(lambda: "nim-llama-download" in " ".join(machine.calls("create")))
+
+
+def test_a_cache_that_was_brought_here_and_has_served_is_not_fetched(machine: Machine, service: str) -> None:
+    with_key(machine, ready_url=service)
+    (machine.bin / "cache/weights").touch()
+    (machine.bin / "download-code").write_text("1")
+    process = machine.start()
+    machine.until(lambda: marker(machine))
+    assert marker(machine) == {"status": "proven", "key": "k1", "proven": {"k1": str(machine.bin / "cache")}}
+    process.kill()
+    machine.put(running=False)
+    machine.start()
+    machine.until(lambda: (machine.container() or {"State": {"Running": False}})["State"]["Running"])
+    assert len([call for call in machine.calls("create") if "nim-llama-download" in call]) == 1
+
+
 def test_without_a_key_there_is_no_download(machine: Machine) -> None:
     machine.configure(download=PLAN)
     machine.start()
