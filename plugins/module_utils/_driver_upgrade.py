@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os.path
 import traceback
+import typing as t
 from dataclasses import replace
 
 from ._cdi_spec import follow_driver
@@ -329,10 +330,10 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return record
 
     def _step_ready(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        self._wait(host, state, record)
+        self._wait(host, state, record.workloads)
         return record
 
-    def _wait(self, host: Host, state: UpgradeState, record: Record) -> None:
+    def _wait(self, host: Host, state: UpgradeState, names: t.Sequence[str]) -> None:
         seen = host.time()
 
         def tell(text: str) -> None:
@@ -345,7 +346,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 if found is not None:
                     write_record(host, claimed(found, self.run, seen, lease=self.lease, take_over=True))
 
-        wait_ready(host, self.api, state.services, record.workloads, self.models, tell)
+        wait_ready(host, self.api, state.services, names, self.models, tell)
 
     @staticmethod
     def _step_returned(_host: Host, _state: UpgradeState, record: Record) -> Record | None:
@@ -441,8 +442,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         state = self._look(host)
         start_services(host, state.services, record.workloads)
         state = self._look(host)
-        # What was not ready before is no reason to keep the others out of service.
-        self._wait(host, state, replace(record, workloads=record.serving or record.workloads))
+        self._wait(host, state, record.awaited)
         ready = {*record.serving, *serving(host, self.api, state.services)}
         _note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
 

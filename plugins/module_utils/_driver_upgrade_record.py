@@ -60,7 +60,6 @@ class Record(RolloutRecord):
     Attributes:
         clients: Services of the driver that ran before.
         modules: Kernel modules of the driver that were loaded before.
-        serving: Models that were ready before, and after a way back those that are ready then.
         reboot: Why only a reboot loads the new driver; empty when none is due.
         rebooted: Version that a reboot did not load; empty when none.
         boot_id: The boot in which ``reboot`` was found out.
@@ -76,14 +75,12 @@ class Record(RolloutRecord):
         **dict.fromkeys(_TEXTS, str),
         "clients": [str],
         "modules": [str],
-        "serving": [str],
         "before": {"loaded": str, "branch": str, "version": str, "flavour": str, "source": str, "gpus": int},
     }
 
     before: Before = field(default_factory=Before)
     clients: t.Tuple[str, ...] = ()
     modules: t.Tuple[str, ...] = ()
-    serving: t.Tuple[str, ...] = ()
     reboot: str = ""
     rebooted: str = ""
     boot_id: str = ""
@@ -99,7 +96,6 @@ class Record(RolloutRecord):
             **{name: str(found.get(name) or "") for name in _TEXTS},
             "clients": tuple(strings(found.get("clients"))),
             "modules": tuple(strings(found.get("modules"))),
-            "serving": tuple(strings(found.get("serving"))),
             "before": Before(
                 **{key: str(before.get(key) or "") for key in ("loaded", "branch", "version", "flavour", "source")},
                 gpus=int(before.get("gpus") or 0),

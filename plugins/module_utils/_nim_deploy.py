@@ -36,6 +36,7 @@ from ._rollout_record import (
 )
 from ._rollout_services import (
     observe_own,
+    serving,
     start_services,
     stop_services,
     wait_ready,
@@ -85,10 +86,10 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
                 raise FleetError(str(change.data["reason"]), str(change.data["message"]))
         return record
 
-    @staticmethod
-    def _step_drained(_host: Host, _state: DeployState, record: DeployRecord) -> DeployRecord:
+    def _step_drained(self, host: Host, state: DeployState, record: DeployRecord) -> DeployRecord:
         # The load balancer is the caller's; what counts here is that a lost run is known to have begun.
-        return replace(record, outcome="")
+        ready = record.serving if record.open else serving(host, self.api, state.own)
+        return replace(record, outcome="", serving=ready)
 
     def _step_changed(self, host: Host, state: DeployState, record: DeployRecord) -> DeployRecord:
         # Before the first file is written: who goes on must know what is to be put back.
@@ -156,7 +157,9 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
                 outcome, said = ROLLED_BACK, "What ran before (%s) was put back" % (record.before or "nothing")
                 self.tell("going back to %s" % (record.before or "nothing"))
                 self._roll_back(host, snapshot, record)
-            wait_ready(host, self.api, observe_own(host), record.workloads, (), self._teller(host))
+            own = observe_own(host)
+            wait_ready(host, self.api, own, record.awaited, (), self._teller(host))
+            ready = {*record.serving, *serving(host, self.api, own)}
         except FleetError as second:
             record = write(host, went_back(read(host, DeployRecord) or record, STRANDED, host.time()))
             error.message = (
@@ -166,7 +169,8 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
             error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
         Snapshot.forget(host)
-        record = write(host, released(went_back(read(host, DeployRecord) or record, outcome, host.time())))
+        record = replace(read(host, DeployRecord) or record, serving=tuple(sorted(ready)))
+        record = write(host, released(went_back(record, outcome, host.time())))
         error.message = "%s. %s and answers." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error

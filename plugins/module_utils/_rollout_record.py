@@ -49,6 +49,7 @@ class RolloutRecord:
         outcome: Empty while it is under way.
         started: Seconds since the epoch.
         workloads: NIM services that ran before and run again in the end.
+        serving: Those of them that were ready before, and after a way back those that are ready then.
         steps: What was done when: ``step``, ``at`` (seconds since the epoch), ``seconds``.
         failure: ``step``, ``reason`` and ``message`` of what went wrong last, and when: ``began`` (the step), ``at`` (it failed) and
             ``until`` (the way back had ended), in seconds since the epoch; empty when nothing did.
@@ -68,6 +69,7 @@ class RolloutRecord:
     outcome: str = ""
     started: float = 0.0
     workloads: t.Tuple[str, ...] = ()
+    serving: t.Tuple[str, ...] = ()
     steps: t.Tuple[t.Dict[str, t.Any], ...] = ()
     failure: t.Mapping[str, t.Any] = field(default_factory=dict)
     claim: t.Mapping[str, t.Any] = field(default_factory=dict)
@@ -76,6 +78,11 @@ class RolloutRecord:
     def open(self) -> bool:
         """Whether the host was taken out of service and not given back."""
         return (not self.outcome and self.reached("drained")) or self.outcome == STRANDED
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Services that must be ready on a way back: one that was not ready before keeps no other out of service."""
+        return self.serving or self.workloads
 
     def reached(self, step: str) -> bool:
         """Whether it has come as far as a step."""
@@ -98,6 +105,7 @@ _SHAPE = {
     "step": str,
     "outcome": str,
     "workloads": [str],
+    "serving": [str],
     "steps": [{"step": str}],
     "failure": {"step": str, "reason": str, "message": str},
     "claim": {"run": str},
@@ -134,6 +142,7 @@ def read(host: Host, kind: t.Type[R]) -> R | None:
         **{key: str(found.get(key) or "") for key in ("digest", "target", "step", "outcome")},
         started=real_number(found.get("started")),
         workloads=tuple(strings(found.get("workloads"))),
+        serving=tuple(strings(found.get("serving"))),
         steps=tuple(found.get("steps") or ()),
         failure=found.get("failure") or {},
         claim=found.get("claim") or {},

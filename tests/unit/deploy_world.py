@@ -63,12 +63,14 @@ class DeployWorld(Machine):
 
     Attributes:
         sick: Digests with which no NIM becomes ready.
+        ill: Services that never become ready.
         requests: Names of the services that were waited for, each time they were ready.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
         self.sick: set[str] = set()
+        self.ill: set[str] = set()
         self.requests: list[str] = []
         self.mortal = MortalHost(self.host)
         self.host = self.mortal
@@ -77,9 +79,8 @@ class DeployWorld(Machine):
         self.pull()
         self.mortal.steps = 0
         monkeypatch.setattr(_nim_deploy, "wait_ready", self._wait_ready)
-        monkeypatch.setattr(
-            _nim_deploy_planner, "serving", lambda host, api, own: tuple(one.name for one in own if one.active)
-        )
+        for module in (_nim_deploy, _nim_deploy_planner):
+            monkeypatch.setattr(module, "serving", self._serving)
 
     def pull(self, reference: str = NEWER, digest: str = NEW_DIGEST) -> None:
         """The image is on the host; where the tag was another image, that one has lost its name."""
@@ -143,7 +144,11 @@ class DeployWorld(Machine):
             if service.name in names:
                 digest = self.runs(service.name)
                 assert digest, "%s was never started" % service.unit
-                if digest in self.sick:
+                if digest in self.sick or service.name in self.ill:
                     raise FleetError("start_timeout", "Model %s is not ready after 1800 seconds." % service.name)
                 self.requests.append(service.name)
         tell("all ready")
+
+    def _serving(self, _host: t.Any, _api: t.Any, services: t.Any) -> tuple[str, ...]:
+        well = [service for service in services if service.active and service.name not in self.ill]
+        return tuple(one.name for one in well if one.reference.rpartition("@")[2] not in self.sick)

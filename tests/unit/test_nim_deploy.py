@@ -289,6 +289,38 @@ def test_what_was_started_since_it_was_planned_runs_again_too(world: DeployWorld
     assert record_of(world).workloads == ("llama", "nemo") and world.runs("nemo") == DIGEST
 
 
+@pytest.mark.parametrize("models", [NEW, (llama(), nemo(image=NEWER))], ids=["healthy one", "sick one"])
+def test_a_model_that_was_not_ready_before_keeps_no_other_out_of_service(
+    world: DeployWorld, models: tuple[dict[str, t.Any], ...]
+) -> None:
+    world.ill = {"nemo"}
+    before = world.end()
+    error = failure(world, *models)
+    assert error.reason == "start_timeout" and error.facts["outcome"] == "rolled_back"
+    # The load balancer is told of this one alone, and the other runs as it did.
+    assert error.facts["record"]["serving"] == ("llama",) and error.facts["record"]["workloads"] == ("llama", "nemo")
+    assert world.end() == before and world.runs("nemo") == DIGEST
+
+
+def test_giving_up_waits_for_no_model_that_was_not_ready_before(world: DeployWorld) -> None:
+    world.ill = {"nemo"}
+    call(world, "drained")
+    answer = call(world, "restored")[1]
+    assert answer["outcome"] == "restored" and answer["record"]["serving"] == ("llama",)
+
+
+def test_what_was_ready_before_the_first_try_counts_in_the_next_one(world: DeployWorld) -> None:
+    world.ill = {"nemo"}
+    call(world, "drained")
+    # From here on llama does not become ready with any image.
+    world.sick |= {NEW_DIGEST, DIGEST}
+    with pytest.raises(FleetError) as caught:
+        call(world, "ready")
+    assert caught.value.facts["outcome"] == "stranded" and record_of(world).serving == ("llama",)
+    world.sick = {NEW_DIGEST}
+    assert failure(world).facts["outcome"] == "rolled_back" and record_of(world).serving == ("llama",)
+
+
 # -- killed anywhere ------------------------------------------------------------------------------
 
 

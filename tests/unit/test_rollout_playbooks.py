@@ -94,11 +94,16 @@ GOOD_DEPLOY: dict[str, t.Any] = {
         "outcome": "",
         "open": True,
         "models": ["llama", "new"],
-        "record": {"workloads": ["llama"]},
+        "record": {"workloads": ["llama", "loading"], "serving": ["llama"]},
     },
     "deploy ready": {"due": True, "outcome": "", "open": True, "wanted": ["llama"]},
     "deploy returned": {"due": False, "outcome": "updated", "open": False},
-    "deploy restored": {"due": True, "outcome": "restored", "open": False},
+    "deploy restored": {
+        "due": True,
+        "outcome": "restored",
+        "open": False,
+        "record": {"workloads": ["llama", "loading"], "serving": ["llama"]},
+    },
 }
 #: In the place of modules: their names in the scripts.
 SCRIPTED = {
@@ -426,12 +431,12 @@ def test_deploy_that_cannot_pull_begins_nothing(deploy: Deploy) -> None:
 
 def test_deploy_that_went_back_gives_the_host_back_and_stops(deploy: Deploy, tmp_path: pathlib.Path) -> None:
     said = "Model llama is not ready. What ran before (llama 1.8.4) was put back and answers."
-    record = {"workloads": ["llama", "old"]}
+    record = {"workloads": ["llama", "old", "loading"], "serving": ["llama", "old"]}
     deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "outcome": "rolled_back", "msg": said, "record": record}
     page = tmp_path / "page.html"
     code, output = deploy.run(nim_deploy_report=str(page))
     assert code == 2, output
-    # Only what ran before comes back: nobody waits for a model that was new and is gone again.
+    # Only what was ready before comes back: nobody waits for a model that was new and is gone again.
     assert deploy.turn("gpu01") == [*DEPLOY_TURN[:3], "gateway enabled of llama, old"]
     assert deploy.turn("gpu02") == deploy.turn("gpu03") == []
     assert "The run stops after 1 of 3 hosts" in output and said in page.read_text()
@@ -451,6 +456,18 @@ def test_deploy_gives_up_where_the_drain_is_refused(deploy: Deploy) -> None:
     code, output = deploy.run()
     assert code == 2 and "It is the last one that serves llama." in output
     assert deploy.turn("gpu01") == [*DEPLOY_TURN[:2], "deploy restored", "gateway enabled of llama"]
+
+
+def test_deploy_that_goes_back_with_what_another_run_has_left_gives_the_host_back(deploy: Deploy) -> None:
+    deploy.answers["gpu01"]["deploy drained"] = {
+        "failed": True,
+        "outcome": "rolled_back",
+        "msg": "The image of llama is not on the host.",
+        "record": {"workloads": ["llama", "loading"], "serving": ["llama"]},
+    }
+    code, output = deploy.run()
+    assert code == 2 and "The image of llama is not on the host." in output
+    assert deploy.turn("gpu01") == ["deploy drained", "gateway enabled of llama"]
 
 
 def test_deploy_of_a_host_that_is_down_is_no_end_of_the_run(deploy: Deploy) -> None:
