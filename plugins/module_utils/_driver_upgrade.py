@@ -61,6 +61,7 @@ from ._rollout_record import (
     failed,
     finished,
     released,
+    taken_away,
     went_back,
 )
 from ._rollout_record import write as write_record
@@ -94,7 +95,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             # It was found out in this very call; the steps behind it wait too.
             return
         if state.held and record.open and step != "restored":
-            raise self.taken_away(state)
+            raise taken_away(Record, state.held)
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:

@@ -38,6 +38,7 @@ from ._rollout_record import (
     claimed,
     digest_of,
     rival,
+    taken_away,
 )
 from ._rollout_services import (
     Service,
@@ -284,17 +285,8 @@ class UpgradePlanner(Planner[UpgradeState]):
             return [self._change("restored", state, record)]
         if state.held and record.open and self.goal in ("ready", "returned"):
             # Whoever has drained it must not take it for ready.
-            raise self.taken_away(state)
+            raise taken_away(Record, state.held)
         return self._steps(state, record, self.goal)
-
-    @staticmethod
-    def taken_away(state: UpgradeState) -> FleetError:
-        """The error for a host that somebody else took over while it was out of service."""
-        return FleetError(
-            "host_held",
-            "The upgrade of this host has begun, and now %s; it stays out of service with its record, and running "
-            "again goes on when that has ended." % state.held.partition(";")[0],
-        )
 
     def _steps(self, state: UpgradeState, record: Record, goal: str) -> list[Change]:
         """The steps that are left up to a goal."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
+from ._driver_upgrade_record import maintenance
 from ._errors import FleetError
 from ._host import Host
 from ._nim_deploy_planner import STEPS, DeployPlanner, DeployRecord, DeployState
@@ -31,6 +32,7 @@ from ._rollout_record import (
     finished,
     read,
     released,
+    taken_away,
     went_back,
     write,
 )
@@ -53,10 +55,12 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         began = host.time()
         state = self._look(host)
         record = claimed(state.record or DeployRecord(), self.run, began, lease=self.lease, take_over=self.take_over)
+        if state.held and record.open and step != "restored":
+            raise taken_away(DeployRecord, state.held)
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
         except FleetError as error:
-            raise self._failed(host, step, began, error) from error
+            raise self._failed(host, step, state, began, error) from error
         write(host, finished(record, step, host.time(), began) if step in STEPS else record)
 
     # -- steps; each returns the record as it is after it
@@ -140,7 +144,7 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
 
     # -- the way back
 
-    def _failed(self, host: Host, step: str, began: float, error: FleetError) -> FleetError:
+    def _failed(self, host: Host, step: str, state: DeployState, began: float, error: FleetError) -> FleetError:
         """The error of a step, after the host was brought back into service where that is possible."""
         record = read(host, DeployRecord)
         if record is None or error.reason == "upgrade_running":
@@ -148,6 +152,12 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         failure = failed(step, error, began, host.time())
         record = write(host, replace(record, failure=failure))
         if not record.reached("drained") or step not in STEPS:
+            return error
+        held = replace(state, maintenance=maintenance(host)).held
+        if held:
+            # Perhaps it failed for that; and nothing is started, or given requests, behind the back of whoever it is.
+            away = taken_away(DeployRecord, held)
+            error.reason, error.message = away.reason, "%s. %s" % (error.message.rstrip("."), away.message)
             return error
         try:
             snapshot = Snapshot.read(host)

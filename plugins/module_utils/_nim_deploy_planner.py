@@ -29,6 +29,7 @@ from ._rollout_record import (
     digest_of,
     read,
     rival,
+    taken_away,
 )
 from ._rollout_services import (
     Service,
@@ -230,6 +231,9 @@ class DeployPlanner(Planner[DeployState]):
             state.rival.refuse(self.run, state.now, take_over=self.take_over)
         if self.goal == "restored":
             return [self._change("restored", state, record)]
+        if state.held and record.open and self.goal in ("ready", "returned"):
+            # Whoever has drained it must not take it for ready.
+            raise taken_away(DeployRecord, state.held)
         return self._steps(state, record, self.goal)
 
     @staticmethod

@@ -175,6 +175,19 @@ def failed(step: str, error: FleetError, began: float, now: float) -> dict[str, 
     }
 
 
+def taken_away(kind: t.Type[RolloutRecord], held: str) -> FleetError:
+    """The error for a host that somebody else took over while it was out of service.
+
+    Args:
+        held: Why it is left alone now.
+    """
+    return FleetError(
+        "host_held",
+        "This host is out of service for %s, and now %s; it stays out with its record, and running again goes on when that "
+        "has ended." % (RECORDS[kind.path], held.partition(";")[0]),
+    )
+
+
 def went_back(record: R, outcome: str, now: float) -> R:
     """The record when the way back has ended."""
     return replace(record, outcome=outcome, failure={**record.failure, "until": round(now, 1)})

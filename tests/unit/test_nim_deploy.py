@@ -8,10 +8,12 @@ import json
 import typing as t
 
 import pytest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nim_deploy
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import NimDeploy
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_planner import STEPS, DeployRecord
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_snapshot import PATH as KEPT
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_snapshot import Snapshot
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import KEY_FILE, MAINTENANCE_FILE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_record import LEASE, read
@@ -186,6 +188,51 @@ def test_a_second_run_is_told_who_runs(world: DeployWorld) -> None:
     assert world.runs() == DIGEST
     world.mortal.clock += LEASE
     assert call(world, "ready", run="bob on c2 (process 8)")[1]["record"]["claim"]["run"].startswith("bob")
+
+
+@pytest.mark.parametrize("moment", ["drained", "changed", "restarted", "not ready"])
+def test_maintenance_that_begins_meanwhile_keeps_the_host_out(
+    world: DeployWorld, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Whoever goes on after the module would else give requests to a host that somebody works on."""
+
+    def begin() -> None:
+        world.host.files[MAINTENANCE_FILE] = b"bad fan, Kim\n"
+
+    for goal in ("prestaged", "drained"):
+        call(world, goal)
+    with monkeypatch.context() as patch:
+        if moment == "drained":
+            begin()
+        elif moment == "changed":
+            take = Snapshot.take
+            patch.setattr(Snapshot, "take", staticmethod(lambda *given: (take(*given), begin())))
+        elif moment == "restarted":
+            restart = world.host.commands["systemctl restart *"]
+            patch.setitem(
+                world.host.commands,
+                "systemctl restart *",
+                lambda *given: (begin(), restart(*given))[1],  # type: ignore[operator]  # a callable, here
+            )
+        else:
+
+            def stopped(*_given: t.Any) -> None:
+                begin()
+                raise FleetError("start_timeout", "Model llama is not ready after 1800 seconds.")
+
+            patch.setattr(_nim_deploy, "wait_ready", stopped)
+        with pytest.raises(FleetError) as caught:
+            call(world, "ready")
+    assert "and now somebody has put this host under maintenance; it stays out" in caught.value.message
+    assert caught.value.reason == "host_held" and "outcome" not in caught.value.facts
+    assert ("Model llama is not ready after 1800 seconds. " in caught.value.message) == (moment == "not ready")
+    assert world.host.files[MAINTENANCE_FILE] == b"bad fan, Kim\n" and record_of(world).open
+    with pytest.raises(FleetError):
+        call(world, "returned")
+    # The fleet's plan counts it as out and leaves it; afterwards a run goes on.
+    assert call(world, "prestaged")[1]["held"]
+    del world.host.files[MAINTENANCE_FILE]
+    assert roll(world)["outcome"] == "updated" and world.runs() == NEW_DIGEST
 
 
 # -- the way back ---------------------------------------------------------------------------------

@@ -451,6 +451,15 @@ def test_deploy_that_strands_a_host_leaves_it_out_and_the_budget_lets_others_go(
     assert deploy.turn("gpu02") == DEPLOY_TURN and deploy.turn("gpu03") == []
 
 
+def test_deploy_leaves_out_a_host_that_somebody_takes_over_meanwhile(deploy: Deploy) -> None:
+    said = "This host is out of service for a deployment of its models, and now somebody has put it under maintenance."
+    deploy.answers["gpu01"]["deploy ready"] = {"failed": True, "reason": "host_held", "msg": said}
+    code, output = deploy.run(nim_deploy_failure_budget=1, nim_deploy_max_unavailable=2)
+    assert code == 2 and "gpu01: " + said in output and "1 out of service" in output
+    assert deploy.turn("gpu01") == ["deploy drained", "gateway drained", "deploy ready"]
+    assert deploy.turn("gpu02") == DEPLOY_TURN
+
+
 def test_deploy_gives_up_where_the_drain_is_refused(deploy: Deploy) -> None:
     deploy.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
     code, output = deploy.run()
