@@ -11,8 +11,6 @@ module is out of the kernel its services are started again, after that the old p
 
 from __future__ import annotations
 
-import os.path
-import traceback
 import typing as t
 from dataclasses import replace
 
@@ -60,9 +58,12 @@ from ._rollout_record import (
     claimed,
     failed,
     finished,
+    foreseen,
+    note,
     released,
     taken_away,
     went_back,
+    with_signs_of_life,
 )
 from ._rollout_record import write as write_record
 from ._rollout_services import (
@@ -98,13 +99,11 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             raise taken_away(Record, state.held)
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
-        except FleetError as error:
-            raise self._failed(host, step, began, error) from error
+            if record is not None:
+                write_record(host, finished(record, step, host.time(), began) if step in STEPS else record)
         except Exception as error:
             # Even a defect must not leave the services stopped.
-            raise self._failed(host, step, began, _unexpected("Step %s of the upgrade" % step, error)) from error
-        if record is not None:
-            write_record(host, finished(record, step, host.time(), began) if step in STEPS else record)
+            raise self._failed(host, step, began, foreseen("Step %s of the upgrade" % step, error)) from error
 
     # -- steps; each returns the record as it is after it, None when it is not finished
 
@@ -335,18 +334,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return record
 
     def _wait(self, host: Host, state: UpgradeState, names: t.Sequence[str]) -> None:
-        seen = host.time()
-
-        def tell(text: str) -> None:
-            nonlocal seen
-            self.tell(text)
-            if self.run and host.time() - seen > 60:
-                # A sign of life for whoever else would like to begin.
-                seen = host.time()
-                found = read_record(host)
-                if found is not None:
-                    write_record(host, claimed(found, self.run, seen, lease=self.lease, take_over=True))
-
+        tell = with_signs_of_life(host, Record, self.run, self.lease, self.tell)
         wait_ready(host, self.api, state.services, names, self.models, tell)
 
     @staticmethod
@@ -378,8 +366,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         failure = failed(step, error, began, host.time())
         if error.reason == "rebooted_once":
             record = replace(record, rebooted=observe_reload(host).on_disk)
-        record = _note(host, replace(record, failure=failure))
-        if not record.reached("drained") or step not in STEPS:
+        record = note(host, replace(record, failure=failure))
+        # In the last one it gets requests already.
+        if not record.reached("drained") or step not in STEPS[:-1]:
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)
@@ -394,9 +383,9 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 self._roll_back(host, record)
             self._serve_again(host, record)
         except Exception as caught:
-            second = caught if isinstance(caught, FleetError) else _unexpected("It", caught)
+            second = foreseen("It", caught)
             left = replace(read_record(host) or record, failure=failure)
-            record = _note(host, went_back(left, STRANDED, host.time()))
+            record = note(host, went_back(left, STRANDED, host.time()))
             error.message = (
                 "%s. Going back to driver %s failed too (%s): the host stays out of service, and running again goes on "
                 "where it is."
@@ -404,7 +393,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
         left = replace(read_record(host) or record, failure=failure)
-        record = _note(host, released(went_back(left, outcome, host.time())))
+        record = note(host, released(went_back(left, outcome, host.time())))
         error.message = "%s. %s and the services run on it again." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error
@@ -438,14 +427,14 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
 
     def _serve_again(self, host: Host, record: Record) -> None:
         record = read_record(host) or record
-        _note(host, replace(record, reboot="", boot_id=""))
+        note(host, replace(record, reboot="", boot_id=""))
         end_maintenance(host)
         state = self._look(host)
         start_services(host, state.services, record.workloads)
         state = self._look(host)
         self._wait(host, state, record.awaited)
         ready = {*record.serving, *serving(host, self.api, state.services)}
-        _note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
+        note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
 
 
 def _needs_reboot(why: str) -> FleetError:
@@ -461,21 +450,3 @@ def _reboot_back(why: str) -> FleetError:
         "Only a reboot takes the new driver out again (%s), and none is made for the old one; mend what failed and run "
         "again, or install the old driver with role nvidia_driver and reboot" % why.rstrip("."),
     )
-
-
-def _unexpected(what: str, error: Exception) -> FleetError:
-    """The error for what nobody has foreseen, such as no memory; without its text, which may be secret."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return FleetError(
-        "internal_error",
-        "%s failed with %s (%s:%s); look at 'journalctl -k' for a lack of memory, and report it otherwise."
-        % (what, type(error).__name__, os.path.basename(where.filename), where.lineno),
-    )
-
-
-def _note(host: Host, record: Record) -> Record:
-    """Put a record on the host if that can be done: where its disk is full it has to come back all the same."""
-    try:
-        return write_record(host, record)
-    except FleetError:
-        return record

@@ -12,6 +12,7 @@ digest of before.
 
 from __future__ import annotations
 
+import contextlib
 import typing as t
 from dataclasses import replace
 
@@ -30,13 +31,17 @@ from ._rollout_record import (
     claimed,
     failed,
     finished,
+    foreseen,
+    note,
     read,
     released,
     taken_away,
     went_back,
+    with_signs_of_life,
     write,
 )
 from ._rollout_services import (
+    Service,
     observe_own,
     serving,
     start_services,
@@ -59,9 +64,11 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
             raise taken_away(DeployRecord, state.held)
         try:
             record = getattr(self, "_step_" + step)(host, state, record)
-        except FleetError as error:
-            raise self._failed(host, step, state, began, error) from error
-        write(host, finished(record, step, host.time(), began) if step in STEPS else record)
+            write(host, finished(record, step, host.time(), began) if step in STEPS else record)
+        except Exception as error:
+            # Even a defect must not leave the services stopped.
+            known = foreseen("Step %s of the deployment" % step, error)
+            raise self._failed(host, step, state, began, known) from error
 
     # -- steps; each returns the record as it is after it
 
@@ -110,22 +117,14 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         return record
 
     def _step_ready(self, host: Host, state: DeployState, record: DeployRecord) -> DeployRecord:
-        wait_ready(host, self.api, state.own, self.started, self.entries, self._teller(host))
+        self._wait(host, state.own, self.started, self.entries)
         return record
 
-    def _teller(self, host: Host) -> t.Callable[[str], None]:
-        """Hands lines on, and leaves a sign of life now and then for whoever else would like to begin."""
-        seen = host.time()
-
-        def tell(text: str) -> None:
-            nonlocal seen
-            self.tell(text)
-            found = read(host, DeployRecord) if self.run and host.time() - seen > 60 else None
-            if found is not None:
-                seen = host.time()
-                write(host, claimed(found, self.run, seen, lease=self.lease, take_over=True))
-
-        return tell
+    def _wait(
+        self, host: Host, services: t.Sequence[Service], names: t.Sequence[str], entries: t.Sequence[t.Any]
+    ) -> None:
+        tell = with_signs_of_life(host, DeployRecord, self.run, self.lease, self.tell)
+        wait_ready(host, self.api, services, names, entries, tell)
 
     @staticmethod
     def _step_returned(host: Host, _state: DeployState, record: DeployRecord) -> DeployRecord:
@@ -150,8 +149,9 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         if record is None or error.reason == "upgrade_running":
             return error
         failure = failed(step, error, began, host.time())
-        record = write(host, replace(record, failure=failure))
-        if not record.reached("drained") or step not in STEPS:
+        record = note(host, replace(record, failure=failure))
+        # In the last one it gets requests already.
+        if not record.reached("drained") or step not in STEPS[:-1]:
             return error
         held = replace(state, maintenance=maintenance(host)).held
         if held:
@@ -168,19 +168,23 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
                 self.tell("going back to %s" % (record.before or "nothing"))
                 self._roll_back(host, snapshot, record)
             own = observe_own(host)
-            wait_ready(host, self.api, own, record.awaited, (), self._teller(host))
+            self._wait(host, own, record.awaited, ())
             ready = {*record.serving, *serving(host, self.api, own)}
-        except FleetError as second:
-            record = write(host, went_back(read(host, DeployRecord) or record, STRANDED, host.time()))
+        except Exception as caught:
+            second = foreseen("It", caught)
+            left = replace(read(host, DeployRecord) or record, failure=failure)
+            record = note(host, went_back(left, STRANDED, host.time()))
             error.message = (
                 "%s. Going back to %s failed too (%s): the host stays out of service, and running again goes on where it is."
                 % (error.message.rstrip("."), record.before or "nothing", second.message.rstrip("."))
             )
             error.facts.update(outcome=STRANDED, step=step, record=record.as_dict())
             return error
-        Snapshot.forget(host)
-        record = replace(read(host, DeployRecord) or record, serving=tuple(sorted(ready)))
-        record = write(host, released(went_back(record, outcome, host.time())))
+        with contextlib.suppress(FleetError):
+            # On a disk that has become read-only; a deployment forgets it before it begins, too.
+            Snapshot.forget(host)
+        left = replace(read(host, DeployRecord) or record, failure=failure, serving=tuple(sorted(ready)))
+        record = note(host, released(went_back(left, outcome, host.time())))
         error.message = "%s. %s and answers." % (error.message.rstrip("."), said)
         error.facts.update(outcome=outcome, step=step, record=record.as_dict())
         return error

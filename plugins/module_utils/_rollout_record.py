@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import traceback
 import typing as t
 from dataclasses import asdict, dataclass, field, replace
 
@@ -157,6 +158,14 @@ def write(host: Host, record: R) -> R:
     return record
 
 
+def note(host: Host, record: R) -> R:
+    """Put a record on the host if that can be done: where its disk is full it has to come back all the same."""
+    try:
+        return write(host, record)
+    except FleetError:
+        return record
+
+
 def finished(record: R, step: str, now: float, began: float) -> R:
     """The record with one more finished step; one that is done again has its new times and takes nothing back."""
     entry = {"step": step, "at": round(began, 1), "seconds": round(max(0.0, now - began), 1)}
@@ -173,6 +182,18 @@ def failed(step: str, error: FleetError, began: float, now: float) -> dict[str, 
         "began": round(began, 1),
         "at": round(now, 1),
     }
+
+
+def foreseen(what: str, error: Exception) -> FleetError:
+    """The error itself, or one for what nobody has foreseen, such as no memory; that without its text, which may be secret."""
+    if isinstance(error, FleetError):
+        return error
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return FleetError(
+        "internal_error",
+        "%s failed with %s (%s:%s); look at 'journalctl -k' for a lack of memory, and report it otherwise."
+        % (what, type(error).__name__, os.path.basename(where.filename), where.lineno),
+    )
 
 
 def taken_away(kind: t.Type[RolloutRecord], held: str) -> FleetError:
@@ -211,6 +232,23 @@ def claimed(record: R, run: str, now: float, *, lease: int = LEASE, take_over: b
     if not take_over:
         _refuse_other(record.claim, run, now, RECORDS[record.path])
     return replace(record, claim={"run": run, "seen": round(now, 1), "lease": lease})
+
+
+def with_signs_of_life(
+    host: Host, kind: t.Type[RolloutRecord], run: str, lease: int, tell: t.Callable[[str], None]
+) -> t.Callable[[str], None]:
+    """What hands lines on to ``tell``, and leaves a sign of life now and then for whoever else would like to begin."""
+    seen = host.time()
+
+    def told(text: str) -> None:
+        nonlocal seen
+        tell(text)
+        found = read(host, kind) if run and host.time() - seen > 60 else None
+        if found is not None:
+            seen = host.time()
+            note(host, claimed(found, run, seen, lease=lease, take_over=True))
+
+    return told
 
 
 def _refuse_other(claim: t.Mapping[str, t.Any], run: str, now: float, work: str) -> None:

@@ -269,6 +269,40 @@ def test_a_disk_that_is_full_does_not_keep_the_host_from_going_back(world: Upgra
     assert world.serves() and world.loaded == "555.42.06"
 
 
+@pytest.mark.parametrize("step", ["workloads_stopped", "loaded"])
+def test_a_step_that_cannot_be_written_down_has_the_services_started_again(world: UpgradeWorld, step: str) -> None:
+    write = world.write_file
+
+    def full(path: str, content: t.Any, **more: t.Any) -> None:
+        if path == RECORD and json.loads(content)["step"] == step:
+            raise FleetError("write_failed", "Writing %s failed: No space left on device." % path)
+        write(path, content, **more)
+
+    world.write_file = full  # type: ignore[method-assign]  # for one step
+    with pytest.raises(FleetError) as caught:
+        roll(world)
+    assert caught.value.reason == "write_failed"
+    assert caught.value.facts["outcome"] == ("restored" if step == "workloads_stopped" else "rolled_back")
+    assert world.serves() and world.loaded == "555.42.06"
+
+
+def test_a_host_that_serves_on_the_new_driver_is_not_taken_back_for_its_record(world: UpgradeWorld) -> None:
+    for goal in ("prestaged", "drained", "ready"):
+        call(world, goal)
+    write = world.write_file
+
+    def full(path: str, content: t.Any, **more: t.Any) -> None:
+        if path == RECORD:
+            raise FleetError("write_failed", "Writing %s failed: No space left on device." % path)
+        write(path, content, **more)
+
+    world.write_file = full  # type: ignore[method-assign]  # from one moment on
+    with pytest.raises(FleetError) as caught:
+        call(world, "returned")
+    assert caught.value.reason == "write_failed" and "outcome" not in caught.value.facts
+    assert world.serves() and world.loaded == "580.95.05"
+
+
 def test_a_kernel_that_cannot_unload_says_why_there_is_no_way_back(world: UpgradeWorld) -> None:
     world.can_unload = False
     world.load("555.42.06")

@@ -368,6 +368,86 @@ def test_what_was_ready_before_the_first_try_counts_in_the_next_one(world: Deplo
     assert failure(world).facts["outcome"] == "rolled_back" and record_of(world).serving == ("llama",)
 
 
+def fill_disk(world: DeployWorld, full: t.Callable[[], bool]) -> None:
+    """From some moment on nothing can be written below /var."""
+    write = world.host.write_file
+
+    def write_file(path: str, content: t.Any, **more: t.Any) -> None:
+        if path.startswith("/var/") and full():
+            raise FleetError("write_failed", "Writing %s failed: No space left on device." % path)
+        write(path, content, **more)
+
+    world.host.write_file = write_file  # type: ignore[method-assign]  # from one moment on
+
+
+@pytest.mark.parametrize("changed, outcome", [(False, "restored"), (True, "rolled_back")])
+def test_a_disk_that_is_full_does_not_keep_the_host_from_going_back(
+    world: DeployWorld, changed: bool, outcome: str
+) -> None:
+    """Not even the record can be written then."""
+    before = world.end()
+    call(world, "drained")
+    fill_disk(world, lambda: not changed or NEW_DIGEST in world.host.files["/etc/nim/llama.json"].decode())
+    world.requests.clear()
+    with pytest.raises(FleetError) as caught:
+        call(world, "ready")
+    assert caught.value.reason == "write_failed" and caught.value.facts["outcome"] == outcome
+    assert caught.value.facts["record"]["serving"] == ("llama", "nemo") == tuple(world.requests[-2:])
+    assert world.end() == before
+
+
+def test_a_disk_that_is_full_while_models_start_does_not_end_the_wait(
+    world: DeployWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sign of life is worth less than the models."""
+    call(world, "drained", run="ann")
+    full: list[bool] = []
+    fill_disk(world, lambda: bool(full))
+    wait = _nim_deploy.wait_ready
+
+    def slowly(*given: t.Any) -> None:
+        full.append(True)
+        world.mortal.clock += 90
+        wait(*given)
+        full.clear()
+
+    monkeypatch.setattr(_nim_deploy, "wait_ready", slowly)
+    assert call(world, "ready", run="ann")[1]["step"] == "ready"
+
+
+def test_a_host_that_serves_the_new_ones_is_not_taken_back_for_its_record(world: DeployWorld) -> None:
+    for goal in ("drained", "ready"):
+        call(world, goal)
+    full = [True]
+    fill_disk(world, lambda: bool(full))
+    world.host.calls.clear()
+    with pytest.raises(FleetError) as caught:
+        call(world, "returned")
+    assert caught.value.reason == "write_failed" and "outcome" not in caught.value.facts
+    assert world.runs() == NEW_DIGEST and not [argv for argv in world.host.calls if "stop" in argv or "restart" in argv]
+    full.clear()
+    assert roll(world)["outcome"] == "updated"
+
+
+def test_what_nobody_has_foreseen_puts_back_what_ran_before(world: DeployWorld) -> None:
+    restart = world.host.commands["systemctl restart *"]
+
+    def no_memory(*_given: t.Any) -> t.Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    before = world.end()
+    world.host.commands["systemctl restart *"] = no_memory
+    error = failure(world)
+    assert error.message.startswith("Step changed of the deployment failed with OSError")
+    assert error.reason == "internal_error" and error.facts["outcome"] == "rolled_back" and world.end() == before
+    # And on the way back.
+    world.host.commands["systemctl restart *"] = restart
+    world.sick = {NEW_DIGEST}
+    world.host.commands["systemctl start *"] = no_memory
+    error = failure(world)
+    assert error.facts["outcome"] == "stranded" and "It failed with OSError" in error.message
+
+
 # -- killed anywhere ------------------------------------------------------------------------------
 
 
