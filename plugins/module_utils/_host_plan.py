@@ -225,6 +225,8 @@ class _Walk:
         self.daemon_file: tuple[str, str] | None = None
         #: The change of the driver's packages, when there is one.
         self.driver_packages: Change | None = None
+        #: Whether these packages bring the module that is loaded already.
+        self.driver_keeps_module = False
 
     def run(self) -> HostPlan:
         if not observe_gpus(self.host, with_smi=False).pci:
@@ -302,20 +304,30 @@ class _Walk:
         state = driver.observe(self.host)
         changes = driver.plan(state)
         self._add(changes)
-        self.driver_packages = next(
-            (
-                change
-                for change in changes
-                # Packages that are put back leave the module alone.
-                if change.action in ("packages", "build") and not change.data.get("adds")
-            ),
-            None,
-        )
-        if "nvidia_driver_reload" not in self.wanted and driver.kernel_module and self.driver_packages is None:
-            self._without_reload(state)
+        pending = next((change for change in changes if change.action in ("packages", "build")), None)
+        if pending is not None:
+            self.driver_keeps_module = driver.keeps_module(state)
+            # Packages that are put back leave the module alone.
+            self.driver_packages = None if pending.data.get("adds") else pending
+        if "nvidia_driver_reload" not in self.wanted and driver.kernel_module:
+            self._without_reload(driver, state)
 
-    def _without_reload(self, state: DriverState) -> None:
+    def _without_reload(self, driver: DriverPlanner, state: DriverState) -> None:
         """Where reloading is switched off, only a reboot brings the installed module into the kernel."""
+        blocked = "a reboot is needed, because reloading the driver is switched off"
+        packages = self.driver_packages
+        if packages is not None:
+            if not self.driver_keeps_module:
+                self._later(
+                    "nvidia_driver_reload",
+                    "kernel module nvidia",
+                    state.loaded_version or None,
+                    driver.version or driver.branch,
+                    "nvidia_driver",
+                    Disruption.REBOOT,
+                    packages.blocked or blocked,
+                )
+            return
         if state.loaded_version == state.on_disk or not state.on_disk:
             return
         self._add(
@@ -325,9 +337,11 @@ class _Walk:
                     "kernel module nvidia",
                     state.loaded_version or None,
                     state.on_disk,
-                    "the module in memory is not the one that is installed",
+                    "the module in memory is not the one that is installed"
+                    if state.inventory.driver
+                    else "no module is loaded",
                     Disruption.REBOOT,
-                    blocked="a reboot is needed, because reloading the driver is switched off",
+                    blocked=blocked,
                 )
             ]
         )
@@ -343,17 +357,23 @@ class _Walk:
             if error.reason not in ("no_kernel_module", "driver_mismatch") or not self._unsettled("nvidia_driver"):
                 raise
             changes, waits = [], True
+        stuck = reload.stuck(state)
+        if stuck and self.driver_keeps_module:
+            # Nothing is unloaded for the packages, and nothing differs after them.
+            changes, waits = [change for change in changes if change.action != "reload"], False
         self._add(changes)
         # Also where the version stays: the module is unloaded before packages change.
         if not changes and waits:
+            blocked = "a reboot is needed: %s" % stuck if stuck else None
+            disruption = Disruption.REBOOT if stuck else Disruption.UNLOAD_DRIVER
             self._later(
                 reload.name,
                 "kernel module nvidia",
                 state.loaded_version or None,
                 reload.expected_version or "as installed",
                 "nvidia_driver",
-                Disruption.UNLOAD_DRIVER if state.loaded is not None else Disruption.NONE,
-                packages.blocked if packages is not None else None,
+                disruption if state.loaded is not None else Disruption.NONE,
+                (packages.blocked if packages is not None else None) or blocked,
             )
 
     def _engine(self, options: Options) -> None:

@@ -124,7 +124,7 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
             # Package lists are missing or older than the repository.
             manager.refresh()
             offers = manager.available(*names)
-        target = self.version or module or self._main(plan, installed)
+        target = self.target(plan, installed, module)
         if not target and any(
             upstream_version(offer.version) == self.chosen
             for choice in plan.choices
@@ -207,7 +207,7 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
             late = foreign_holders(driver_holders(host))
             if late:
                 raise in_use_error(late, "Changing the driver packages")
-            if self.unload and self.kernel_module:
+            if self.unloads(state):
                 stop_clients(host)
                 stopped = True
                 late = foreign_holders(driver_holders(host))

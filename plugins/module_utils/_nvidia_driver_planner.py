@@ -224,6 +224,24 @@ class DriverPlanner(Planner[DriverState]):
                 return version if branch_of_version(version) == self.branch else ""
         return ""
 
+    def target(self, plan: PackagePlan, installed: t.Mapping[str, Package], module: str = "") -> str:
+        """The version that the packages come to; empty for the newest of the branch.
+
+        Args:
+            module: Version of the kernel module, when somebody else brings it.
+        """
+        return self.version or module or self._main(plan, installed)
+
+    def unloads(self, state: DriverState) -> bool:
+        """Whether the module in memory is taken out before other packages are put in."""
+        loaded = state.inventory.driver
+        return loaded is not None and loaded.can_unload and self.unload and self.kernel_module
+
+    def keeps_module(self, state: DriverState) -> bool:
+        """Whether the module in memory is the one that will be on the disk when the packages are as wanted."""
+        target = self.target(self.package_plan(state), state.installed, self._foreign_module(state))
+        return bool(target) and target == state.loaded_version
+
     def _foreign_module(self, state: DriverState) -> str:
         """Version of the kernel module that somebody else brings; empty when it is ours or there is none.
 
@@ -249,7 +267,7 @@ class DriverPlanner(Planner[DriverState]):
         Args:
             module: Version of the kernel module, when somebody else brings it.
         """
-        target = self.version or module or self._main(plan, installed)
+        target = self.target(plan, installed, module)
         different: list[tuple[Choice, str | None]] = []
         for choice in plan.choices:
             found = choice.installed_as(installed)
@@ -428,12 +446,10 @@ class DriverPlanner(Planner[DriverState]):
 
     def _only_adds(self, plan: PackagePlan, state: DriverState) -> bool:
         """Whether all that is to be done is to put packages of the loaded version back, which disturbs nobody."""
-        module = self._foreign_module(state)
-        target = self.version or module or self._main(plan, state.installed)
+        different = self.differing(plan, state.installed, self._foreign_module(state))
         return (
-            bool(target)
-            and target == state.loaded_version
-            and all(present is None for _choice, present in self.differing(plan, state.installed, module))
+            self.keeps_module(state)
+            and all(present is None for _choice, present in different)
             and not foreign_packages(plan, state.installed, self.branch)
         )
 
@@ -466,9 +482,7 @@ class DriverPlanner(Planner[DriverState]):
             present or None,
             "%s (%s, %s)" % (self.version or "branch " + self.branch, wish.flavour, self.source),
             why,
-            disruption=Disruption.UNLOAD_DRIVER
-            if state.inventory.driver and self.kernel_module and not adds
-            else Disruption.NONE,
+            disruption=Disruption.UNLOAD_DRIVER if self.unloads(state) and not adds else Disruption.NONE,
             action="packages",
             data={"adds": adds},
         )

@@ -182,8 +182,11 @@ class ReloadPlanner(Planner[ReloadState]):
         """Why only a reboot can bring the wanted module into the kernel; empty when a reload can (or nothing is due)."""
         if state.loaded_version == state.on_disk:
             return ""
-        if self.tried:
-            return self.tried
+        return self.tried or self.stuck(state)
+
+    @staticmethod
+    def stuck(state: ReloadState) -> str:
+        """Why the loaded module, whichever it is, leaves the kernel only with a reboot; empty when that can be tried."""
         if state.loaded is not None and not state.loaded.can_unload:
             return "the running kernel %s was built without module unloading" % state.kernel
         return ""

@@ -11,10 +11,13 @@ import typing as t
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon_planner, _health_drift
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon_planner, _health_drift, _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost, plan_host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN, RESOURCE_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import converge
 from ansible_collections.gpu_fleet.nim.plugins.modules import gpu_host_plan
 from docker_fakes import CONFIG, FakeDockerd
 from driver_world import DriverWorld
@@ -185,6 +188,146 @@ def test_without_reloading_only_a_reboot_helps(bare: DriverWorld) -> None:
     assert answer["worst"] == "reboot"
     assert (answer["changes"][0]["resource"], answer["changes"][0]["to"]) == ("nvidia_driver_reload", "580.95.05")
     assert "switched off" in answer["changes"][0]["blocked"]
+
+
+#: The module in memory -> what the plan says of driver packages of another branch, and of the module after them.
+MODULE_AFTER_PACKAGES = {
+    # reload, loaded, can_unload
+    (True, True, True): ("unload_driver", "unload_driver", None),
+    (True, True, False): ("none", "reboot", "built without module unloading"),
+    (True, False, True): ("none", "none", None),
+    (False, True, True): ("none", "reboot", "reloading the driver is switched off"),
+    (False, True, False): ("none", "reboot", "reloading the driver is switched off"),
+    (False, False, True): ("none", "reboot", "reloading the driver is switched off"),
+}
+
+
+def driver_only(branch: str, *, reload: bool, **options: t.Any) -> dict[str, t.Any]:
+    """What the role asks for: without reloading it leaves the reload out and unloads nothing."""
+    wanted: dict[str, t.Any] = {"nvidia_driver": {"branch": branch, "unload": reload, **options}}
+    return {**wanted, "nvidia_driver_reload": {"expected_version": branch}} if reload else wanted
+
+
+def of_the_module(answer: dict[str, t.Any]) -> list[tuple[t.Any, ...]]:
+    parts = ("resource", "disruption", "from", "to", "after")
+    found = [change for change in answer["changes"] if change["what"] in ("driver packages", "kernel module nvidia")]
+    return [tuple(change[part] for part in parts) for change in sorted(found, key=lambda one: one["resource"])]
+
+
+@pytest.mark.parametrize(("reload", "loaded", "can_unload"), list(MODULE_AFTER_PACKAGES))
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_packages_that_are_due_do_to_the_module(
+    bare: DriverWorld, installed: bool, reload: bool, loaded: bool, can_unload: bool
+) -> None:
+    packages, module, blocked = MODULE_AFTER_PACKAGES[(reload, loaded, can_unload)]
+    bare.can_unload = can_unload
+    if installed:
+        bare.install_driver("580.95.05", loaded=loaded)
+    elif loaded:
+        # Somebody has removed the packages behind it.
+        bare.load("580.95.05")
+    answer = plan(bare, **driver_only("595", reload=reload))
+    version, memory = "580.95.05" if installed else None, "580.95.05" if loaded else None
+    assert answer["errors"] == []
+    assert answer["worst"] == max(packages, module, key=["none", "unload_driver", "reboot"].index)
+    if installed and reload and not loaded:
+        # The present module could be loaded at once.
+        assert of_the_module(answer)[1][:2] == ("nvidia_driver_reload", "none")
+        return
+    assert of_the_module(answer) == [
+        ("nvidia_driver", packages, version, "branch 595 (open, nvidia)", None),
+        ("nvidia_driver_reload", module, memory, "595", "nvidia_driver"),
+    ]
+    [change] = [change for change in answer["changes"] if change["resource"] == "nvidia_driver_reload"]
+    assert blocked in change["blocked"] if blocked else change["blocked"] is None
+    if loaded:
+        bare.hold_gpu(812, "train.service")
+        assert all(
+            "train.service" in change["blocked"]
+            for change in plan(bare, **driver_only("595", reload=reload))["changes"]
+        )
+
+
+@pytest.mark.parametrize("reload", [True, False])
+@pytest.mark.parametrize("can_unload", [True, False])
+def test_a_module_that_is_as_wanted_needs_no_reboot_for_packages_beside_it(
+    bare: DriverWorld, reload: bool, can_unload: bool
+) -> None:
+    bare.can_unload = can_unload
+    bare.install_driver("580.95.05")
+    bare.configured()
+    assert of_the_module(plan(bare, **driver_only("580", reload=reload))) == []
+    # Libraries of another branch must go, and the module stays what it is.
+    bare.packages["libnvidia-gl-570"] = ["570.172.08-0ubuntu1", "ii"]
+    found = of_the_module(plan(bare, **driver_only("580", reload=reload)))
+    gone = "unload_driver" if reload and can_unload else "none"
+    assert found[0][:2] == ("nvidia_driver", gone)
+    assert [one[:2] for one in found[1:]] == ([("nvidia_driver_reload", gone)] if reload and can_unload else [])
+    # Nor for a module file that has to be built anew.
+    del bare.packages["libnvidia-gl-570"]
+    bare.module = ""
+    found = of_the_module(plan(bare, **driver_only("580", reload=reload)))
+    assert found[0][:2] == ("nvidia_driver", "none")
+    assert [one[:2] for one in found[1:]] == ([("nvidia_driver_reload", gone)] if reload and can_unload else [])
+
+
+def reboots(world: DriverWorld, wanted: dict[str, t.Any]) -> bool:
+    """Whether the role comes to its reboot: what its two modules do, and its condition."""
+    driver = NvidiaDriver(**wanted["nvidia_driver"])
+    packages = driver.result(converge(world, driver, check_mode=False).state)
+    if "nvidia_driver_reload" not in wanted:
+        return bool(packages["reload_required"])
+    reload = DriverReload(**wanted["nvidia_driver_reload"])
+    return bool(reload.result(converge(world, reload, check_mode=False).state)["reboot_required"])
+
+
+@pytest.mark.parametrize("reload", [True, False])
+@pytest.mark.parametrize("can_unload", [True, False])
+@pytest.mark.parametrize("version", ["", "580.65.06", "580.95.05"])
+@pytest.mark.parametrize("memory", ["", "580.65.06", "580.95.05"])
+@pytest.mark.parametrize("installed", ["", "580.65.06", "580.95.05", "535.183.06"])
+def test_a_reboot_is_planned_where_the_role_comes_to_one(
+    bare: DriverWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str,
+    memory: str,
+    version: str,
+    can_unload: bool,
+    reload: bool,
+) -> None:
+    monkeypatch.setattr(_packages, "download", lambda _url: b"\x99\x01key")
+    bare.can_unload = can_unload
+    bare.dirs.add("/lib/modules/%s/build" % bare.release)
+    if installed:
+        bare.install_driver(installed, loaded=False)
+    if memory:
+        bare.load(memory)
+    wanted = driver_only("580", reload=reload, version=version)
+    planned = plan(bare, **wanted)["worst"] == "reboot"
+    if memory and not version and not installed.startswith("580") and not (can_unload and reload):
+        # The newest is installed, and which one that is only the package lists know.
+        assert planned
+        return
+    assert planned == reboots(bare, wanted)
+    assert plan(bare, **wanted)["worst"] == ("reboot" if planned else "none")
+
+
+def test_packages_that_bring_back_what_is_loaded_need_no_reboot(bare: DriverWorld) -> None:
+    bare.can_unload = False
+    bare.install_driver("580.65.06", loaded=False)
+    bare.load("580.95.05")
+    for reload in (True, False):
+        answer = plan(bare, **driver_only("580", reload=reload, version="580.95.05"))
+        assert [one[:2] for one in of_the_module(answer)] == [("nvidia_driver", "none")]
+
+
+def test_a_kernel_without_module_unloading_reboots_for_what_is_installed(bare: DriverWorld) -> None:
+    bare.can_unload = False
+    bare.install_driver("580.95.05", loaded=False)
+    bare.load("580.65.06")
+    answer = plan(bare, **driver_only("580", reload=True))
+    assert of_the_module(answer) == [("nvidia_driver_reload", "reboot", "580.65.06", "580.95.05", None)]
+    assert "built without module unloading" in answer["changes"][0]["blocked"]
 
 
 def test_converged_services_have_an_empty_plan(serving: Machine) -> None:

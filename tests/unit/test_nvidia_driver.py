@@ -296,6 +296,16 @@ def test_without_unload_the_module_stays(world: DriverWorld) -> None:
     assert world.ran("rmmod") == []
 
 
+def test_no_service_of_the_driver_stops_for_a_module_that_cannot_go(world: DriverWorld) -> None:
+    world.can_unload = False
+    world.install_driver("535.183.06", flavour="")
+    world.unit_state["nvidia-persistenced.service"] = ["active", "enabled"]
+    planned = run(world, check=True)
+    assert max(change.disruption for change in planned.changes) == Disruption.NONE
+    assert "packages" in actions(run(world))
+    assert world.ran("systemctl stop|rmmod") == []
+
+
 # -- versions
 
 
