@@ -44,11 +44,17 @@ from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_smoke_test import run_gpu_container
 from ._host import Host
 from ._kernel_log import read_kernel_log
-from ._loaded_driver import loaded_modules, observe_loaded_driver
+from ._loaded_driver import (
+    ModuleFile,
+    flavours_differ,
+    is_loaded,
+    loaded_modules,
+    observe_loaded_driver,
+)
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_packages import source_of
 from ._nvidia_driver_reload import DriverReload
-from ._nvidia_driver_reload_planner import observe_reload
+from ._nvidia_driver_reload_planner import ReloadState, observe_reload
 from ._resource import Change, Resource, converge
 from ._rollout_record import (
     RESTORED,
@@ -136,7 +142,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
                 loaded=state.loaded,
                 branch=branch_of_version(version),
                 version=version,
-                flavour=loaded.flavour if loaded else "",
+                flavour=state.reload.on_disk_flavour or (loaded.flavour if loaded else ""),
                 source=source_of(state.driver.installed) or self.driver.source,
                 gpus=gpus,
             ),
@@ -256,7 +262,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         """Load the driver on the disk; why only a reboot can, or an empty string."""
         reload = DriverReload(expected_version=expected)
         outcome = converge(host, reload, check_mode=False)
-        if outcome.state.loaded_version == outcome.state.on_disk:
+        if outcome.state.current:
             return ""
         return reload.reboot_reason(outcome.state) or "; ".join(str(change.blocked) for change in outcome.blocked)
 
@@ -342,15 +348,17 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         return released(replace(record, outcome=UPDATED, failure={}, rebooted=""))
 
     def _step_restored(self, host: Host, state: UpgradeState, record: Record) -> Record | None:
-        if not state.loaded or state.loaded != state.reload.user_space:
+        if not state.loaded or not _whole(state.reload, record.before):
+            loaded, on_disk = state.reload.words
             raise FleetError(
                 "not_restorable",
                 "The driver of this host is not whole any more (%s is loaded, %s is installed), so its upgrade cannot just be "
                 "given up; run it again, or install the driver that is wanted."
-                % (state.loaded or "none", state.reload.user_space or "none"),
+                % (loaded or "none", on_disk if state.reload.other_flavour else state.reload.user_space or "none"),
             )
         start_clients(host)
-        if state.loaded != record.before.version:
+        changed = flavours_differ(state.reload.on_disk_flavour, record.before.flavour)
+        if state.loaded != record.before.version or changed:
             # An earlier run has come further; nothing goes back into service untried.
             record = write_record(host, self._step_validated(host, state, record) or record)
         self._serve_again(host, record)
@@ -372,7 +380,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)
-        untouched = step in _BEFORE_UNLOAD and reload.loaded_version == reload.user_space != ""
+        untouched = step in _BEFORE_UNLOAD and reload.user_space != "" and _whole(reload, record.before)
         before = reload.loaded_version if untouched else record.before.version
         try:
             if untouched:
@@ -413,7 +421,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         begin_maintenance(host, self.words)
         stop_services(host, self.api, state.services)
         loaded = observe_loaded_driver(host)
-        if loaded is not None and loaded.version != before.version:
+        if loaded is not None and not is_loaded(loaded, ModuleFile(before.version, before.flavour)):
             stop_clients(host)
             why = unload_patiently(host)
             if why:
@@ -435,6 +443,13 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         self._wait(host, state, record.awaited)
         ready = {*record.serving, *serving(host, self.api, state.services)}
         note(host, replace(read_record(host) or record, serving=tuple(sorted(ready))))
+
+
+def _whole(reload: ReloadState, before: Before) -> bool:
+    """Whether the loaded driver is the installed one. What was loaded beside the other flavour from the beginning counts so:
+    user space works with both."""
+    swapped = reload.other_flavour and flavours_differ(reload.on_disk_flavour, before.flavour)
+    return reload.loaded_version == reload.user_space and not swapped
 
 
 def _needs_reboot(why: str) -> FleetError:

@@ -113,7 +113,7 @@ class UpgradeState:
     @property
     def due(self) -> bool:
         """Whether the driver in memory is not the one that is wanted."""
-        return self.packages_due or self.loaded != self.reload.on_disk
+        return self.packages_due or not self.reload.current
 
 
 class UpgradePlanner(Planner[UpgradeState]):
@@ -309,7 +309,7 @@ class UpgradePlanner(Planner[UpgradeState]):
         return (
             bool(record.reboot)
             and not state.packages_due
-            and (state.loaded != state.reload.on_disk or self._reboot_ordered(state, record))
+            and (not state.reload.current or self._reboot_ordered(state, record))
             and marker.get("target") == state.reload.on_disk
             and marker.get("boot_id") == state.reload.boot_id
         )
@@ -442,8 +442,11 @@ class UpgradePlanner(Planner[UpgradeState]):
             return "This host has no NVIDIA GPU on its PCI bus; it was left alone."
         if state.held:
             return "This host was left alone: %s." % state.held
+        loaded, on_disk = state.reload.words
         if rebooting:
-            return "Driver %s is installed; a reboot is needed to load it: %s." % (state.reload.on_disk, record.reboot)
+            return "Driver %s is installed; a reboot is needed to load it: %s." % (on_disk, record.reboot)
         if not state.due:
             return "Driver %s: loaded = on disk = user space." % state.loaded
+        if not state.packages_due and loaded != state.loaded:
+            return "Driver %s is loaded and %s is installed." % (loaded, on_disk)
         return "Driver %s is loaded and %s is wanted." % (state.loaded or "none", self.words)

@@ -42,6 +42,7 @@ class Before:
 
     Attributes:
         version: Of the packages; empty when there was no driver.
+        flavour: Of the module that they brought.
         gpus: GPUs that the driver showed; 0 when it was not loaded.
     """
 

@@ -328,15 +328,16 @@ class _Walk:
                     packages.blocked or blocked,
                 )
             return
-        if state.loaded_version == state.on_disk or not state.on_disk:
+        if state.current or not state.on_disk:
             return
+        loaded, on_disk = state.modules
         self._add(
             [
                 Change(
                     "nvidia_driver_reload",
                     "kernel module nvidia",
-                    state.loaded_version or None,
-                    state.on_disk,
+                    loaded or None,
+                    on_disk,
                     "the module in memory is not the one that is installed"
                     if state.inventory.driver
                     else "no module is loaded",

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""The NVIDIA kernel module in memory, from procfs and sysfs."""
+"""The NVIDIA kernel module in memory, from procfs and sysfs, and how it is told from the one on the disk."""
 
 from __future__ import annotations
 
 import re
+import typing as t
 from dataclasses import dataclass
 
 from ._host import Host
@@ -22,6 +23,32 @@ class LoadedDriver:
     version: str
     flavour: str
     can_unload: bool
+
+
+class ModuleFile(t.NamedTuple):
+    """The kernel module on the disk; empty strings when there is none, or when it does not say."""
+
+    version: str = ""
+    flavour: str = ""
+
+
+def flavours_differ(one: str, other: str) -> bool:
+    """Whether both flavours are known and not the same: what does not say is not taken for the other one."""
+    return bool(one and other) and one != other
+
+
+def is_loaded(loaded: LoadedDriver | None, file: ModuleFile) -> bool:
+    """Whether the module in memory is the one on the disk (or neither is there). Both flavours of a driver have one version."""
+    if loaded is None:
+        return not file.version
+    return loaded.version == file.version and not flavours_differ(loaded.flavour, file.flavour)
+
+
+def told_apart(loaded: LoadedDriver | None, file: ModuleFile) -> tuple[str, str]:
+    """The module in memory and the one on the disk in words; with their flavours where the version is the same."""
+    if loaded is not None and loaded.version == file.version and flavours_differ(loaded.flavour, file.flavour):
+        return "%s (%s)" % (loaded.version, loaded.flavour), "%s (%s)" % file
+    return loaded.version if loaded is not None else "", file.version
 
 
 def parse_driver_version(text: str) -> tuple[str, str]:

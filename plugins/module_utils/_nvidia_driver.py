@@ -26,10 +26,18 @@ from ._errors import FleetError
 from ._gpu_holders import driver_holders
 from ._gpu_inventory import observe_gpus
 from ._host import Host
+from ._loaded_driver import is_loaded
 from ._nouveau import write_blacklist
 from ._nvidia_driver_packages import QUERY_PATTERNS, PackagePlan, foreign_packages, is_driver_package, to_hold
 from ._nvidia_driver_planner import DriverPlanner
-from ._nvidia_driver_state import LOCKED, NON_FREE, DriverState, boot_states, on_disk_version
+from ._nvidia_driver_state import (
+    LOCKED,
+    NON_FREE,
+    DriverState,
+    boot_states,
+    module_on_disk,
+    on_disk_version,
+)
 from ._os_release import read_os_release
 from ._package_versions import matches_version
 from ._packages import Package, PackageManager, package_manager
@@ -247,8 +255,9 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
         """Started only where the installed module is loaded: they need it, and the reload that loads it starts them."""
         inventory = observe_gpus(host, with_smi=False)
         wish = self.wish(read_os_release(host), inventory, False)
-        loaded = inventory.driver.version if inventory.driver else ""
-        options = ["--now"] if start and loaded and loaded == on_disk_version(host, host.kernel_release()) else []
+        loaded = inventory.driver
+        ready = start and loaded is not None and is_loaded(loaded, module_on_disk(host, host.kernel_release()))
+        options = ["--now"] if ready else []
         for unit in [unit for unit, state in boot_states(host, wish).items() if state == "disabled"]:
             host.check(
                 ["systemctl", "enable", *options, unit], reason="enable_failed", doing="systemctl enable %s" % unit

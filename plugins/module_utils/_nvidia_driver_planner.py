@@ -25,7 +25,7 @@ from ._errors import FleetError
 from ._gpu_holders import driver_holders
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
-from ._loaded_driver import loaded_modules
+from ._loaded_driver import flavours_differ, loaded_modules
 from ._nouveau import BLACKLIST, BLACKLIST_CONTENT
 from ._nvidia_driver_packages import (
     QUERY_PATTERNS,
@@ -48,7 +48,7 @@ from ._nvidia_driver_state import (
     boot_states,
     headers_offered,
     headers_unavailable,
-    on_disk_version,
+    module_on_disk,
 )
 from ._options import DRIVER_REPOSITORY
 from ._os_release import OsRelease, read_os_release
@@ -183,9 +183,9 @@ class DriverPlanner(Planner[DriverState]):
             if re.search(r"(?m)^state\s*=\s*enabled", text):
                 match = re.search(r"(?m)^stream\s*=\s*(\S+)", text)
                 stream = match.group(1) if match else ""
-        on_disk = on_disk_version(host, kernel)
+        module = module_on_disk(host, kernel)
         dkms = ""
-        if not on_disk and host.which("dkms"):
+        if not module.version and host.which("dkms"):
             dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
         headers = host.exists("/lib/modules/%s/build" % kernel)
         boot = boot_states(host, wish)
@@ -200,7 +200,8 @@ class DriverPlanner(Planner[DriverState]):
             repositories=repositories,
             components=apt_components(host, os_release) if plan.components else frozenset(),
             stream=stream,
-            on_disk=on_disk,
+            on_disk=module.version,
+            on_disk_flavour=module.flavour,
             secure_boot=secure_boot,
             key_enrolled=module_key_enrolled(host) if secure_boot else False,
             headers=headers,
@@ -240,7 +241,11 @@ class DriverPlanner(Planner[DriverState]):
     def keeps_module(self, state: DriverState) -> bool:
         """Whether the module in memory is the one that will be on the disk when the packages are as wanted."""
         target = self.target(self.package_plan(state), state.installed, self._foreign_module(state))
-        return bool(target) and target == state.loaded_version
+        loaded = state.inventory.driver
+        if loaded is None or not target or loaded.version != target:
+            return False
+        wish = self.wish(state.os, state.inventory, state.secure_boot)
+        return not (self.kernel_module and flavours_differ(loaded.flavour, wish.flavour))
 
     def _foreign_module(self, state: DriverState) -> str:
         """Version of the kernel module that somebody else brings; empty when it is ours or there is none.
@@ -558,11 +563,13 @@ class DriverPlanner(Planner[DriverState]):
         if pending:
             answer["message"] = "The driver of branch %s is not installed yet." % self.branch
             return answer
-        answer["reload_required"] = self.kernel_module and state.loaded_version != state.on_disk
+        answer["reload_required"] = self.kernel_module and not state.current
         if answer["reload_required"]:
+            loaded, installed = state.modules
             answer["message"] = "Driver %s is installed; %s." % (
-                state.user_space,
-                "%s is still loaded" % state.loaded_version if state.loaded_version else "its module is not loaded yet",
+                # There may be no module yet.
+                installed if installed != state.on_disk else state.user_space,
+                "%s is still loaded" % loaded if loaded else "its module is not loaded yet",
             )
         else:
             answer["message"] = "Driver %s: loaded = on disk = user space." % state.user_space

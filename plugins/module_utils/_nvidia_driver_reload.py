@@ -41,7 +41,7 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
 
     def _reload(self, host: Host) -> None:
         state = observe_reload(host)
-        if state.loaded_version == state.on_disk:
+        if state.current:
             return
         if state.gpu_processes:
             raise in_use_error(state.gpu_processes, "Reloading the driver")

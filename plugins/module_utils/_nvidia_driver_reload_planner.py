@@ -15,9 +15,9 @@ from ._errors import FleetError
 from ._gpu_holders import Holder, driver_holders
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
-from ._loaded_driver import LoadedDriver, loaded_modules
+from ._loaded_driver import LoadedDriver, ModuleFile, flavours_differ, is_loaded, loaded_modules, told_apart
 from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
-from ._nvidia_driver_state import on_disk_version
+from ._nvidia_driver_state import module_on_disk
 from ._nvlink_fabric import FABRIC_TIMEOUT, joining
 from ._os_release import read_os_release
 from ._packages import package_manager
@@ -34,6 +34,7 @@ class ReloadState:
 
     Attributes:
         on_disk: Version of the module for the running kernel, empty when there is none.
+        on_disk_flavour: Its flavour, empty when it does not say.
         user_space: Version of the libraries by the package database, empty when not installed by packages.
         stopped_units: Units that an earlier step stopped and nobody has started again.
         idle_units: Daemons of the driver that are enabled but do not run although the module is loaded.
@@ -56,6 +57,22 @@ class ReloadState:
     marker: dict[str, t.Any] | None
     boot_id: str
     fabric: str = ""
+    on_disk_flavour: str = ""
+
+    @property
+    def current(self) -> bool:
+        """Whether the module in memory is the one on the disk."""
+        return is_loaded(self.loaded, ModuleFile(self.on_disk, self.on_disk_flavour))
+
+    @property
+    def other_flavour(self) -> bool:
+        """Whether the module in memory is known to be of the other flavour than the one on the disk."""
+        return self.loaded is not None and flavours_differ(self.loaded.flavour, self.on_disk_flavour)
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The module in memory and the one on the disk, in words."""
+        return told_apart(self.loaded, ModuleFile(self.on_disk, self.on_disk_flavour))
 
     @property
     def loaded_version(self) -> str:
@@ -95,15 +112,16 @@ def observe_reload(host: Host) -> ReloadState:
     kernel = host.kernel_release()
     modules = loaded_modules(host)
     user_space = ""
-    on_disk = ""
+    module = ModuleFile()
     if inventory.pci:
         manager = package_manager(host, read_os_release(host))
         user_space = user_space_version(manager.installed(*QUERY_PATTERNS))
-        on_disk = on_disk_version(host, kernel)
+        module = module_on_disk(host, kernel)
     return ReloadState(
         inventory=inventory,
         loaded=loaded,
-        on_disk=on_disk,
+        on_disk=module.version,
+        on_disk_flavour=module.flavour,
         user_space=user_space,
         kernel=kernel,
         nouveau_loaded="nouveau" in modules,
@@ -180,7 +198,7 @@ class ReloadPlanner(Planner[ReloadState]):
 
     def reboot_reason(self, state: ReloadState) -> str:
         """Why only a reboot can bring the wanted module into the kernel; empty when a reload can (or nothing is due)."""
-        if state.loaded_version == state.on_disk:
+        if state.current:
             return ""
         return self.tried or self.stuck(state)
 
@@ -198,20 +216,21 @@ class ReloadPlanner(Planner[ReloadState]):
         if problem is not None:
             raise problem
         changes: list[Change] = []
-        current = state.loaded_version == state.on_disk
+        current = state.current
         if self.prepare_reboot:
             return [] if current and not self.always else self._plan_marker(state)
         if not current:
             reason = self.reboot_reason(state)
             blocked = "a reboot is needed: %s" % reason if reason else None
+            loaded, on_disk = state.words
             if state.loaded is not None and state.gpu_processes:
                 blocked = in_use_message(state.gpu_processes, "Reloading the driver")
             changes.append(
                 Change(
                     self.name,
                     "kernel module nvidia",
-                    state.loaded_version or None,
-                    state.on_disk,
+                    loaded or None,
+                    on_disk,
                     "the module in memory is not the one that is installed" if state.loaded else "no module is loaded",
                     disruption=Disruption.REBOOT
                     if reason
@@ -267,14 +286,15 @@ class ReloadPlanner(Planner[ReloadState]):
         marker = state.marker or {}
         if marker.get("target") == state.on_disk:
             if marker.get("boot_id") != state.boot_id:
+                loaded, on_disk = state.words
                 raise FleetError(
                     "rebooted_once",
                     "This host was already rebooted once for driver %s (reason: %s), yet %s is loaded; it is not "
                     "rebooted again. Find out why the module does not load (journalctl -k), then remove %s."
                     % (
-                        state.on_disk,
+                        on_disk,
                         marker.get("reason", "unknown"),
-                        state.loaded_version or "no driver",
+                        loaded or "no driver",
                         REBOOT_MARKER,
                     ),
                     marker=marker,
@@ -314,7 +334,7 @@ class ReloadPlanner(Planner[ReloadState]):
         if not state.inventory.pci:
             answer["message"] = "This host has no NVIDIA GPU; nothing was done."
             return answer
-        if state.loaded_version == state.on_disk:
+        if state.current:
             answer["message"] = "Driver %s: loaded = on disk = user space." % state.on_disk
             if self.fabric_left:
                 answer["warnings"] = [
@@ -324,6 +344,7 @@ class ReloadPlanner(Planner[ReloadState]):
                 ]
             return answer
         reason = self.reboot_reason(state)
+        loaded, on_disk = state.words
         if state.gpu_processes and state.loaded is not None:
             # A reboot takes the GPU away just the same.
             raise in_use_error(state.gpu_processes, "Reloading the driver")
@@ -331,14 +352,14 @@ class ReloadPlanner(Planner[ReloadState]):
             answer["reboot_required"] = True
             answer["reboot_reason"] = reason
             answer["message"] = "Driver %s is installed but %s: a reboot is needed because %s." % (
-                state.on_disk,
-                "%s is loaded" % state.loaded_version if state.loaded else "not loaded",
+                on_disk,
+                "%s is loaded" % loaded if state.loaded else "not loaded",
                 reason,
             )
             answer["warnings"] = [answer["message"]]
         else:
             answer["message"] = "Driver %s is installed but %s is loaded." % (
-                state.on_disk,
-                state.loaded_version or "no driver",
+                on_disk,
+                loaded or "no driver",
             )
         return answer

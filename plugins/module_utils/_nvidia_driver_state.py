@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 from dataclasses import dataclass
 
-from ._driver_branches import branch_of_version
+from ._driver_branches import OPEN, PROPRIETARY, branch_of_version
 from ._errors import FleetError
 from ._gpu_holders import Holder
 from ._gpu_inventory import GpuInventory
 from ._host import Host
+from ._loaded_driver import ModuleFile, is_loaded, told_apart
 from ._nvidia_driver_packages import Wish, user_space_version
 from ._os_release import OsRelease
 from ._packages import Package, PackageManager, RepositoryState
@@ -29,6 +31,8 @@ _ANY_HEADERS = {
     "debian": ("linux-headers-amd64", "linux-headers-arm64", "linux-headers-generic"),
     "rhel": ("kernel-devel",),
 }
+#: What the module says of its licence, and so of its flavour. Only of nvidia itself: nvidia-uvm is MIT/GPL in both.
+_FLAVOURS = {"Dual MIT/GPL": OPEN, "NVIDIA": PROPRIETARY}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class DriverState:
         dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
         disabled_units: Services of the driver that this hardware needs and that would not start at boot.
         masked_units: Those of them that somebody has masked.
+        on_disk_flavour: Flavour of the module on the disk, empty when it does not say.
     """
 
     os: OsRelease
@@ -74,6 +79,17 @@ class DriverState:
     dkms: str = ""
     disabled_units: tuple[str, ...] = ()
     masked_units: tuple[str, ...] = ()
+    on_disk_flavour: str = ""
+
+    @property
+    def current(self) -> bool:
+        """Whether the module in memory is the one on the disk."""
+        return is_loaded(self.inventory.driver, ModuleFile(self.on_disk, self.on_disk_flavour))
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        """The module in memory and the one on the disk, in words."""
+        return told_apart(self.inventory.driver, ModuleFile(self.on_disk, self.on_disk_flavour))
 
     @property
     def loaded_version(self) -> str:
@@ -84,14 +100,25 @@ class DriverState:
         return user_space_version(self.installed)
 
 
-def on_disk_version(host: Host, kernel: str) -> str:
-    """Version of the module file for a kernel; Debian's own packages call it nvidia-current."""
+def _field(text: str, name: str) -> str:
+    found = re.search(r"^%s:[ \t]*(.*)$" % name, text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def module_on_disk(host: Host, kernel: str) -> ModuleFile:
+    """The module file for a kernel; Debian's own packages call it nvidia-current."""
     for name in ("nvidia", "nvidia-current", "nvidia-current-open"):
-        result = host.run(["modinfo", "-k", kernel, "-F", "version", name], timeout=30)
-        version = result.stdout.strip().split("\n")[0].strip()
+        # Everything that it says: of several -F only the last counts, and every look would ask twice.
+        result = host.run(["modinfo", "-k", kernel, name], timeout=30)
+        version = _field(result.stdout, "version")
         if result.ok and branch_of_version(version):
-            return version
-    return ""
+            return ModuleFile(version, _FLAVOURS.get(_field(result.stdout, "license"), ""))
+    return ModuleFile()
+
+
+def on_disk_version(host: Host, kernel: str) -> str:
+    """Version of the module file for a kernel, empty when there is none."""
+    return module_on_disk(host, kernel).version
 
 
 def boot_states(host: Host, wish: Wish) -> dict[str, str]:

@@ -23,6 +23,15 @@ VERSIONS = {
 }
 
 
+def modinfo(version: str, licence: str) -> str:
+    """What modinfo says of the driver's module: the fields in the order of the file, as the kernel's build wrote them."""
+    fields = ["filename:       /lib/modules/%s/updates/dkms/nvidia.ko" % KERNEL, "alias:          char-major-195-*"]
+    fields += ["version:        %s" % version, "supported:      external"]
+    fields += ["license:        %s" % licence] if licence else []
+    fields += ["srcversion:     0A1B2C3D4E5F60718293A4B", "depends:        ", "name:           nvidia"]
+    return "\n".join([*fields, "parm:           NVreg_Version:license: version: (charp)"]) + "\n"
+
+
 class DriverWorld(FakeHost):
     """Holds the state that the commands act on.
 
@@ -34,6 +43,8 @@ class DriverWorld(FakeHost):
         build_fails: Driver version that dkms cannot build.
         fail_install: Number of apt transactions to fail.
         loads_itself: Whatever is installed asks for the driver, which loads it.
+        module: Version of the module on disk; empty for none.
+        flavour: Its flavour.
     """
 
     def __init__(self, gpus: int = 1, device: str = "0x2335") -> None:
@@ -48,6 +59,7 @@ class DriverWorld(FakeHost):
         self.can_unload = True
         self.loads_itself = False
         self.module = ""
+        self.flavour = "open"
         self.kernel_log = ""
         self.files["/etc/os-release"] = (
             b'ID=ubuntu\nVERSION_ID="24.04"\nVERSION_CODENAME=noble\nID_LIKE=debian\nPRETTY_NAME="Ubuntu 24.04"\n'
@@ -87,14 +99,16 @@ class DriverWorld(FakeHost):
     def install_driver(self, version: str, *, loaded: bool = True, held: bool = True, flavour: str = "-open") -> None:
         """The state after a finished installation of this collection."""
         self._unpack("nvidia-open-%s" % version[:3] if flavour else "cuda-drivers-%s" % version[:3], version, held)
-        self.module = version
+        self.module, self.flavour = version, "open" if flavour else "proprietary"
         self.dirs.add("/lib/modules/%s/build" % KERNEL)
         if loaded:
             self.load(version)
 
-    def load(self, version: str) -> None:
+    def load(self, version: str, flavour: str = "") -> None:
+        is_open = (flavour or self.flavour) == "open"
+        name = "Open Kernel Module for x86_64" if is_open else "x86_64 Kernel Module"
         self.files["/proc/driver/nvidia/version"] = (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  %s  Release Build  (b@)\n" % version
+            "NVRM version: NVIDIA UNIX %s  %s  Release Build  (b@)\n" % (name, version)
         ).encode()
         for name in ("nvidia", "nvidia_uvm", "nvidia_modeset"):
             self.files["/sys/module/%s/initstate" % name] = b"live\n"
@@ -202,7 +216,7 @@ class DriverWorld(FakeHost):
                         "Error! Bad return status\nConsult %s for more information.\n" % log,
                         "E: dkms failed\n",
                     )
-                self.module = plain
+                self.module, self.flavour = plain, "open" if "open" in name else "proprietary"
                 if self.loads_itself and not self.exists("/sys/module/nvidia/version"):
                     self.load(plain)
         return ""
@@ -223,7 +237,7 @@ class DriverWorld(FakeHost):
 
     def _modinfo(self, _host: t.Any, argv: tuple[str, ...], _stdin: t.Any, _env: t.Any) -> t.Any:
         if self.module and argv[-1] == "nvidia":
-            return self.module + "\n"
+            return modinfo(self.module, {"open": "Dual MIT/GPL", "proprietary": "NVIDIA"}.get(self.flavour, ""))
         return (1, "", "modinfo: ERROR: Module %s not found.\n" % argv[-1])
 
     def _dkms(self, _host: t.Any, argv: tuple[str, ...], _stdin: t.Any, _env: t.Any) -> t.Any:

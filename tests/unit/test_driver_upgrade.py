@@ -432,6 +432,103 @@ def test_maintenance_of_somebody_else_is_left_alone(world: UpgradeWorld) -> None
     assert not world.ran(r"systemctl (stop|start)|rmmod|modprobe")
 
 
+# -- to the other flavour of the same version ----------------------------------------------------
+
+
+@pytest.fixture
+def of_580(monkeypatch: pytest.MonkeyPatch) -> UpgradeWorld:
+    world = UpgradeWorld("580.95.05")
+    install_fakes(monkeypatch, world)
+    return world
+
+
+@pytest.mark.parametrize("can_unload", [True, False])
+def test_the_other_flavour_is_another_driver(of_580: UpgradeWorld, can_unload: bool) -> None:
+    world = of_580
+    boot = world.files["/proc/sys/kernel/random/boot_id"]
+    if not can_unload:
+        world.can_unload = False
+        world.remove("/sys/module/nvidia/refcnt")
+    assert roll(world, flavour="proprietary")["outcome"] == "updated"
+    assert world.serves() and (world.loaded, world.loaded_flavour) == ("580.95.05", "proprietary")
+    assert (world.files["/proc/sys/kernel/random/boot_id"] == boot) is can_unload
+    assert not call(world, "prestaged", flavour="proprietary")[0].changed
+
+
+@pytest.mark.parametrize("can_unload", [True, False])
+def test_a_flavour_that_was_installed_and_never_loaded_is_due(of_580: UpgradeWorld, can_unload: bool) -> None:
+    world = of_580
+    world.install_driver("580.95.05", flavour="", loaded=False)
+    del (
+        world.packages["nvidia-open-580"],
+        world.packages["nvidia-driver-580-open"],
+        world.packages["nvidia-dkms-580-open"],
+    )
+    if not can_unload:
+        world.can_unload = False
+        world.remove("/sys/module/nvidia/refcnt")
+    answer = call(world, "prestaged", flavour="proprietary", check_mode=True)[1]
+    assert answer["due"]
+    assert answer["message"] == "Driver 580.95.05 (open) is loaded and 580.95.05 (proprietary) is installed."
+    roll(world, flavour="proprietary")
+    assert world.serves() and world.loaded_flavour == "proprietary"
+    assert not call(world, "prestaged", flavour="proprietary")[1]["due"]
+
+
+def test_a_flavour_that_the_gpus_do_not_take_is_rolled_back(of_580: UpgradeWorld) -> None:
+    world = of_580
+
+    def modprobe(*arguments: t.Any) -> t.Any:
+        if world.flavour == "proprietary":
+            world.kernel_log = "NVRM: requires use of the NVIDIA open kernel modules\n"
+            return (1, "", "modprobe: ERROR: could not insert 'nvidia': No such device\n")
+        return world._modprobe(*arguments)
+
+    world.commands = {"modprobe nvidia": modprobe, **world.commands}
+    with pytest.raises(FleetError, match="flavour to open") as caught:
+        roll(world, flavour="proprietary")
+    assert "The old driver 580.95.05 was put back" in caught.value.message
+    assert record_of(world).outcome == "rolled_back" and record_of(world).before.flavour == "open"
+    assert world.serves() and world.loaded_flavour == "open" and "nvidia-open-580" in world.packages
+
+
+def test_an_upgrade_cannot_be_given_up_between_two_flavours(of_580: UpgradeWorld) -> None:
+    world = of_580
+    world.can_unload = False
+    world.remove("/sys/module/nvidia/refcnt")
+    for goal in ("prestaged", "drained", "ready"):
+        answer = call(world, goal, flavour="proprietary")[1]
+    assert answer["reboot_required"]
+    with pytest.raises(FleetError, match=r"580\.95\.05 \(open\) is loaded, 580\.95\.05 \(proprietary\) is installed"):
+        call(world, "restored", flavour="proprietary")
+    world.reboot()
+    call(world, "ready", flavour="proprietary")
+    assert world.serves() and world.loaded_flavour == "proprietary"
+
+
+def test_two_flavours_that_were_there_before_keep_no_host_out(of_580: UpgradeWorld) -> None:
+    """Nothing was touched, and user space works with both."""
+    world = of_580
+    world.install_driver("580.95.05", flavour="", loaded=False)
+    del (
+        world.packages["nvidia-open-580"],
+        world.packages["nvidia-driver-580-open"],
+        world.packages["nvidia-dkms-580-open"],
+    )
+    call(world, "prestaged", flavour="proprietary")
+    call(world, "drained", flavour="proprietary")
+    world.hold_gpu(812, "train.service")
+    with pytest.raises(FleetError, match=r"train\.service") as caught:
+        call(world, "ready", flavour="proprietary")
+    assert "Driver 580.95.05 was left in place" in caught.value.message
+    assert world.serves() and world.loaded_flavour == "open" and not world.ran("apt-get .*install .*nvidia-open")
+    world.release_gpu(812)
+    call(world, "prestaged", flavour="proprietary")
+    call(world, "drained", flavour="proprietary")
+    assert call(world, "restored", flavour="proprietary")[1]["outcome"] == "restored"
+    assert world.serves() and world.loaded_flavour == "open"
+
+
 # -- odds and ends --------------------------------------------------------------------------------
 
 

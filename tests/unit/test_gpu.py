@@ -17,6 +17,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver impor
     observe_loaded_driver,
     parse_driver_version,
 )
+from driver_world import modinfo
 from fake_host import FakeHost
 
 OPEN = (
@@ -321,7 +322,7 @@ def test_info_with_a_driver(host: FakeHost, fixtures: pathlib.Path) -> None:
     add_gpu(host, driver="nvidia")
     host.files["/proc/driver/nvidia/version"] = OPEN.encode()
     host.commands["nvidia-smi -q -x"] = (fixtures / "nvidia-smi/h200-x8.xml").read_text()
-    host.commands["modinfo *"] = "580.159.04\n"
+    host.commands["modinfo *"] = modinfo("580.159.04", "Dual MIT/GPL")
     host.commands["dkms status"] = "nvidia/580.159.04, 6.1.0-test-amd64, x86_64: installed\nzfs/2.2: added\n"
     answer = gather(host)
     json.dumps(answer)

@@ -205,7 +205,8 @@ MODULE_AFTER_PACKAGES = {
 def driver_only(branch: str, *, reload: bool, **options: t.Any) -> dict[str, t.Any]:
     """What the role asks for: without reloading it leaves the reload out and unloads nothing."""
     wanted: dict[str, t.Any] = {"nvidia_driver": {"branch": branch, "unload": reload, **options}}
-    return {**wanted, "nvidia_driver_reload": {"expected_version": branch}} if reload else wanted
+    reloads = {"nvidia_driver_reload": {"expected_version": options.get("version") or branch}}
+    return {**wanted, **reloads} if reload else wanted
 
 
 def of_the_module(answer: dict[str, t.Any]) -> list[tuple[t.Any, ...]]:
@@ -310,6 +311,34 @@ def test_a_reboot_is_planned_where_the_role_comes_to_one(
         return
     assert planned == reboots(bare, wanted)
     assert plan(bare, **wanted)["worst"] == ("reboot" if planned else "none")
+
+
+@pytest.mark.parametrize("reload", [True, False])
+@pytest.mark.parametrize("can_unload", [True, False])
+def test_the_other_flavour_of_the_same_version_is_another_module(
+    bare: DriverWorld, monkeypatch: pytest.MonkeyPatch, can_unload: bool, reload: bool
+) -> None:
+    monkeypatch.setattr(_packages, "download", lambda _url: b"\x99\x01key")
+    bare.can_unload = can_unload
+    bare.install_driver("580.95.05")
+    bare.configured()
+    swaps = can_unload and reload
+    wanted = driver_only("580", reload=reload, version="580.95.05", flavour="proprietary")
+    answer = plan(bare, **wanted)
+    assert of_the_module(answer) == [
+        ("nvidia_driver", "unload_driver" if swaps else "none", "580.95.05", "580.95.05 (proprietary, nvidia)", None),
+        ("nvidia_driver_reload", "unload_driver" if swaps else "reboot", "580.95.05", "580.95.05", "nvidia_driver"),
+    ]
+    assert reboots(bare, wanted) is not swaps
+    if swaps:
+        assert plan(bare, **wanted)["changes"] == []
+        return
+    # Nothing is due but the reboot.
+    [change] = plan(bare, **wanted)["changes"]
+    assert (change["resource"], change["disruption"]) == ("nvidia_driver_reload", "reboot")
+    assert (change["from"], change["to"]) == ("580.95.05 (open)", "580.95.05 (proprietary)")
+    bare.load("580.95.05")
+    assert plan(bare, **wanted)["changes"] == []
 
 
 def test_packages_that_bring_back_what_is_loaded_need_no_reboot(bare: DriverWorld) -> None:

@@ -335,6 +335,32 @@ def test_flavour_change(world: DriverWorld) -> None:
     assert world.packages["cuda-drivers-580"][0] == "580.95.05-0ubuntu1"
 
 
+@pytest.mark.parametrize("options", [{"unload": False}, {"unload": True}])
+def test_the_old_flavour_that_stays_in_memory_is_told(world: DriverWorld, options: dict[str, bool]) -> None:
+    world.install_driver("580.95.05")
+    world.refuses["nvidia"] = "Module nvidia is in use"
+    outcome = run(world, flavour="proprietary", **options)
+    driver = NvidiaDriver(flavour="proprietary", **options)
+    answer = driver.result(outcome.state)
+    assert answer["reload_required"]
+    assert answer["message"] == "Driver 580.95.05 (proprietary) is installed; 580.95.05 (open) is still loaded."
+    world.load("580.95.05", "proprietary")
+    answer = driver.result(driver.observe(world))
+    assert not answer["reload_required"]
+    assert answer["message"] == "Driver 580.95.05: loaded = on disk = user space."
+
+
+def test_packages_of_the_other_flavour_are_not_put_back_beside_the_loaded_one(world: DriverWorld) -> None:
+    world.configured()
+    world.load("580.95.05", "proprietary")
+    options = {"version": "580.95.05", "flavour": "open"}
+    packages = next(change for change in run(world, check=True, **options).changes if change.action == "packages")
+    assert packages.disruption == Disruption.UNLOAD_DRIVER
+    world.load("580.95.05", "open")
+    packages = next(change for change in run(world, check=True, **options).changes if change.action == "packages")
+    assert packages.disruption == Disruption.NONE
+
+
 def test_an_old_gpu_gets_the_proprietary_modules_and_no_newer_branch() -> None:
     world = DriverWorld(device="0x1db4")
     planned = NvidiaDriver().package_plan(NvidiaDriver().observe(world))

@@ -12,11 +12,12 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_clients impo
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_swap import load_failure
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import Holder
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import ModuleFile
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload import DriverReload
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reload_planner import REBOOT_MARKER
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import on_disk_version
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import module_on_disk, on_disk_version
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption, Outcome, converge
-from driver_world import KERNEL, DriverWorld
+from driver_world import KERNEL, DriverWorld, modinfo
 from fake_host import FakeHost
 
 
@@ -294,6 +295,56 @@ def test_a_reboot_once_per_target(world: DriverWorld) -> None:
     assert not run(world, prepare_reboot=True)[0].changed
 
 
+# -- the other flavour of the same version
+
+
+def test_the_other_flavour_is_another_module(world: DriverWorld) -> None:
+    world.flavour = "proprietary"
+    planned, _resource = run(world, check=True)
+    [change] = planned.changes
+    assert change.disruption == Disruption.UNLOAD_DRIVER
+    assert (change.before, change.after) == ("580.95.05 (open)", "580.95.05 (proprietary)")
+    outcome, resource = run(world)
+    assert outcome.changed
+    answer = resource.result(outcome.state)
+    assert (answer["flavour"], answer["message"]) == (
+        "proprietary",
+        "Driver 580.95.05: loaded = on disk = user space.",
+    )
+    assert not run(world)[0].changed
+
+
+def test_a_module_of_the_other_flavour_that_stays_needs_a_reboot(world: DriverWorld) -> None:
+    world.flavour = "proprietary"
+    world.refuses["nvidia"] = "Module nvidia is in use"
+    for _again in range(2):
+        outcome, resource = run(world)
+        answer = resource.result(outcome.state)
+        assert answer["reboot_required"]
+        assert (
+            "580.95.05 (proprietary) is installed but 580.95.05 (open) is loaded: a reboot is needed"
+            in answer["message"]
+        )
+    assert run(world, prepare_reboot=True, reboot_reason="in use")[0].changed
+    world.files["/proc/sys/kernel/random/boot_id"] = b"boot-2\n"
+    with pytest.raises(
+        FleetError, match=r"for driver 580\.95\.05 \(proprietary\) .*, yet 580\.95\.05 \(open\) is loaded"
+    ):
+        run(world, prepare_reboot=True)
+    world.load("580.95.05")
+    assert [change.action for change in run(world)[0].changes] == ["clear_marker"]
+
+
+@pytest.mark.parametrize(("memory", "disk"), [("open", ""), ("", "open"), ("", "")])
+def test_a_flavour_that_is_not_told_is_no_difference(world: DriverWorld, memory: str, disk: str) -> None:
+    world.flavour = disk
+    if memory == "":
+        world.files["/proc/driver/nvidia/version"] = b"NVRM version: NVIDIA UNIX  580.95.05  \n"
+    outcome, resource = run(world)
+    assert not outcome.changed
+    assert resource.result(outcome.state)["message"] == "Driver 580.95.05: loaded = on disk = user space."
+
+
 @pytest.mark.parametrize("content", [b"{broken", b"[]"])
 def test_a_broken_marker_is_reported_and_left(world: DriverWorld, content: bytes) -> None:
     world.files[REBOOT_MARKER] = content
@@ -324,10 +375,23 @@ def test_expected_version(world: DriverWorld) -> None:
 
 
 def test_debians_own_module_name(host: FakeHost) -> None:
-    host.commands["modinfo * nvidia-current"] = "535.261.03\n"
+    host.commands["modinfo * nvidia-current"] = modinfo("535.261.03", "NVIDIA")
+    assert module_on_disk(host, "k") == ModuleFile("535.261.03", "proprietary")
     assert on_disk_version(host, "k") == "535.261.03"
-    host.commands = {"modinfo *": "garbage\n"}
-    assert on_disk_version(host, "k") == ""
+    # Of another maker's words nothing is concluded.
+    for licence in ("", "GPL", "Proprietary"):
+        host.commands = {"modinfo * nvidia": modinfo("580.95.05", licence)}
+        assert module_on_disk(host, "k") == ModuleFile("580.95.05", "")
+    for text in ("garbage\n", "srcversion: 580.95.05\nlicense: NVIDIA\n", "version: none\n"):
+        host.commands = {"modinfo *": text}
+        assert module_on_disk(host, "k") == ModuleFile("", "")
+        assert on_disk_version(host, "k") == ""
+
+
+def test_one_question_tells_version_and_flavour(host: FakeHost) -> None:
+    host.commands["modinfo *"] = modinfo("580.95.05", "Dual MIT/GPL")
+    assert module_on_disk(host, "k") == ModuleFile("580.95.05", "open")
+    assert host.calls == [("modinfo", "-k", "k", "nvidia")]
 
 
 # -- services

@@ -134,6 +134,12 @@ class UpgradeWorld(DriverWorld):
     def loaded(self) -> str:
         return (self.read_text("/sys/module/nvidia/version") or "").strip()
 
+    @property
+    def loaded_flavour(self) -> str:
+        return (
+            "open" if "Open Kernel Module" in (self.read_text("/proc/driver/nvidia/version") or "") else "proprietary"
+        )
+
     def serves(self) -> bool:
         """Whether both services run on a driver that is loaded and is the installed one."""
         return (
@@ -234,8 +240,8 @@ def options(branch: str = "580", **more: t.Any) -> dict[str, t.Any]:
     }
 
 
-def upgrade(world: UpgradeWorld, branch: str = "580", **more: t.Any) -> DriverUpgrade:
-    return DriverUpgrade(driver=options(branch), api=world.docker, **more)
+def upgrade(world: UpgradeWorld, branch: str = "580", flavour: str = "auto", **more: t.Any) -> DriverUpgrade:
+    return DriverUpgrade(driver=options(branch, flavour=flavour), api=world.docker, **more)
 
 
 def install_fakes(monkeypatch: t.Any, world: UpgradeWorld) -> None:
