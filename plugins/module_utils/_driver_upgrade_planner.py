@@ -282,6 +282,9 @@ class UpgradePlanner(Planner[UpgradeState]):
         if state.rival is not None:
             state.rival.refuse(self.run, state.now, take_over=self.take_over)
         if self.goal == "restored":
+            # Other work that has this host out is no reason: neither of them could be given up then.
+            if state.maintenance == "foreign":
+                raise taken_away(Record, state.held)
             return [self._change("restored", state, record)]
         if state.held and record.open and self.goal in ("ready", "returned"):
             # Whoever has drained it must not take it for ready.

@@ -33,7 +33,8 @@ options:
       - V(ready), all steps until the services are ready on the new driver. Where a reboot is needed it stops before it, see
         RV(reboot_required), and goes on when it is called again.
       - V(returned), the host has been given back and the record is closed.
-      - V(restored), the upgrade is given up, which is possible as long as the old driver is in place.
+      - V(restored), the upgrade is given up, which is possible as long as the old driver is in place and nobody else has put the
+        host under maintenance.
     type: str
     choices: [prestaged, drained, ready, returned, restored]
     default: ready

@@ -32,7 +32,8 @@ options:
       - V(drained), that, and the host is on record as about to be taken out of service.
       - V(ready), all steps until the services are ready with what is wanted.
       - V(returned), the host has been given back and the record is closed.
-      - V(restored), the deployment is given up, which is possible as long as nothing was changed.
+      - V(restored), the deployment is given up, which is possible as long as nothing was changed and nobody has put the host under
+        maintenance.
     type: str
     choices: [prestaged, drained, ready, returned, restored]
     default: ready

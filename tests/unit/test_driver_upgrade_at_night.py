@@ -389,6 +389,18 @@ def test_an_upgrade_that_is_given_up_on_the_new_driver_is_validated_first(world:
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_a_host_under_maintenance_is_not_given_up(world: UpgradeWorld) -> None:
+    """After a drain that took too long: whoever works on it now would else get its requests."""
+    call(world, "prestaged")
+    call(world, "drained")
+    world.files[MAINTENANCE_FILE] = b"bad fan, Kim\n"
+    with pytest.raises(FleetError) as caught:
+        call(world, "restored")
+    assert caught.value.reason == "host_held" and "outcome" not in caught.value.facts and record_of(world).open
+    world.remove(MAINTENANCE_FILE)
+    assert call(world, "restored")[1]["outcome"] == "restored" and world.serves()
+
+
 @pytest.mark.parametrize("moment", ["drained", "rmmod nvidia"])
 def test_maintenance_that_begins_meanwhile_keeps_the_host_out(world: UpgradeWorld, moment: str) -> None:
     """Whoever goes on after the module would else give requests to a host that somebody works on."""

@@ -318,6 +318,17 @@ def test_giving_up_before_and_after_the_change(world: DeployWorld) -> None:
     assert call(world, "returned")[1]["outcome"] == "updated"
 
 
+def test_a_host_under_maintenance_is_not_given_up(world: DeployWorld) -> None:
+    """After a drain that took too long: whoever works on it now would else get its requests."""
+    call(world, "drained")
+    world.host.files[MAINTENANCE_FILE] = b"bad fan, Kim\n"
+    with pytest.raises(FleetError) as caught:
+        call(world, "restored")
+    assert caught.value.reason == "host_held" and "outcome" not in caught.value.facts and record_of(world).open
+    del world.host.files[MAINTENANCE_FILE]
+    assert call(world, "restored")[1]["outcome"] == "restored"
+
+
 def test_another_key_goes_back_too(world: DeployWorld) -> None:
     world.converge(*OLD, key=KEY)
     world.sick.add(NEW_DIGEST)

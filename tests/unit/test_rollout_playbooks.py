@@ -460,6 +460,16 @@ def test_deploy_leaves_out_a_host_that_somebody_takes_over_meanwhile(deploy: Dep
     assert deploy.turn("gpu02") == DEPLOY_TURN
 
 
+def test_a_drain_that_takes_too_long_gives_nobody_requests_that_somebody_has_taken_over(deploy: Deploy) -> None:
+    said = "This host is out of service for a deployment of its models, and now somebody has put it under maintenance."
+    deploy.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "2 requests still run on gpu01."}
+    deploy.answers["gpu01"]["deploy restored"] = {"failed": True, "reason": "host_held", "msg": said}
+    code, output = deploy.run()
+    assert code == 2 and "gpu01: " + said in output and "1 out of service" in output
+    assert "2 requests still run on gpu01." in output
+    assert deploy.turn("gpu01") == [*DEPLOY_TURN[:2], "deploy restored"]
+
+
 def test_deploy_gives_up_where_the_drain_is_refused(deploy: Deploy) -> None:
     deploy.answers["gpu01"]["gateway drained"] = {"failed": True, "msg": "It is the last one that serves llama."}
     code, output = deploy.run()
