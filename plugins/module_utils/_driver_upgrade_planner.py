@@ -22,7 +22,7 @@ from ._driver_upgrade_record import (
     maintenance,
     read_record,
 )
-from ._errors import FleetError
+from ._errors import FleetError, check_choice
 from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nvidia_driver import NvidiaDriver
@@ -31,6 +31,7 @@ from ._nvidia_driver_reload_planner import ReloadState, observe_reload
 from ._nvidia_driver_state import DriverState
 from ._resource import Change, Disruption, Planner
 from ._rollout_record import (
+    GOALS,
     LEASE,
     STRANDED,
     UPDATED,
@@ -48,8 +49,6 @@ from ._rollout_services import (
 from ._systemd import unit_properties
 from ._verdict import REFUSED, Verdict
 
-#: Where a call of the module stops.
-GOALS = ("prestaged", "drained", "ready", "returned", "restored")
 REBOOTS = ("auto", "never", "always")
 
 #: Makes partitions anew at every boot.
@@ -121,7 +120,7 @@ class UpgradePlanner(Planner[UpgradeState]):
 
     Args:
         driver: Options of module nvidia_driver.
-        goal: The step at which to stop, one of :data:`GOALS`. Who wants ``ready`` has taken the host out of the load
+        goal: The step at which to stop, one of :data:`._rollout_record.GOALS`. Who wants ``ready`` has taken the host out of the load
             balancer. ``restored`` gives up, as long as the old driver is in place.
         reboot: ``auto`` where nothing else loads the new driver, ``never``, or ``always``.
         gpu_injection: How containers get their GPUs, for the proof that they do.
@@ -154,11 +153,7 @@ class UpgradePlanner(Planner[UpgradeState]):
         api: DockerApi | None = None,
     ) -> None:
         for option, value, allowed in (("state", goal, GOALS), ("reboot", reboot, REBOOTS)):
-            if value not in allowed:
-                raise FleetError(
-                    "invalid_option",
-                    "%s = %r: not one of %s; choose one of them." % (option, value, ", ".join(allowed)),
-                )
+            check_choice(option, value, allowed)
         self.options = dict(driver, unload=False)
         # Here nothing is unloaded behind the order of steps below.
         self.driver = NvidiaDriver(**self.options)

@@ -26,6 +26,16 @@ class FleetError(Exception):
         self.facts: dict[str, t.Any] = facts
 
 
+def check_choice(option: str, value: str, allowed: t.Sequence[str]) -> None:
+    """Raises:
+    FleetError: ``invalid_option``.
+    """
+    if value not in allowed:
+        raise FleetError(
+            "invalid_option", "%s = %r: not one of %s; choose one of them." % (option, value, ", ".join(allowed))
+        )
+
+
 #: What to do where the system refuses a file.
 _FILE_REMEDIES = {
     errno.ENOSPC: "free space on its file system",

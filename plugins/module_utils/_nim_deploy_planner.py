@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ._docker_api import DockerApi
 from ._driver_upgrade_record import maintenance
-from ._errors import FleetError
+from ._errors import FleetError, check_choice
 from ._host import Host
 from ._image_reference import ImageReference
 from ._nim_models import parse_models
@@ -20,6 +20,7 @@ from ._nim_service import NimService
 from ._nim_service_state import HostState
 from ._resource import Change, Disruption, Planner
 from ._rollout_record import (
+    GOALS,
     LEASE,
     STRANDED,
     UPDATED,
@@ -37,8 +38,6 @@ from ._rollout_services import (
     serving,
 )
 
-#: Where a call of the module stops.
-GOALS = ("prestaged", "drained", "ready", "returned", "restored")
 STEPS = ("planned", "prestaged", "drained", "changed", "ready", "returned")
 #: Changes of the services' resource for which the host is taken out of service; the others are site's.
 _DUE = ("restart", "stop", "remove", "prerequisite")
@@ -108,7 +107,7 @@ class DeployPlanner(Planner[DeployState]):
 
     Args:
         services: Options of module nim_service.
-        goal: The step at which to stop, one of :data:`GOALS`. Who wants ``ready`` has taken the host out of the load
+        goal: The step at which to stop, one of :data:`._rollout_record.GOALS`. Who wants ``ready`` has taken the host out of the load
             balancer. ``restored`` gives up, as long as nothing was changed.
         run: Who deploys, in words; another one is told of it.
         take_over: Honour no other run.
@@ -130,10 +129,7 @@ class DeployPlanner(Planner[DeployState]):
         lease: int = LEASE,
         api: DockerApi | None = None,
     ) -> None:
-        if goal not in GOALS:
-            raise FleetError(
-                "invalid_option", "state = %r: not one of %s; choose one of them." % (goal, ", ".join(GOALS))
-            )
+        check_choice("state", goal, GOALS)
         if services.get("state") == "absent":
             raise FleetError(
                 "invalid_option",

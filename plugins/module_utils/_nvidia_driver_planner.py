@@ -21,7 +21,7 @@ from ._driver_branches import (
     upstream_version,
 )
 from ._driver_clients import foreign_holders, in_use_error, in_use_message
-from ._errors import FleetError
+from ._errors import FleetError, check_choice
 from ._gpu_holders import driver_holders
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._host import Host
@@ -106,11 +106,7 @@ class DriverPlanner(Planner[DriverState]):
             ("nvidia_driver_imex", imex, ("auto", "present", "absent")),
             ("nvidia_driver_secure_boot", secure_boot, ("check", "enrolled")),
         ):
-            if value not in allowed:
-                raise FleetError(
-                    "invalid_option",
-                    "%s = %r: not one of %s; choose one of them." % (option, value, ", ".join(allowed)),
-                )
+            check_choice(option, value, allowed)
         self.source = source
         self.repository_url = check_url("nvidia_driver_repository_url", repository_url)
         self.repository_architecture = check_architecture(repository_architecture)

@@ -22,6 +22,16 @@ from ._nim_paths import MAINTENANCE_FILE
 from ._redaction import scrub
 from ._untrusted import json_object, misfit, parse_json, real_number, strings
 
+#: Where a call of a module that does such work stops.
+GOALS = ("prestaged", "drained", "ready", "returned", "restored")
+#: Options that they share; documented in the fragment ``rollout``.
+ROLLOUT_OPTIONS: dict[str, t.Any] = {
+    "state": {"type": "str", "choices": list(GOALS), "default": "ready"},
+    "run": {"type": "str", "default": ""},
+    "take_over": {"type": "bool", "default": False},
+    "lease": {"type": "int", "default": 600},
+}
+
 #: How it has ended: as wanted; with nothing taken away; with what was there before put back; outside.
 UPDATED = "updated"
 RESTORED = "restored"

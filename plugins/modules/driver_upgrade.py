@@ -25,6 +25,7 @@ author:
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
   - gpu_fleet.nim.progress
+  - gpu_fleet.nim.rollout
 options:
   state:
     description:
@@ -71,20 +72,6 @@ options:
     type: list
     elements: dict
     default: []
-  run:
-    description:
-      - Who upgrades, in words. While a run is seen at the host, or was within O(lease) of that run, one with another name is refused.
-      - The action plugin fills it in.
-    type: str
-    default: ""
-  take_over:
-    description: Whether the claim of another run is void.
-    type: bool
-    default: false
-  lease:
-    description: Seconds that O(run) is honoured by others without a sign of life, for example while the host reboots.
-    type: int
-    default: 600
 seealso:
   - module: gpu_fleet.nim.nvidia_driver
   - module: gpu_fleet.nim.nvidia_driver_reload
@@ -216,13 +203,14 @@ claim:
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade import DriverUpgrade
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_planner import GOALS, REBOOTS, UpgradeState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._driver_upgrade_planner import REBOOTS, UpgradeState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress import (
     PROGRESS_OPTIONS,
     run_resource_with_progress,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import GPU_HEALTH, GPU_INJECTIONS
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_record import ROLLOUT_OPTIONS
 
 
 def main() -> None:
@@ -230,15 +218,12 @@ def main() -> None:
     module = ResourcesModule(
         ["nvidia_driver"],
         {
-            "state": {"type": "str", "choices": list(GOALS), "default": "ready"},
             "reboot": {"type": "str", "choices": list(REBOOTS), "default": "auto"},
             "gpu_injection": {"type": "str", "choices": list(GPU_INJECTIONS), "default": "runtime"},
             "gpu_health": {"type": "str", "choices": list(GPU_HEALTH), "default": "enforce"},
             "smoke_test": {"type": "bool", "default": True},
             "models": {"type": "list", "elements": "dict", "default": []},
-            "run": {"type": "str", "default": ""},
-            "take_over": {"type": "bool", "default": False},
-            "lease": {"type": "int", "default": 600},
+            **ROLLOUT_OPTIONS,
             **PROGRESS_OPTIONS,
         },
     )

@@ -25,6 +25,7 @@ author:
 extends_documentation_fragment:
   - gpu_fleet.nim.attributes
   - gpu_fleet.nim.progress
+  - gpu_fleet.nim.rollout
 options:
   state:
     description:
@@ -42,20 +43,6 @@ options:
       - The services that are wanted, as the options of M(gpu_fleet.nim.nim_service).
       - When it is not given, they come from the variables of the role P(gpu_fleet.nim.nim#role).
     type: dict
-  run:
-    description:
-      - Who deploys, in words. While a run is seen at the host, or was within O(lease) of that run, one with another name is refused.
-      - The action plugin fills it in.
-    type: str
-    default: ""
-  take_over:
-    description: Whether the claim of another run is void.
-    type: bool
-    default: false
-  lease:
-    description: Seconds that O(run) is honoured by others without a sign of life, for example while the host is drained.
-    type: int
-    default: 600
 seealso:
   - module: gpu_fleet.nim.nim_image
   - module: gpu_fleet.nim.nim_service
@@ -181,8 +168,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._module_progress imp
     run_resource_with_progress,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy import NimDeploy
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_planner import GOALS, DeployState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_deploy_planner import DeployState
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_record import ROLLOUT_OPTIONS
 
 
 def main() -> None:
@@ -190,10 +178,7 @@ def main() -> None:
     module = ResourcesModule(
         ["nim_service"],
         {
-            "state": {"type": "str", "choices": list(GOALS), "default": "ready"},
-            "run": {"type": "str", "default": ""},
-            "take_over": {"type": "bool", "default": False},
-            "lease": {"type": "int", "default": 600},
+            **ROLLOUT_OPTIONS,
             **PROGRESS_OPTIONS,
         },
     )
