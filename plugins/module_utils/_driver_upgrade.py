@@ -375,8 +375,8 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         if error.reason == "rebooted_once":
             record = replace(record, rebooted=observe_reload(host).on_disk)
         record = note(host, replace(record, failure=failure))
-        # In the last one it gets requests already.
-        if not record.reached("drained") or step not in STEPS[:-1]:
+        # A look comes before any turn, and who asked for it cannot give the host its requests back. In the last step it has them.
+        if self.goal == "prestaged" or not record.reached("drained") or step not in STEPS[:-1]:
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)

@@ -150,8 +150,8 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
             return error
         failure = failed(step, error, began, host.time())
         record = note(host, replace(record, failure=failure))
-        # In the last one it gets requests already.
-        if not record.reached("drained") or step not in STEPS[:-1]:
+        # A look comes before any turn, and who asked for it cannot give the host its requests back. In the last step it has them.
+        if self.goal == "prestaged" or not record.reached("drained") or step not in STEPS[:-1]:
             return error
         held = replace(state, maintenance=maintenance(host)).held
         if held:

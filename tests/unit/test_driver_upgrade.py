@@ -411,6 +411,24 @@ def test_an_upgrade_can_be_given_up_while_the_old_driver_is_in_place(world: Upgr
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_a_look_that_fails_leaves_an_open_upgrade_as_it_is(world: UpgradeWorld) -> None:
+    """Who only looks cannot give the host its requests back: a closed record would leave it drained for good."""
+    for goal in ("prestaged", "drained"):
+        call(world, goal)
+    good = world.commands
+    world.commands = {
+        "apt-get * --download-only *": (100, "", "E: Failed to fetch http://x/nvidia.deb  Hash Sum mismatch\n"),
+        **good,
+    }
+    with pytest.raises(FleetError, match="Hash Sum mismatch") as caught:
+        call(world, "prestaged", "595")
+    assert "outcome" not in caught.value.facts
+    assert record_of(world).open and record_of(world).reached("drained") and world.serves()
+    world.commands = good
+    roll(world)
+    assert world.serves() and world.loaded == "580.95.05"
+
+
 def test_an_upgrade_cannot_be_given_up_between_two_drivers(world: UpgradeWorld) -> None:
     call(world, "prestaged")
     call(world, "drained")

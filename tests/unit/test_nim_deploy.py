@@ -140,6 +140,18 @@ def test_an_image_that_is_not_there_is_refused_before_anything(world: DeployWorl
     assert call(world, "prestaged", check_mode=True)[1]["due"]
 
 
+def test_a_look_that_fails_leaves_an_open_deployment_as_it_is(world: DeployWorld) -> None:
+    """Who only looks cannot give the host its requests back: a closed record would leave it drained for good."""
+    call(world, "drained")
+    image = world.api.images.pop(NEWER)
+    with pytest.raises(FleetError) as caught:
+        call(world, "prestaged")
+    assert caught.value.reason == "image_missing" and "outcome" not in caught.value.facts
+    assert record_of(world).open and record_of(world).reached("drained") and world.runs() == DIGEST
+    world.api.images[NEWER] = image
+    assert roll(world)["outcome"] == "updated"
+
+
 def test_what_cannot_be_set_up_is_refused_at_the_look(world: DeployWorld) -> None:
     with pytest.raises(FleetError) as caught:
         call(world, "prestaged", llama(image=NEWER, gpus=3), nemo(), check_mode=True)
