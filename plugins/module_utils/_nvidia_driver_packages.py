@@ -449,7 +449,8 @@ def _dnf_nvidia(os_release: OsRelease, machine: str, kernel: str, wish: Wish) ->
             else r"kmod-nvidia-open-dkms|kmod-nvidia-\d{3}.*|nvidia-open"
         )
         # Companions under the names of other branches.
-        + r"|(libnvidia-nscq|nvidia-imex)-\d{3}|nvidia-fabric-?manager",
+        + r"|(libnvidia-nscq|nvidia-imex)-\d{3}|nvidia-fabric-?manager"
+        + ("" if int(wish.branch) >= 580 else r"|(libnvidia-nscq|nvidia-imex)$"),
     )
 
 

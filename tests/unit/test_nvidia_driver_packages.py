@@ -302,6 +302,8 @@ def packages(*items: str) -> dict[str, Package]:
          ("nvidia-open-kernel-dkms=535.1.2-1", "cuda-drivers-580=580.1.2-1"), ["cuda-drivers-580", "nvidia-open-kernel-dkms"]),
         ("rhel9", {}, ("kmod-nvidia-latest-dkms=3:580.1.2-1.el9", "nvidia-driver-cuda=3:535.1.2-1.el9"), ["kmod-nvidia-latest-dkms"]),
         ("rhel9", {}, ("libnvidia-nscq-535=535.1.2-1", "nvidia-fabric-manager=535.1.2-1"), ["libnvidia-nscq-535", "nvidia-fabric-manager"]),
+        ("rhel9", {"branch": "570"}, ("libnvidia-nscq=580.1.2-1", "nvidia-imex=580.1.2-1"), ["libnvidia-nscq", "nvidia-imex"]),
+        ("rhel9", {}, ("libnvidia-nscq=580.1.2-1", "nvidia-imex=580.1.2-1"), []),
     ],
 )  # fmt: skip
 def test_what_stands_in_the_way(
