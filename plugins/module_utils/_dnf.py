@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import typing as t
 
@@ -22,8 +23,17 @@ from ._packages import (
     sort_newest_first,
     transaction_failed,
 )
+from ._untrusted import whole_number
 
 DNF_REPOSITORIES = "/etc/yum.repos.d"
+#: State of the module streams (dnf.modularity(7)).
+_STREAMS = "/etc/dnf/modules.d"
+_OTHER_STREAMS = "/run/gpu_fleet/modules.d"
+#: Package lists count as current however old they are, so that nothing is asked of a repository that is away.
+LISTS_AS_THEY_ARE = "--setopt=*.metadata_expire=-1"
+#: One package of the table that dnf prints before a transaction: name, architecture, version, repository, size. Long names
+#: stand on a line of their own; packages that go have a repository with an @.
+_COMING = re.compile(r"(?m)^ (\S+)\s+(\S+)\s+(\S+)\s+([^@\s]\S*)\s+\d[\d.]*(?: [kMGT])?\s*$")
 
 
 class Dnf(PackageManager):
@@ -31,9 +41,13 @@ class Dnf(PackageManager):
 
     family = "rhel"
     compare = staticmethod(compare_rpm)
+    #: Command that dnf is started with, and options of its transactions.
+    _view: t.Tuple[str, ...] = ()
+    _options: t.Tuple[str, ...] = ()
 
-    def _dnf(self, *arguments: str) -> CommandResult:
-        return self.host.run(["dnf", "-q", "-y", *arguments], timeout=TRANSACTION_TIMEOUT)
+    def _dnf(self, *arguments: str, quiet: bool = True) -> CommandResult:
+        command = [*self._view, "dnf", *(["-q"] if quiet else []), "-y", *self._options, *arguments]
+        return self.host.run(command, timeout=TRANSACTION_TIMEOUT)
 
     @property
     def _is_dnf5(self) -> bool:
@@ -82,9 +96,8 @@ class Dnf(PackageManager):
         if not names:
             return {}
         form = "%{name}\\t%{epoch}:%{version}-%{release}\\t%{repoid}\\n"
-        result = self.host.run(
-            ["dnf", "-q", "-C", "repoquery", "--available", "--showduplicates", "--qf", form, *names], timeout=120
-        )
+        command = [*self._view, "dnf", "-q", "-C", "repoquery", "--available", "--showduplicates", "--qf", form, *names]
+        result = self.host.run(command, timeout=120)
         found: t.Dict[str, t.List[Available]] = {}
         for line in result.stdout.splitlines():
             fields = line.strip().split("\t")
@@ -185,6 +198,61 @@ class Dnf(PackageManager):
                 if not result.ok:
                     raise transaction_failed("Installing %s" % ", ".join(specifications), result, _dnf_cause(result))
 
+    def download(self, wanted: t.Mapping[str, t.Optional[str]], *, again: bool = False) -> int:
+        """Have all that an installation takes on the disk, checked, so that it then needs no repository.
+
+        It stays there until it is installed: without keepcache dnf deletes it at the end of the next transaction, whichever
+        that is. Transactions of this object then go by the lists that are there.
+
+        Args:
+            wanted: As for :meth:`install`.
+            again: Download what is installed at that version as well, to install it again later.
+
+        Returns:
+            Bytes that it takes unpacked.
+
+        Raises:
+            FleetError: ``repository_unreachable``, ``package_damaged``, ``disk_full``, ``package_failed``, ….
+        """
+        self._options = ()
+        installed = self.installed(*wanted) if wanted else {}
+        coming: t.List[str] = []
+        present: t.List[str] = []
+        for name, version in wanted.items():
+            there = name in installed and version in (None, installed[name].version)
+            (present if there else coming).append(name if version is None else "%s-%s" % (name, version))
+        size = self._download("install", "--allowerasing", *coming) if coming else 0
+        size += self._download("reinstall", *present) if present and again else 0
+        self._options = (LISTS_AS_THEY_ARE,)
+        return size
+
+    def _download(self, *verb: str) -> int:
+        arguments = [*verb, "--downloadonly", "--setopt=keepcache=1"]
+        arguments += ["--disableplugin=versionlock"] if not self._is_dnf5 else []
+        # Where all of it is there already, the repository need not be.
+        result = self._dnf("-C", *arguments, quiet=False)
+        if not result.ok:
+            result = self._dnf(*arguments, quiet=False)
+        if not result.ok and not re.search("No space left|Failure writing", _dnf_cause(result)):
+            # Lists older than the repository name files that are gone.
+            self.refresh()
+            result = self._dnf(*arguments, quiet=False)
+        if not result.ok:
+            specifications = [word for word in verb[1:] if not word.startswith("-")]
+            raise transaction_failed("Downloading %s" % ", ".join(specifications), result, _dnf_cause(result))
+        return self._unpacked_size(result.stdout)
+
+    def _unpacked_size(self, output: str) -> int:
+        """Bytes that the packages in dnf's table take when they are installed; 0 when there are none."""
+        coming = ["%s-%s.%s" % (name, version, machine) for name, machine, version, _from in _COMING.findall(output)]
+        if not coming:
+            return 0
+        form = "%{name}.%{arch}\\t%{installsize}\\n"
+        command = [*self._view, "dnf", "-q", "-C", "repoquery", "--available", "--qf", form, *coming]
+        # Two repositories may have the same package.
+        lines = {line.strip() for line in self.host.run(command, timeout=120).stdout.splitlines()}
+        return sum(whole_number(line.partition("\t")[2]) for line in lines)
+
     def remove(self, *names: str, purge: bool = False) -> None:
         present = list(self.installed(*names))
         if present:
@@ -195,24 +263,26 @@ class Dnf(PackageManager):
     def hold(self, *names: str) -> None:
         if not names:
             return
-        if not self._is_dnf5 and self.host.run(["rpm", "-q", "python3-dnf-plugin-versionlock"]).rc != 0:
-            self.install({"python3-dnf-plugin-versionlock": None})
-        if self._is_dnf5 and self.host.run(["rpm", "-q", "dnf5-plugins"]).rc != 0:
-            self.install({"dnf5-plugins": None})
+        self.install_lock_plugin()
         # A lock on an older version would stay beside the new one and win nothing.
         self.unhold(*names)
         self.host.check(
-            ["dnf", "-q", "-y", "versionlock", "add", *names],
+            ["dnf", "-q", "-y", LISTS_AS_THEY_ARE, "versionlock", "add", *names],
             reason="hold_failed",
             doing="Locking the version of %s" % ", ".join(names),
         )
+
+    def install_lock_plugin(self) -> None:
+        plugin = "dnf5-plugins" if self._is_dnf5 else "python3-dnf-plugin-versionlock"
+        if self.host.run(["rpm", "-q", plugin]).rc != 0:
+            self.install({plugin: None})
 
     def unhold(self, *names: str) -> None:
         locked = self._locked()
         present = [name for name in names if any(_lock_name(pattern) == name for pattern in locked)]
         if present:
             self.host.check(
-                ["dnf", "-q", "-y", "versionlock", "delete", *present],
+                ["dnf", "-q", "-y", LISTS_AS_THEY_ARE, "versionlock", "delete", *present],
                 reason="hold_failed",
                 doing="Unlocking the version of %s" % ", ".join(present),
             )
@@ -224,10 +294,37 @@ class Dnf(PackageManager):
 
     def module_stream(self, module: str) -> t.Optional[str]:
         """The enabled stream of a module, or None; read from dnf's own state file."""
-        text = self.host.read_text("/etc/dnf/modules.d/%s.module" % module) or ""
+        text = self.host.read_text("%s/%s.module" % (_STREAMS, module)) or ""
         stream = re.search(r"(?m)^stream\s*=\s*(\S+)", text)
         state = re.search(r"(?m)^state\s*=\s*(\S+)", text)
         return stream.group(1) if stream and state and state.group(1) == "enabled" else None
+
+    @contextlib.contextmanager
+    def as_with_stream(self, module: str, stream: str) -> t.Iterator[None]:
+        """Look and download as if a stream was enabled, while another one stays it for everybody else.
+
+        dnf hides the packages of streams that are not enabled, and chooses dependencies among the rest. It finds its state in
+        one directory, and no option names another: it gets to see one of ours, in a mount namespace that ends with it.
+        """
+        if not stream or self.module_stream(module) == stream:
+            yield
+            return
+        self.host.make_dir(_OTHER_STREAMS, mode=0o755)
+        if not self.host.exists(_STREAMS):
+            self.host.make_dir(_STREAMS, mode=0o755)
+        try:
+            for name in self.host.list_dir(_STREAMS):
+                self.host.write_file(
+                    "%s/%s" % (_OTHER_STREAMS, name), self.host.read_text("%s/%s" % (_STREAMS, name)) or "", mode=0o644
+                )
+            content = "[%s]\nname=%s\nstream=%s\nprofiles=\nstate=enabled\n" % (module, module, stream)
+            self.host.write_file("%s/%s.module" % (_OTHER_STREAMS, module), content, mode=0o644)
+            script = 'mount --bind "$0" %s && exec "$@"' % _STREAMS
+            self._view = ("unshare", "--mount", "sh", "-c", script, _OTHER_STREAMS)
+            yield
+        finally:
+            self._view = ()
+            self.host.remove(_OTHER_STREAMS)
 
     def switch_stream(self, module: str, stream: str) -> None:
         """Enable a stream; dnf refuses another one until the module is reset."""
@@ -261,6 +358,12 @@ def _is_locked(name: str, version: str, patterns: t.Sequence[str]) -> bool:
 def _dnf_cause(result: CommandResult) -> str:
     """dnf's own sentence; of a conflict the first reason below it, without which it says nothing."""
     lines = [line.strip() for line in (result.stderr + "\n" + result.stdout).splitlines() if line.strip()]
+    if any("Error downloading packages" in line for line in lines):
+        # Every try of a package that could not be had; what comes last does not say why.
+        tries = [line[len("[MIRROR] ") :] for line in lines if line.startswith("[MIRROR] ")]
+        # What could not be written is seen as a wrong checksum as well.
+        for line in [line for line in tries if "Failure writing" in line] or tries:
+            return line.rstrip(".") + "."
     for line in lines:
         # "Error: GPG check FAILED" comes after it.
         if re.search(r"is not signed$|^Public key for .* is not installed|^Failing package is", line):

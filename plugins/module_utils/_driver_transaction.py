@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ._dnf import LISTS_AS_THEY_ARE, Dnf
 from ._errors import FleetError
 from ._host import Host
 from ._nvidia_driver_packages import PackagePlan, is_driver_package
@@ -57,17 +58,16 @@ def guard_removal(host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None
         )
 
 
-def download_packages(host: Host, plan: PackagePlan, wanted: t.Mapping[str, str]) -> None:
+def download_packages(host: Host, manager: PackageManager, wanted: t.Mapping[str, str]) -> None:
     """Have the packages on the host before anything stops."""
     if not wanted:
         return
-    if plan.manager == "apt":
-        command = ["apt-get", "-q", "-y", "install", "--download-only", "--no-install-recommends"]
-        command += ["--allow-downgrades", "--allow-change-held-packages", "-o", "DPkg::Lock::Timeout=600"]
-        command += ["%s=%s" % item for item in wanted.items()]
-    else:
-        command = ["dnf", "-q", "-y", "install", "--downloadonly", "--allowerasing", "--disableplugin=versionlock"]
-        command += ["%s-%s" % item for item in wanted.items()]
+    if isinstance(manager, Dnf):
+        manager.download(wanted)
+        return
+    command = ["apt-get", "-q", "-y", "install", "--download-only", "--no-install-recommends"]
+    command += ["--allow-downgrades", "--allow-change-held-packages", "-o", "DPkg::Lock::Timeout=600"]
+    command += ["%s=%s" % item for item in wanted.items()]
     # The result is not judged: with the pinning package not yet there the resolver may say no to what works later,
     # and the installation itself names every cause better.
     host.run(command, env=_APT_ENVIRONMENT, timeout=3600)
@@ -76,6 +76,9 @@ def download_packages(host: Host, plan: PackagePlan, wanted: t.Mapping[str, str]
 def switch_stream(host: Host, stream: str) -> None:
     """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
     for arguments in (["module", "reset", "nvidia-driver"], ["module", "enable", "nvidia-driver:" + stream]):
+        # With the lists that are there, for a repository that is away; with new ones where those do not have it.
+        if host.run(["dnf", "-q", "-y", LISTS_AS_THEY_ARE, *arguments], timeout=600).ok:
+            continue
         host.check(
             ["dnf", "-q", "-y", *arguments],
             reason="stream_failed",
@@ -105,6 +108,9 @@ def install_prerequisites(host: Host, manager: PackageManager, state: DriverStat
 
 def install_headers(host: Host, manager: PackageManager, package: str) -> None:
     try:
+        if isinstance(manager, Dnf):
+            # They lie ready where a host is out of service, and then the repository need not be there.
+            manager.download({package: None})
         manager.install({package: None})
     except FleetError as error:
         raise headers_unavailable(host.kernel_release(), error.message.rstrip("."), error.facts) from error

@@ -6,24 +6,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import typing as t
 from dataclasses import dataclass
 
 from ._apt import apt_cause
 from ._disk_space import Need, check_space, file_systems
+from ._dnf import Dnf
 from ._docker_api import DockerApi
 from ._driver_branches import cuda_of_branch, upstream_version
-from ._driver_transaction import download_packages
+from ._driver_transaction import install_prerequisites
 from ._errors import FleetError
 from ._gpu_inventory import observe_gpus
 from ._host import Host
 from ._nim_image import environment_of, requirements_off
 from ._nvidia_driver import NvidiaDriver
-from ._nvidia_driver_packages import apt_preferences, is_driver_package
+from ._nvidia_driver_packages import PackagePlan, apt_preferences, is_driver_package
 from ._nvidia_driver_state import DriverState, headers_unavailable
 from ._os_release import read_os_release
-from ._packages import PackageManager, package_manager, transaction_failed
+from ._packages import Package, PackageManager, package_manager, transaction_failed
 from ._requirements import check as check_verdict
 from ._requirements import evaluate
 from ._rollout_services import Service, strangers
@@ -148,17 +150,48 @@ def way_back(host: Host, make: t.Callable[[], NvidiaDriver | None]) -> Verdict:
         state = old.observe(host)
         manager = package_manager(host, read_os_release(host))
         plan = old.package_plan(state)
-        resolved = old.resolve(manager, plan, {})
-        if plan.manager == "apt":
-            _download_apt(host, manager, old, old.version, resolved)
+        with _packages_of(manager, plan):
+            resolved = old.resolve(manager, plan, {})
+            if isinstance(manager, Dnf):
+                _download_installed(manager, old.version, resolved, state.installed)
+            else:
+                _download_apt(host, manager, old, old.version, resolved)
         return Verdict("way_back", OK, "Driver %s can be put back." % old.version)
     except FleetError as error:
         text = "The driver that is there now could not be put back: %s" % error.message
         return Verdict("way_back", WARNING, text, "", error.reason)
 
 
+def _packages_of(manager: PackageManager, plan: PackagePlan) -> t.ContextManager[None]:
+    """Where a module stream has the packages of a plan (EL 8 and 9), they are seen in it; what is enabled stays so."""
+    return (
+        manager.as_with_stream("nvidia-driver", plan.stream) if isinstance(manager, Dnf) else contextlib.nullcontext()
+    )
+
+
+def _download_installed(
+    manager: Dnf, version: str, resolved: t.Mapping[str, str], installed: t.Mapping[str, Package]
+) -> None:
+    """Download the driver that is there: of an installed package dnf does not look at what it depends on."""
+    parts = {
+        name: package.version
+        for name, package in installed.items()
+        if is_driver_package(name) and upstream_version(package.version) == version
+    }
+    offers = manager.available(*parts)
+    gone = [name for name in parts if all(offer.version != parts[name] for offer in offers.get(name, []))]
+    if gone:
+        raise FleetError(
+            "version_not_available",
+            "No repository offers %s at version %s any more." % (", ".join(gone[:8]), version),
+        )
+    manager.download({**resolved, **parts}, again=True)
+
+
 def prestage(host: Host, driver: NvidiaDriver) -> tuple[Prestaged, list[Verdict]]:
-    """Download everything that the change of the driver installs, and look whether it fits; nothing is installed.
+    """Download everything that the change of the driver installs, and look whether it fits.
+
+    Nothing of the driver is installed; on EL what builds and locks it is, where it is missing.
 
     Raises:
         FleetError: ``repository_unreachable``, ``version_not_available``, ``package_failed``, ``disk_full``, ….
@@ -172,6 +205,17 @@ def prestage(host: Host, driver: NvidiaDriver) -> tuple[Prestaged, list[Verdict]
             manager.apply_repository(change.data["repository"])
         elif change.action == "components":
             driver.apply(host, change)
+    if isinstance(manager, Dnf):
+        install_prerequisites(host, manager, state, plan)
+        if driver.hold:
+            manager.install_lock_plugin()
+    with _packages_of(manager, plan):
+        return _prestage(host, manager, driver, plan, state)
+
+
+def _prestage(
+    host: Host, manager: PackageManager, driver: NvidiaDriver, plan: PackagePlan, state: DriverState
+) -> tuple[Prestaged, list[Verdict]]:
     resolved = driver.resolve(manager, plan, state.installed)
     version = next(
         (
@@ -183,27 +227,32 @@ def prestage(host: Host, driver: NvidiaDriver) -> tuple[Prestaged, list[Verdict]
         ),
         driver.version or state.user_space,
     )
-    wanted = dict(resolved)
-    if plan.headers and not state.headers and plan.headers not in state.installed:
-        offers = manager.available(plan.headers).get(plan.headers, [])
-        if offers:
-            wanted[plan.headers] = offers[0].version
+    wanted: dict[str, str | None] = dict(resolved)
+    if plan.headers and not state.headers and plan.headers not in state.installed and manager.available(plan.headers):
+        wanted[plan.headers] = None
     verdicts = [Verdict("packages", OK, "Driver %s is on offer with all its parts at that version." % version)]
-    if plan.manager == "apt":
-        verdicts += _download_apt(host, manager, driver, version, wanted)
+    if isinstance(manager, Dnf):
+        size, images = manager.download(wanted), 0
     else:
-        download_packages(host, plan, wanted)
-        text = "What dnf could download now is there; where a module stream changes, that is only after the drain."
-        verdicts.append(Verdict("download", WARNING if plan.stream and plan.stream != state.stream else OK, text))
+        size, images = _download_apt(host, manager, driver, version, wanted)
+    needs = [Need("/usr", size, "packages"), Need("/var/lib/dkms", BUILD_SPACE, "the build")]
+    if images:
+        needs.append(Need("/boot", images, "the initial RAM disk"))
+    check_space(file_systems(host, needs))
+    verdicts.append(Verdict("download", OK, "All packages of driver %s are on the disk." % version))
+    verdicts.append(Verdict("disk", OK, "There is room for the packages and for building the module."))
     return Prestaged(version, resolved), verdicts
 
 
 def _download_apt(
-    host: Host, manager: PackageManager, driver: NvidiaDriver, version: str, wanted: t.Mapping[str, str]
-) -> list[Verdict]:
+    host: Host, manager: PackageManager, driver: NvidiaDriver, version: str, wanted: t.Mapping[str, str | None]
+) -> tuple[int, int]:
     """Download as if there were no driver, and with the preferences that will be in force.
 
     Parts of the old one would conflict with those of the new one or hold them back, although they go before these come.
+
+    Returns:
+        Bytes that it takes unpacked, and that the initial RAM disk does.
     """
     host.make_dir(_DIRECTORY, mode=0o700)
     host.write_file(_DIRECTORY + "/preferences", apt_preferences(driver.branch, version), mode=0o644)
@@ -219,7 +268,7 @@ def _download_apt(
         "Dir::Cache::srcpkgcache=",
     ):
         command += ["-o", option]
-    command += ["%s=%s" % item for item in wanted.items()]
+    command += [name if exact is None else "%s=%s" % (name, exact) for name, exact in wanted.items()]
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     try:
         result = host.run(command, env=environment, timeout=_TIMEOUT)
@@ -231,19 +280,9 @@ def _download_apt(
             raise transaction_failed("Downloading driver %s" % version, result, apt_cause(result))
     finally:
         host.remove(_DIRECTORY)
-    needs = [
-        Need("/usr", installed_size(result.stdout), "packages"),
-        Need("/var/lib/dkms", BUILD_SPACE, "the build"),
-    ]
     # The driver's packages have it made anew, and the old one goes only when the new one is there.
     image = host.stat("/boot/initrd.img-%s" % host.kernel_release())
-    if image is not None:
-        needs.append(Need("/boot", image.size, "the initial RAM disk"))
-    check_space(file_systems(host, needs))
-    return [
-        Verdict("download", OK, "All packages of driver %s are on the disk." % version),
-        Verdict("disk", OK, "There is room for the packages and for building the module."),
-    ]
+    return installed_size(result.stdout), image.size if image is not None else 0
 
 
 def without_driver(status: str) -> str:

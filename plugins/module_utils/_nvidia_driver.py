@@ -209,7 +209,7 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
             guard_removal(host, plan, foreign)
         pinning = {name: version for name, version in resolved.items() if name == plan.pinning}
         others = {name: version for name, version in resolved.items() if name != plan.pinning}
-        download_packages(host, plan, {**pinning, **others})
+        download_packages(host, manager, {**pinning, **others})
         stopped = False
         if state.inventory.driver is not None and not change.data["adds"]:
             late = foreign_holders(driver_holders(host))

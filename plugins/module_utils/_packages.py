@@ -299,9 +299,12 @@ def transaction_failed(doing: str, result: CommandResult, cause: str) -> FleetEr
     if "Could not get lock" in cause or "lock was locked" in cause:
         reason = "package_lock"
         remedy = "Another package tool is running on this host; wait for it and run again."
-    elif "No space left" in cause:
+    elif re.search("No space left|more space needed on|Failure writing output to destination", cause):
         reason = "disk_full"
         remedy = "Free space on this host and run again."
+    elif "Hash Sum mismatch" in cause or "checksum doesn't match" in cause:
+        reason = "package_damaged"
+        remedy = "Another file came than the repository lists: mend it there, or in the mirror or proxy, and run again."
     return FleetError(
         reason,
         "%s failed: %s %s" % (doing, cause, remedy),

@@ -768,8 +768,8 @@ def test_streams_are_reset_before_another_is_enabled() -> None:
     assert (change.before, change.after) == ("570-open", "580-open")
     NvidiaDriver().apply(world, change)
     assert world.ran("^dnf -q -y") == [
-        "dnf -q -y module reset nvidia-driver",
-        "dnf -q -y module enable nvidia-driver:580-open",
+        "dnf -q -y --setopt=*.metadata_expire=-1 module reset nvidia-driver",
+        "dnf -q -y --setopt=*.metadata_expire=-1 module enable nvidia-driver:580-open",
     ]
     world.files["/etc/dnf/modules.d/nvidia-driver.module"] = b"[nvidia-driver]\nstream=580-open\nstate=enabled\n"
     assert "stream" not in actions(run(world, check=True))
@@ -790,7 +790,7 @@ def test_locks_on_el_are_released_when_they_are_ours() -> None:
     world.commands["rpm -qa *"] = "".join("%s\t3:580.95.05-1.el9\tx86_64\n" % name for name in names)
     world.commands = {
         "rpm -q python3-dnf-plugin-versionlock": "",
-        "dnf -q -y versionlock *": versionlock,
+        "dnf -q -y --setopt=*.metadata_expire=-1 versionlock *": versionlock,
         **world.commands,
     }
     # One lock is the operator's.
@@ -811,8 +811,8 @@ def test_locks_on_el_are_released_when_they_are_ours() -> None:
 def versionlock(host: FakeHost, argv: tuple[str, ...], _stdin: object, _env: object) -> str:
     path = "/etc/dnf/plugins/versionlock.list"
     lines = (host.read_text(path) or "").splitlines()
-    lines = [line for line in lines if not any(line.startswith(name + "-3:") for name in argv[5:])]
-    if argv[4] == "add":
-        lines += ["%s-3:580.95.05-1.el9.*" % name for name in argv[5:]]
+    lines = [line for line in lines if not any(line.startswith(name + "-3:") for name in argv[6:])]
+    if argv[5] == "add":
+        lines += ["%s-3:580.95.05-1.el9.*" % name for name in argv[6:]]
     host.files[path] = "".join(line + "\n" for line in lines).encode()
     return ""

@@ -19,10 +19,33 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import machines
 
+#: Part of a path -> what is wrong with what is there: a status of HTTP, or nothing for a body that is damaged.
+_FAULTS: dict[str, int | None] = {}
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
+
+class _Server(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: t.Any) -> None:
         """Nobody reads it."""
+
+    def do_GET(self) -> None:
+        fault = [status for part, status in _FAULTS.items() if part in self.path]
+        if not fault:
+            super().do_GET()
+        elif fault[0]:
+            self.send_error(fault[0])
+        else:
+            size = pathlib.Path(self.translate_path(self.path)).stat().st_size
+            self.send_response(200)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(b"x" * size)
+
+
+@pytest.fixture
+def faults() -> t.Iterator[dict[str, int | None]]:
+    """Faults of the server; see :data:`_FAULTS`."""
+    yield _FAULTS
+    _FAULTS.clear()
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +53,7 @@ def server() -> t.Iterator[str]:
     """URL of all repositories."""
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
         pytest.fail("needs root and mmdebstrap")
-    handler = functools.partial(_Quiet, directory=str(machines.build()))
+    handler = functools.partial(_Server, directory=str(machines.build()))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
         yield "http://127.0.0.1:%d" % http_server.server_address[1]

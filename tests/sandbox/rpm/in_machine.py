@@ -23,15 +23,19 @@ def load(name):
 request = json.load(sys.stdin)
 operation = request.pop("operation")
 kernel = request.pop("kernel")
+free = request.pop("free")
 errors = load("_errors")
 packages = load("_packages")
 
 
 class Machine(load("_host").Host):
-    """The kernel is the only thing that is not the machine's own."""
+    """The kernel is not the machine's own, and the space on its disks need not be."""
 
     def kernel_release(self):
         return kernel
+
+    def free_bytes(self, path):
+        return super().free_bytes(path) if free is None else free
 
 
 host = Machine()
@@ -52,6 +56,17 @@ def converge(name, options, check=False):
         "blocked": [change.as_dict() for change in outcome.blocked],
         "result": wanted.result(outcome.state),
     }
+
+
+def prestage(options):
+    """As an upgrade does it before the host is out of service, the way back included."""
+    precheck = load("_driver_upgrade_precheck")
+    driver = resource("nvidia_driver", dict(options, unload=False))
+    version = driver.observe(host).user_space
+    ready, verdicts = precheck.prestage(host, driver)
+    old = dict(options, branch=version.partition(".")[0], version=version, unload=False)
+    verdicts.append(precheck.way_back(host, lambda: resource("nvidia_driver", old)))
+    return {"version": ready.version, "verdicts": {one.check: one.verdict + ": " + one.message for one in verdicts}}
 
 
 def repository_of(name, url):
@@ -85,7 +100,9 @@ def manager(method, arguments=(), options=None):
 
 
 try:
-    answer = {"converge": converge, "repository": repository, "manager": manager}[operation](**request)
+    answer = {"converge": converge, "prestage": prestage, "repository": repository, "manager": manager}[operation](
+        **request
+    )
 except errors.FleetError as error:
     answer = {"error": error.reason, "message": error.message, "facts": {k: str(v) for k, v in error.facts.items()}}
 json.dump(answer, sys.stdout)

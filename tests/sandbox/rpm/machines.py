@@ -26,7 +26,8 @@ CHECKOUT = HERE.parents[2]
 HARDWARE = HERE.parent / "hardware/files"
 STATE = CHECKOUT / ".sandbox/cache/rpm"
 SUITES = {9: "bookworm", 10: "trixie"}
-PACKAGES = ("ca-certificates", "createrepo-c", "dnf", "dnf-plugins-core", "gnupg", "kmod", "python3-systemd", "rpm")
+PACKAGES = ("ca-certificates", "createrepo-c", "dnf", "dnf-plugins-core", "gnupg", "kmod", "mount", "python3-systemd")
+PACKAGES += ("rpm",)
 _MINOR = {9: "9.6", 10: "10.0"}
 _H200 = "0x2335"
 
@@ -123,12 +124,19 @@ def public() -> pathlib.Path:
 
 
 class Machine:
-    """One machine: a root file system of its own that starts as the unchanged one. Nothing runs between two commands."""
+    """One machine: a root file system of its own that starts as the unchanged one. Nothing runs between two commands.
+
+    Attributes:
+        binds: Directories from outside, and where they are in the machine.
+        free: Free bytes that every file system of it shows; None for what it has.
+    """
 
     def __init__(self, major: int, directory: pathlib.Path) -> None:
         self.major = major
         self.kernel = KERNELS[major]
         self.base = root(major)
+        self.binds: dict[pathlib.Path, str] = {}
+        self.free: int | None = None
         self.upper, self.scratch, self.merged = (directory / name for name in ("upper", "scratch", "merged"))
         for path in (self.upper, self.scratch, self.merged):
             path.mkdir(parents=True)
@@ -142,6 +150,7 @@ class Machine:
         for source, target in {
             CHECKOUT / "plugins/module_utils": "/mnt/code",
             HERE: "/mnt/tests",
+            **self.binds,
             **(binds or {}),
         }.items():
             script += "\nmkdir -p %s%s\nmount --bind %s %s%s" % (self.merged, target, source, self.merged, target)
@@ -151,7 +160,7 @@ class Machine:
 
     def ask(self, operation: str, **arguments: t.Any) -> dict[str, t.Any]:
         """Let the collection's code do one thing in the machine (see in_machine.py)."""
-        request = {"operation": operation, "kernel": self.kernel, **arguments}
+        request = {"operation": operation, "kernel": self.kernel, "free": self.free, **arguments}
         done = self.run("python3", "-B", "/mnt/tests/in_machine.py", stdin=json.dumps(request), check=False)
         try:
             return t.cast("dict[str, t.Any]", json.loads(done.stdout))

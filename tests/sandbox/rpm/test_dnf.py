@@ -7,7 +7,9 @@ pytest tests/sandbox/rpm          (needs root, mmdebstrap and Debian's package a
 
 from __future__ import annotations
 
+import pathlib
 import re
+import subprocess
 import typing as t
 
 import pytest
@@ -42,7 +44,9 @@ def locks(machine: Machine) -> list[str]:
 
 
 def stream(machine: Machine) -> str:
-    found = re.search(r"(?m)^\*?nvidia-driver +(\S+) \[e\]", machine.run("dnf", "-q", "module", "list").stdout)
+    # With the lists that are there.
+    listed = machine.run("dnf", "-q", "--setopt=*.metadata_expire=-1", "module", "list").stdout
+    found = re.search(r"(?m)^\*?nvidia-driver +(\S+) \[e\]", listed)
     return found.group(1) if found else ""
 
 
@@ -53,6 +57,15 @@ def module_version(machine: Machine) -> str:
 def whats(answer: t.Mapping[str, t.Any]) -> list[str]:
     assert "error" not in answer, answer
     return [change["what"] for change in answer["changes"]]
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "small", str(directory)], check=True)
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
 
 
 @both
@@ -287,3 +300,95 @@ def test_an_impossible_wish_names_the_missing_thing(machine: Machine, server: st
     refused = machine.ask("manager", method="install", arguments=[{"no-such-package": None}])
     assert refused["error"] == "package_failed"
     assert "no-such-package" in refused["message"]
+
+
+# -- before a host is taken out of service
+
+
+def prestage(machine: Machine, server: str, **options: t.Any) -> dict[str, t.Any]:
+    return machine.ask("prestage", options={"repository_url": server + "/compute/cuda/repos", **options})
+
+
+def make_lists_old(machine: Machine) -> None:
+    machine.run("find", "/var/cache/dnf", "-exec", "touch", "-d", "2020-01-01", "{}", "+")
+
+
+@both
+def test_what_lies_ready_is_all_that_the_change_takes(
+    machine: Machine, server: str, faults: dict[str, int | None]
+) -> None:
+    options = {"fabric_manager": "present", "imex": "present"}
+    driver(machine, server, branch="570", **options)
+    machine.run("rpm", "-e", "--nodeps", "kernel-devel")
+    before = versions(machine, ""), locks(machine), stream(machine)
+    ready = prestage(machine, server, branch="580", **options)
+    assert ready["version"] == "580.95.05", ready
+    assert {verdict.partition(":")[0] for verdict in ready["verdicts"].values()} == {"ok"}, ready
+    # Nothing but the cache is another.
+    assert (versions(machine, ""), locks(machine), stream(machine)) == before
+    assert machine.run("sh", "-c", "find /run/gpu_fleet -mindepth 1 || :").stdout == ""
+    # No repository answers any more, and the lists are too old for dnf.
+    make_lists_old(machine)
+    faults["/"] = 503
+    done = driver(machine, server, branch="580", **options)
+    assert "error" not in done, done
+    assert driver_versions(machine) == {"580.95.05"}
+    assert stream(machine) == ("580-open" if machine.major == 9 else "")
+    # Nor for the way back.
+    back = driver(machine, server, branch="570", version="570.195.03", **options)
+    assert "error" not in back, back
+    assert driver_versions(machine) == {"570.195.03"}
+    assert module_version(machine) == "570.195.03"
+
+
+@both
+def test_a_download_says_what_is_wrong_with_it(machine: Machine, server: str, faults: dict[str, int | None]) -> None:
+    driver(machine, server, branch="570")
+    faults["nvidia-driver-cuda-libs-580.95.05"] = None
+    refused = prestage(machine, server, branch="580")
+    assert refused["error"] == "package_damaged", refused
+    assert "nvidia-driver-cuda-libs-580.95.05" in refused["message"] and "checksum" in refused["message"]
+    faults["nvidia-driver-cuda-libs-580.95.05"] = 404
+    refused = prestage(machine, server, branch="580")
+    assert refused["error"] == "package_failed" and "404" in refused["message"], refused
+    faults["/"] = 503
+    refused = prestage(machine, server, branch="580")
+    assert refused["error"] == "repository_unreachable", refused
+    faults.clear()
+    machine.free = 10**8
+    refused = prestage(machine, server, branch="580")
+    assert refused["error"] == "disk_full" and "the build" in refused["message"], refused
+    assert driver_versions(machine) == {"570.195.03"}
+
+
+@el10
+def test_a_disk_that_is_too_small_for_the_download(machine: Machine, server: str, small_disk: pathlib.Path) -> None:
+    driver(machine, server, branch="570")
+    machine.binds[small_disk] = "/var/cache/dnf"
+    machine.run("dnf", "-q", "makecache")
+    machine.run(
+        "sh",
+        "-c",
+        "head -c $(($(df --output=avail -B1 /var/cache/dnf | tail -1) - 16384)) /dev/zero >/var/cache/dnf/full",
+    )
+    refused = prestage(machine, server, branch="580")
+    assert refused["error"] == "disk_full" and "Downloading" in refused["message"], refused
+
+
+@both
+def test_what_nobody_offers_is_refused_beforehand(machine: Machine, server: str) -> None:
+    driver(machine, server, branch="570")
+    for options in ({"branch": "575"}, {"branch": "580", "version": "580.105.08"}):
+        refused = prestage(machine, server, **options)
+        assert refused["error"] == "version_not_available", refused
+    assert stream(machine) == ("570-open" if machine.major == 9 else "")
+
+
+@both
+def test_a_way_back_that_cannot_be_had_any_more(machine: Machine, server: str, faults: dict[str, int | None]) -> None:
+    driver(machine, server, branch="570")
+    machine.run("dnf", "-q", "clean", "packages")
+    faults["libnvidia-ml-570.195.03"] = 404
+    ready = prestage(machine, server, branch="580")
+    assert ready.get("verdicts", {}).get("way_back", "").startswith("warning: "), ready
+    assert "libnvidia-ml-570.195.03" in ready["verdicts"]["way_back"]
