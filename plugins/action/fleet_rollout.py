@@ -225,11 +225,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             ) from None
 
     def _results(self, name: str) -> list[looks.Look]:
+        """What is registered of a host's turn, where it had one in this run."""
+        if self._registered_before(name):
+            return [None for _variable in self.args["results"]]
         return [self._answer(name, variable) for variable in self.args["results"]]
+
+    def _registered_before(self, name: str) -> bool:
+        """Whether what is registered of a host is of an earlier run of the same command."""
+        return float((self._answer(name, self.args["decision"]) or {}).get("begun") or 0.0) < self.args["begun"]
 
     def _message(self, name: str) -> str:
         """What went wrong on a host, where the role has failed or else where its module has."""
-        message = looks.message_of([self._answer(name, self.args["failure"]), *self._results(name)])
+        failure = None if self._registered_before(name) else self._answer(name, self.args["failure"])
+        message = looks.message_of([failure, *self._results(name)])
         gateway = self._not_given_back(name)
         return "%s It is still drained at gateway %s." % (message, gateway) if message and gateway else message
 
@@ -401,7 +409,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         batch = [str(name) for name in self.task_vars.get("ansible_play_batch") or []]
         outcomes, passed = self._outcomes(), self._passed()
         self._write_page(self._traffic())
-        found = {"changed": False, "number": self._number(), "requests": gateways.counts_of(self.now)}
+        found = {
+            "changed": False,
+            "number": self._number(),
+            "begun": self.args["begun"],
+            "requests": gateways.counts_of(self.now),
+        }
         stop = self._stop(passed, outcomes)
         unasked = gateways.errors(self.now)
         if not stop and unasked:
@@ -457,8 +470,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         )
 
     def _decision(self, name: str) -> t.Mapping[str, t.Any]:
-        """What phase batch has said of the batch of a host; empty when it was never asked."""
-        return self._answer(name, self.args["decision"]) or {}
+        """What phase batch has said of the batch of a host; empty when it was never asked in this run."""
+        return {} if self._registered_before(name) else self._answer(name, self.args["decision"]) or {}
 
     def _write_page(self, traffic: dict[str, t.Any]) -> None:
         if not self.args["report"] or self._task.check_mode:

@@ -65,7 +65,9 @@ options:
     type: dict
     default: {}
   begun:
-    description: RV(roll) of the plan has it, when it was made, in seconds since the epoch.
+    description:
+      - RV(roll) of the plan has it, when it was made, in seconds since the epoch.
+      - What is registered of an earlier run of the same command counts for nothing; O(decision) says of which run it is.
     type: float
     default: 0.0
   hosts:
@@ -234,6 +236,10 @@ number:
   description: Number of this batch.
   returned: with O(phase=batch)
   type: int
+begun:
+  description: O(begun), by which the decision of an earlier run of the same command is known.
+  returned: with O(phase=batch)
+  type: float
 stop:
   description: Why neither this batch nor a later one may begin; empty when they may.
   returned: with O(phase=batch)

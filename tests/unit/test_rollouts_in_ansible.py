@@ -40,6 +40,64 @@ def test_a_second_rollout_by_the_same_command_has_a_plan_of_its_own(play: Play) 
     assert [play.turn(host) for host in HOSTS] == [TURN, TURN, []] and output.count("updated.") == 1
 
 
+def test_a_second_rollout_of_the_same_kind_has_answers_of_its_own(play: Play) -> None:
+    (play.copy / "playbooks" / "twice.yml").write_text(
+        "- ansible.builtin.import_playbook: gpu_fleet.nim.upgrade_drivers\n" * 2
+    )
+    play.playbook = "twice"
+    not_ready = {"failed": True, "outcome": "stranded", "msg": "It does not load."}
+    play.answers["gpu01"]["upgrade ready"] = [GOOD["upgrade ready"], not_ready]
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 2, output
+    # Nothing that came of the first one counts in the second: not for the host that fails, and not for those that wait.
+    assert play.turn("gpu01") == [*TURN, *TURN[:3]] and play.turn("gpu02") == play.turn("gpu03") == TURN
+    _first, _, second = output.partition("3 updated.")
+    assert "1 out of service, 2 not begun." in second and "The run stops after 1 of 3 hosts" in second, output
+    assert "out of service: It does not load. Run again" in second and "ended before its turn" in second
+    # Nor when only the drain fails, which leaves the driver in place.
+    play.answers["gpu01"]["upgrade ready"] = GOOD["upgrade ready"]
+    play.answers["gpu01"]["gateway drained"] = [{}, {"failed": True, "msg": "It is the last one that serves llama."}]
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 2, output
+    assert play.turn("gpu01") == [*TURN, *TURN[:2], "upgrade restored", "gateway enabled of llama"]
+    assert "1 restored, 2 not begun." in output.partition("3 updated.")[2], output
+
+
+def test_a_second_deployment_has_answers_of_its_own(play: Play) -> None:
+    (play.copy / "playbooks" / "twice.yml").write_text("- ansible.builtin.import_playbook: gpu_fleet.nim.deploy\n" * 2)
+    play.playbook = "twice"
+    for host in HOSTS:
+        play.answers[host].update(GOOD_DEPLOY)
+    play.answers["gpu01"]["gateway drained"] = [{}, {"failed": True, "msg": "It is the last one that serves llama."}]
+    code, output = play.run(nim_deploy_max_unavailable=1)
+    assert code == 2, output
+    assert play.turn("gpu01") == [*DEPLOY_TURN, *DEPLOY_TURN[:2], "deploy restored", "gateway enabled of llama"]
+    assert "1 restored, 2 not begun." in output.partition("3 updated.")[2], output
+
+
+def test_requests_of_an_earlier_rollout_of_the_same_command_are_not_counted_again(play: Play) -> None:
+    (play.copy / "playbooks" / "both.yml").write_text(
+        "- ansible.builtin.import_playbook: gpu_fleet.nim.upgrade_drivers\n"
+        "- ansible.builtin.import_playbook: gpu_fleet.nim.deploy\n"
+    )
+    play.playbook = "both"
+    for host in HOSTS:
+        play.answers[host].update(GOOD_DEPLOY)
+        play.answers[host]["deploy prestaged"] = dict(GOOD_DEPLOY["deploy prestaged"], due=host == "gpu03")
+
+    def look(at: float, process: str, requests: int) -> dict[str, object]:
+        traffic = [{"backend": "meta_llama", "requests": requests, "failed": 0, "truncated": 0}]
+        return dict(seen(), at=at, process=process, traffic=traffic)
+
+    # The upgrade looks five times, the deployment three times.
+    looks = [look(100 * number, "p1", 100 * number) for number in range(1, 6)]
+    play.answers["gw1"]["look"] = [*looks, look(600, "p2", 10), look(700, "p2", 20), look(800, "p2", 50)]
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0, output
+    assert "during the run: 400, of them" in output and "during the run: 40, of them" in output, output
+    assert "reloaded" not in output
+
+
 def test_requests_before_a_reload_are_still_known_in_the_end(play: Play) -> None:
     def look(at: float, process: str, requests: int) -> dict[str, object]:
         traffic = [{"backend": "meta_llama", "requests": requests, "failed": requests // 100, "truncated": 0}]

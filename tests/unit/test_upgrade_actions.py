@@ -430,6 +430,18 @@ def test_a_host_that_did_not_get_its_turn_is_told_why(fleet: Fleet) -> None:
     }
 
 
+def test_what_is_registered_of_an_earlier_run_of_the_same_command_counts_for_nothing(fleet: Fleet) -> None:
+    earlier = fleet.call("batch", ["a"], begun=100.0)
+    assert earlier["begun"] == 100.0
+    for name in "ab":
+        fleet.hostvars[name].update(UPDATED, decision=earlier, failed={"failed": True, "msg": "Of old."})
+    args = {"begun": 200.0, "decision": "decision", "failure": "failed"}
+    fleet.hostvars["a"].update(decision=fleet.call("batch", ["a"], **args))
+    found = fleet.call("end", **args)
+    assert found["outcomes"] == {"a": "updated", "b": "not begun", "c": "not begun", "d": "not begun"}
+    assert found["missing"]["b"].startswith("not begun: the run ended before its turn")
+
+
 def test_a_host_that_could_not_be_reached_at_all_is_not_passed_over_in_silence(fleet: Fleet) -> None:
     fleet.hostvars["d"]["look"] = {"unreachable": True}
     fleet.hostvars["c"]["driver_upgrade_skip"] = True
