@@ -25,7 +25,9 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout import (
     parse_share,
     plan_fleet,
 )
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._rollout_record import LEASE
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._text_table import shorten
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._untrusted import real_number
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._fleet_table import write_file
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._plain import resolved, returned
 from ansible_collections.gpu_fleet.nim.plugins.plugin_utils._rollout_page import render_page
@@ -38,6 +40,8 @@ _OPTIONS: dict[str, dict[str, t.Any]] = {
     "failure": {"type": "str"},
     "gateways": {"type": "str"},
     "decision": {"type": "str"},
+    "claims": {"type": "str"},
+    "fail": {"type": "bool", "default": True},
     "before": {"type": "dict", "default": {}},
     "begun": {"type": "float", "default": 0.0},
     "hosts": {"type": "list", "elements": "str"},
@@ -66,11 +70,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         self.task_vars = task_vars or {}
         _result, self.args = self.validate_argument_spec(argument_spec=_OPTIONS)
         self.prefix = str(self.args["kind"])
+        self.looks: dict[str, looks.Look] = {}
         try:
-            self._look()
-            return getattr(self, "_" + self.args["phase"])()  # type: ignore[no-any-return]  # by name
-        except FleetError as error:
-            raise AnsibleActionFail(error.message) from error
+            try:
+                self._look()
+                return getattr(self, "_" + self.args["phase"])()  # type: ignore[no-any-return]  # by name
+            except FleetError as error:
+                raise AnsibleActionFail(error.message) from error
+        except AnsibleActionFail as failure:
+            if self.args["fail"]:
+                raise
+            return {"changed": False, "refused": str(failure), "order": [], "claimed": self._claimed(self.looks)}
 
     # -- what is known
 
@@ -232,7 +242,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
 
     def _registered_before(self, name: str) -> bool:
         """Whether what is registered of a host is of an earlier run of the same command."""
-        return float((self._answer(name, self.args["decision"]) or {}).get("begun") or 0.0) < self.args["begun"]
+        return bool(float((self._answer(name, self.args["decision"]) or {}).get("begun") or 0.0) < self.args["begun"])
 
     def _message(self, name: str) -> str:
         """What went wrong on a host, where the role has failed or else where its module has."""
@@ -311,6 +321,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             "changed": False,
             "rows": rows,
             "order": list(self.plan.order),
+            "refused": "",
+            "claimed": self._claimed(name for name in self.looks if name not in self.plan.order),
             "roll": {
                 "serial": serial,
                 "group": "rollout_%d" % (begun * 1000),
@@ -383,27 +395,76 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         return next((entry.number for entry in self.plan.batches if batch and batch[0] in entry.hosts), 0)
 
     def _pause(self) -> dict[str, t.Any]:
+        stop = self._asked()
+        if stop:
+            self._display.display(stop)
+        return {"changed": False, "stop": stop, "renew": [] if stop else self._to_renew()}
+
+    def _asked(self) -> str:
+        """Why the run does not go on after the canaries; empty when it does."""
         kinds = [entry.kind for entry in self.plan.batches]
         number = self._number()
         first = 1 < number <= len(kinds) and kinds[number - 1] == "roll" and kinds[number - 2] == "canary"
         if first and self.pause != 0 and not self._stop(self._passed(), self._outcomes()):
-            self._wait()
-        return {"changed": False}
+            return self._wait()
+        return ""
 
-    def _wait(self) -> None:
+    def _wait(self) -> str:
         try:
             if self.pause is None:
                 self._display.prompt_until("The canaries are done. Press return to go on, or Ctrl+C to stop:")
-                return
+                return ""
             self._display.display("The canaries are done; %d seconds until the next batch." % self.pause)
             time.sleep(self.pause)
         except AnsiblePromptInterrupt:
-            raise AnsibleActionFail("Stopped after the canaries. Run again to go on.") from None
+            return "Stopped after the canaries. Run again to go on."
         except AnsiblePromptNoninteractive:
-            raise AnsibleActionFail(
+            return (
                 "The canaries are done, and nobody is at a terminal to say that it may go on, as %s_pause_after_canary wants "
                 "it. Run again without it to go on; a number of seconds in its place waits that long." % self.prefix
-            ) from None
+            )
+        return ""
+
+    # -- the word that this run has left on the hosts
+
+    def _claims(self) -> dict[str, t.Mapping[str, t.Any]]:
+        """Host -> the word with which it was left after its look, where there is one."""
+        records = {name: (look or {}).get("record") for name, look in self.looks.items()}
+        found = {name: record.get("claim") for name, record in records.items() if isinstance(record, dict)}
+        return {name: claim for name, claim in found.items() if isinstance(claim, dict) and claim}
+
+    def _claimed(self, names: t.Iterable[str]) -> list[str]:
+        """Those on which the run may have left word: a look that was refused does not say."""
+        claims = self._claims()
+        return [name for name in names if name in claims or looks.state_of(self.looks[name]) == looks.REFUSED]
+
+    def _renewed(self) -> float:
+        """When the word on all that wait was renewed last, in seconds since the epoch; 0.0 when it was not."""
+        return max((float(self._decision(name).get("renewed") or 0.0) for name in self.variables), default=0.0)
+
+    def _to_renew(self) -> list[str]:
+        """Hosts that wait, this batch's too, when half of the time is over for which their word counts."""
+        now, renewed, passed, claims = time.time(), self._renewed(), self._passed(), self._claims()
+        waiting = [name for name in self.plan.order if name not in passed and name in claims]
+
+        def due(claim: t.Mapping[str, t.Any]) -> bool:
+            # The clock of a host may be ahead.
+            left = min(real_number(claim.get("seen")), self.args["begun"])
+            return bool(now - max(left, renewed) >= real_number(claim.get("lease"), float(LEASE)) / 2)
+
+        return waiting if any(due(claims[name]) for name in waiting) else []
+
+    def _renewals(self) -> list[t.Mapping[str, t.Any]]:
+        results = (self._own(self.args["claims"]) or {}).get("results")
+        return [entry for entry in results or [] if isinstance(entry, dict)]
+
+    def _taken(self) -> list[str]:
+        """Hosts that another run has begun with while they waited, and what is said of it."""
+        return [
+            "%s: %s" % (entry.get("item"), str(entry.get("msg")).rstrip("."))
+            for entry in self._renewals()
+            if entry.get("reason") == "upgrade_running"
+        ]
 
     def _batch(self) -> dict[str, t.Any]:
         batch = [str(name) for name in self.task_vars.get("ansible_play_batch") or []]
@@ -413,10 +474,11 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             "changed": False,
             "number": self._number(),
             "begun": self.args["begun"],
+            "renewed": time.time() if self._renewals() else self._renewed(),
             "requests": gateways.counts_of(self.now),
         }
         stop = self._stop(passed, outcomes)
-        unasked = gateways.errors(self.now)
+        unasked = self._taken() or gateways.errors(self.now)
         if not stop and unasked:
             stop = "after %d of %d hosts, because %s" % (len(passed), len(outcomes), "; ".join(unasked))
         if stop:
@@ -458,7 +520,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         missing.update(
             {name: "left: %s. Run again to go on with it." % self.plan.left[name] for name in self.plan.waits}
         )
-        return {"changed": False, "outcomes": outcomes, "missing": missing, "requests": traffic}
+        claimed = self._claimed(name for name, outcome in outcomes.items() if outcome != looks.UPDATED)
+        return {"changed": False, "outcomes": outcomes, "missing": missing, "claimed": claimed, "requests": traffic}
 
     def _why(self, name: str, message: str) -> str:
         """Why a host of the plan is not as wanted."""

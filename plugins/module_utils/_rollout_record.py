@@ -240,7 +240,7 @@ def claimed(record: R, run: str, now: float, *, lease: int = LEASE, take_over: b
     if not run:
         return record
     if not take_over:
-        _refuse_other(record.claim, run, now, RECORDS[record.path])
+        refuse_other(record.claim, run, now, RECORDS[record.path])
     return replace(record, claim={"run": run, "seen": round(now, 1), "lease": lease})
 
 
@@ -261,7 +261,15 @@ def with_signs_of_life(
     return told
 
 
-def _refuse_other(claim: t.Mapping[str, t.Any], run: str, now: float, work: str) -> None:
+def refuse_other(claim: t.Mapping[str, t.Any], run: str, now: float, work: str) -> None:
+    """Honour the word of another run.
+
+    Args:
+        work: What it is at, in words.
+
+    Raises:
+        FleetError: ``upgrade_running`` when there is one.
+    """
     other = str(claim.get("run") or "")
     seen, lease = real_number(claim.get("seen")), real_number(claim.get("lease"), float(LEASE))
     # A clock that was set back must not lock the host for ever.
@@ -299,7 +307,7 @@ class Rival:
         FleetError: ``upgrade_running`` when somebody is at it.
         """
         if run and not take_over:
-            _refuse_other(self.claim, run, now, self.work)
+            refuse_other(self.claim, run, now, self.work)
 
 
 def rival(host: Host, path: str) -> Rival | None:

@@ -31,7 +31,7 @@ options:
   phase:
     description:
       - V(plan) shows the plan, and fails when a host cannot be updated.
-      - V(pause) waits where the operator wants to be asked after the canaries.
+      - V(pause) waits where the operator wants to be asked after the canaries, and says on which hosts the run's word is to be renewed.
       - V(batch) decides about the hosts of the play's current batch.
       - V(end) shows what came of it so far.
     type: str
@@ -60,6 +60,13 @@ options:
   decision:
     description: Name under which O(phase=batch) was registered.
     type: str
+  claims:
+    description: Name under which M(gpu_fleet.nim.rollout_claim) was registered, in a loop over RV(renew).
+    type: str
+  fail:
+    description: Whether it fails where nothing can be begun; otherwise RV(refused) says why.
+    type: bool
+    default: true
   before:
     description: RV(roll) of the plan has it, what the gateways said before anything began.
     type: dict
@@ -240,9 +247,27 @@ begun:
   description: O(begun), by which the decision of an earlier run of the same command is known.
   returned: with O(phase=batch)
   type: float
+renewed:
+  description: When the word of this run was last renewed on the hosts that wait, in seconds since the epoch; V(0.0) when it was not.
+  returned: with O(phase=batch)
+  type: float
+renew:
+  description: Hosts that wait for their turn and on which the word of this run is so old that it has to be renewed.
+  returned: with O(phase=pause)
+  type: list
+  elements: str
+refused:
+  description: Why nothing can be begun; empty when something can.
+  returned: with O(phase=plan)
+  type: str
+claimed:
+  description: Hosts on which this run has left word and that it does not work on, or not any more.
+  returned: with O(phase=plan) and O(phase=end)
+  type: list
+  elements: str
 stop:
   description: Why neither this batch nor a later one may begin; empty when they may.
-  returned: with O(phase=batch)
+  returned: with O(phase=pause) and O(phase=batch)
   type: str
 missing:
   description: Hosts that may be expected to be as wanted and are not, with what came of each and why.

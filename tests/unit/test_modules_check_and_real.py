@@ -393,6 +393,25 @@ def gpu_host_cleanup(bench: Bench) -> Case:
     )
 
 
+def rollout_claim(bench: Bench) -> Case:
+    path = "/var/lib/gpu_fleet/driver-upgrade.json"
+    host = FakeHost({path: json.dumps({"claim": {"run": "bob", "seen": 1.0}})})
+    bench.host(host)
+
+    def overtaken() -> None:
+        host.files[path] = json.dumps({"claim": {"run": "bob", "seen": host.time(), "lease": 60}}).encode()
+
+    return Case(
+        host,
+        {"kind": "driver_upgrade", "run": "alice"},
+        ["claim"],
+        ["claim: alice"],
+        {"claim": {"run": "alice", "seen": host.time(), "lease": 3600}},
+        ({}, "upgrade_running", "bob is at the upgrade of its driver"),
+        overtaken,
+    )
+
+
 def nim_gateway(bench: Bench) -> Case:
     host = GatewayHost()
     bench.host(host)
@@ -465,6 +484,7 @@ CHANGING: dict[str, t.Callable[[Bench], Case]] = {
         gpu_host_cleanup,
         nim_gateway,
         haproxy_server,
+        rollout_claim,
     )
 }
 

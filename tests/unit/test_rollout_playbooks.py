@@ -30,7 +30,7 @@ class ActionModule(ActionBase):
         host, args = task_vars["inventory_hostname"], self._task.args
         call = ("%s %s" % ({NAME!r}, args.get("state", ""))).strip()
         # Modules that are delegated answer for the host at which they are.
-        host = args.get("host", host) if {NAME!r} != "look" else (self._task.delegate_to or host)
+        host = args.get("host", host) if {NAME!r} not in ("look", "claim") else (self._task.delegate_to or host)
         with open(os.environ["SCRIPT"]) as stream:
             answers = json.load(stream).get(host, {{}}).get(call, {{}})
         if isinstance(answers, list):
@@ -113,6 +113,7 @@ SCRIPTED = {
     "gpu_host_preflight": "preflight",
     "haproxy_server": "gateway",
     "haproxy_info": "look",
+    "rollout_claim": "claim",
 }
 HOSTS = ("gpu01", "gpu02", "gpu03")
 
@@ -184,7 +185,9 @@ class Play:
         """What was asked of a host after the looks, in order."""
         calls = [line.partition(": ")[2] for line in self.log if line.startswith(host + ": ")]
         return [
-            call for call in calls if "(check)" not in call and not call.endswith(("prestaged", "pull", "preflight"))
+            call
+            for call in calls
+            if "(check)" not in call and not call.endswith(("prestaged", "pull", "preflight")) and "claim" not in call
         ]
 
 

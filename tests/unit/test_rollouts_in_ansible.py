@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pathlib
+import time
 
 import pytest
 from test_rollout_playbooks import DEPLOY_TURN, GOOD, GOOD_DEPLOY, HOSTS, LOOK, TURN, Play, seen
@@ -96,6 +97,59 @@ def test_requests_of_an_earlier_rollout_of_the_same_command_are_not_counted_agai
     assert code == 0, output
     assert "during the run: 400, of them" in output and "during the run: 40, of them" in output, output
     assert "reloaded" not in output
+
+
+# -- two operators --------------------------------------------------------------------------------
+
+
+def claimed(seen: float) -> dict[str, object]:
+    """A look that has left word of this run on the host."""
+    return dict(LOOK, record={"claim": {"run": "me", "seen": seen, "lease": 3600}})
+
+
+def test_a_run_that_is_refused_or_ends_early_leaves_the_hosts_to_others(play: Play) -> None:
+    for host in HOSTS:
+        play.answers[host]["upgrade prestaged"] = claimed(time.time())
+    play.answers["gpu02"]["upgrade prestaged"] = {"failed": True, "reason": "upgrade_running", "msg": "Bob is at it."}
+    code, output = play.run()
+    assert code == 2 and "gpu02 cannot be updated, so nothing was begun" in output, output
+    assert sorted(play.log[-3:]) == ["%s: claim absent" % host for host in HOSTS] and output.count("failed=1") == 1
+    # A gateway that cannot be asked is another cause; and who has written nothing takes nothing back.
+    play.answers["gpu02"]["upgrade prestaged"] = claimed(time.time())
+    play.answers["gw1"]["look"] = {"failed": True, "msg": "No socket."}
+    code, output = play.run()
+    assert code == 2 and sorted(play.log[-3:]) == ["%s: claim absent" % host for host in HOSTS], output
+    code, output = play.run("--check")
+    assert code == 2 and not any("claim" in line for line in play.log), output
+    # One is left by the plan, one is updated, one fails in its turn.
+    play.answers["gw1"]["look"] = seen(gpu03={"serving": False, "foreign": True})
+    play.answers["gpu02"]["upgrade drained"] = {"failed": True, "reason": "upgrade_running", "msg": "Bob is at it."}
+    code, output = play.run(driver_upgrade_max_unavailable=2)
+    assert code == 2 and "1 updated, 1 restored" in output, output
+    claims = [line for line in play.log if "claim" in line]
+    assert claims == ["gpu03: claim absent", "gpu02: claim absent"] and play.log[-1] == claims[-1]
+
+
+def test_what_waits_is_kept_and_a_run_that_was_overtaken_drains_nothing_more(play: Play) -> None:
+    # Looked at just now: nothing is renewed.
+    for host in HOSTS:
+        play.answers[host]["upgrade prestaged"] = claimed(time.time())
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0 and not any("claim" in line for line in play.log), output
+    # Downloads took long; once is enough for the next half hour.
+    for host in HOSTS:
+        play.answers[host]["upgrade prestaged"] = claimed(time.time() - 2000)
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 0 and [play.turn(host) for host in HOSTS] == [TURN] * 3, output
+    assert [line for line in play.log if "claim" in line] == ["%s: claim" % host for host in HOSTS]
+    assert play.log.index("gpu03: claim") < play.log.index("gpu01: upgrade drained")
+    said = "Bob on ctl2 (process 8) is at the upgrade of its driver on this host, last seen 60 seconds ago."
+    play.answers["gpu03"]["claim"] = {"failed": True, "reason": "upgrade_running", "msg": said}
+    play.answers["gpu02"]["claim"] = "unreachable"
+    code, output = play.run(driver_upgrade_max_unavailable=1)
+    assert code == 2 and [play.turn(host) for host in HOSTS] == [[], [], []], output
+    assert "The run stops after 0 of 3 hosts, because gpu03: Bob on ctl2" in output and "3 not begun." in output
+    assert [line for line in play.log if "claim absent" in line] == ["%s: claim absent" % host for host in HOSTS]
 
 
 def test_requests_before_a_reload_are_still_known_in_the_end(play: Play) -> None:

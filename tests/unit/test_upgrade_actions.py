@@ -48,6 +48,7 @@ class Fleet:
         self.groups: dict[str, list[str]] = {}
         self.forks = 5
         self.gateways: dict[str, t.Any] = {}
+        self.claims: dict[str, t.Any] = {}
         self.prompted = 0
         self.answer: type[Exception] | None = None
 
@@ -76,6 +77,7 @@ class Fleet:
             "ansible_play_hosts": list(self.hostvars) if alive is None else list(alive),
             "ansible_play_batch": list(batch),
             "gateways": self.gateways,
+            "claims": self.claims,
         }
         try:
             return action.run(task_vars=variables)
@@ -308,8 +310,7 @@ def test_the_operator_is_asked_once_after_the_canaries(fleet: Fleet, monkeypatch
     assert fleet.prompted == 1
     for answer, words in ((AnsiblePromptInterrupt, "Stopped after"), (AnsiblePromptNoninteractive, "nobody is at a")):
         fleet.answer = answer
-        with pytest.raises(AnsibleActionFail, match=words):
-            fleet.call("pause", ["b", "c"], pause_after_canary=True)
+        assert words in fleet.call("pause", ["b", "c"], pause_after_canary=True)["stop"] and words in fleet.shown
     waited: list[int] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     fleet.call("pause", ["b", "c"], pause_after_canary="900")
@@ -318,6 +319,45 @@ def test_the_operator_is_asked_once_after_the_canaries(fleet: Fleet, monkeypatch
     fleet.hostvars["a"].update(ready={"failed": True, "outcome": "rolled_back"}, returned=None)
     fleet.call("pause", ["b", "c"], pause_after_canary=True)
     assert fleet.prompted == 3
+
+
+def test_the_word_on_hosts_that_wait_is_renewed_when_half_of_its_time_is_over(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 10_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    for name in "abc":
+        fleet.hostvars[name]["look"]["record"] = {"claim": {"run": "me", "seen": now, "lease": 3600}}
+    # Its clock is ahead.
+    fleet.hostvars["c"]["look"]["record"]["claim"]["seen"] = now + 9999
+    args: dict[str, t.Any] = {"begun": now, "decision": "decision", "claims": "claims"}
+    now += 1799
+    assert fleet.call("pause", ["a"], **args)["renew"] == []
+    now += 1
+    assert fleet.call("pause", ["a"], **args)["renew"] == ["a", "b", "c"]
+    fleet.claims = {"results": [{"item": name, "changed": True} for name in "abc"]}
+    decision = fleet.call("batch", ["a"], **args)
+    assert decision["renewed"] == now and decision["admitted"] == ["a"]
+    fleet.hostvars["a"].update(UPDATED, decision=decision)
+    now += 1799
+    assert fleet.call("pause", ["b", "c"], **args)["renew"] == []
+    fleet.claims = {"results": [], "skipped": True}
+    assert fleet.call("batch", ["b", "c"], **args)["renewed"] == now - 1799
+    # A pause of hours: whoever came meanwhile goes on, and this run does not.
+    now += 9999
+    assert fleet.call("pause", ["b", "c"], **args)["renew"] == ["b", "c"]
+    fleet.claims = {"results": [{"item": "b"}, {"item": "c", "reason": "upgrade_running", "msg": "Bob is at it."}]}
+    found = fleet.call("batch", ["b", "c"], **args)
+    assert found["admitted"] == [] and found["stop"] == "after 1 of 4 hosts, because c: Bob is at it"
+    assert fleet.call("end", **args)["claimed"] == ["b", "c"]
+
+
+def test_hosts_that_the_plan_leaves_are_named_so_that_others_can_have_them(fleet: Fleet) -> None:
+    for name in "ab":
+        fleet.hostvars[name]["look"]["record"] = {"claim": {"run": "me", "seen": 1.0, "lease": 3600}}
+    fleet.gateways = gateway(b={"serving": False, "foreign": True})
+    fleet.hostvars["c"]["look"]["record"] = {"claim": {}}
+    assert fleet.call("plan", gateways="gateways", min_ready=0)["claimed"] == ["b"]
 
 
 def test_the_run_stops_when_the_budget_is_used_up(fleet: Fleet, tmp_path: pathlib.Path) -> None:
