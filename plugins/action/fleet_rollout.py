@@ -259,7 +259,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         """What has come of every host of the plan so far."""
         known = {host.name: host for host in self.fleet}
         found = {
-            name: looks.outcome_of(self._results(name), resumable=known[name].resumable) for name in self.plan.order
+            name: looks.outcome_of(self._results(name), resumable=known[name].resumable and not known[name].available)
+            for name in self.plan.order
         }
         for name, outcome in found.items():
             if outcome in (looks.RESTORED, looks.ROLLED_BACK) and self._not_given_back(name):

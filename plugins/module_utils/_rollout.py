@@ -64,7 +64,7 @@ class FleetHost:
         models: Models that it has to serve in the end.
         due: Whether it is not as wanted.
         available: Whether clients are served by it, or could be.
-        resumable: Whether it is not available because an earlier run has taken it out.
+        resumable: Whether an earlier run has taken it out, or was about to; where gateways still ask it, it is available all the same.
         down: Whether it is not available because none of its models is ready, which is nobody's wish.
         skip: Why it is left alone; empty when it is not.
         canary: Whether it is to be tried before the others.

@@ -160,6 +160,10 @@ def as_gateways_see(host: FleetHost, gateways: t.Sequence[GatewayLook]) -> Fleet
         reason = host.skip or "somebody else has drained it at a gateway"
         return replace(host, available=False, resumable=False, down=False, serving=frozenset(), skip=reason)
     silent = {str(server.get("model")) for server in own if not server.get("serving")}
+    asked = frozenset(str(server.get("model")) for server in own if server.get("serving"))
+    if host.resumable and asked:
+        # It was about to be taken out, or is given back in part: that is on record before and after it is so.
+        return replace(host, available=True, serving=asked - silent)
     serving = host.serving - silent
     down = host.down or (host.available and bool(host.models) and not serving)
     return replace(host, serving=serving, down=down, available=host.available and not down)

@@ -149,6 +149,37 @@ def test_gateways_say_who_was_drained_by_others_and_who_does_not_serve(fleet: Fl
     assert plan["roll"]["gateways"] == ["gw1"] and plan["roll"]["before"]["results"][0]["item"] == "gw1"
 
 
+def test_a_host_of_an_earlier_run_that_still_serves_is_taken_out_within_the_limits(fleet: Fleet) -> None:
+    # Its controller was lost between the record and the drain, or a hook of the operator's drained nothing.
+    for name in "abc":
+        fleet.hostvars[name]["look"]["open"] = True
+    fleet.gateways = gateway(c={"serving": False})
+    plan = fleet.call("plan", gateways="gateways")
+    # c is out already, and costs nothing more; a and b are the two that serve llama.
+    assert [batch["kind"] for batch in plan["batches"]] == ["resume", "canary", "roll"]
+    assert [batch["hosts"] for batch in plan["batches"]] == [["c"], ["a"], ["b", "d"]]
+    assert plan["capacity"] == {"llama": 2, "qwen": 1} and plan["batches"][1]["capacity"]["llama"] == 1
+    assert [batch["unavailable"] for batch in plan["batches"]] == [1, 1, 2]
+    # Before each batch, too: one that somebody has enabled meanwhile is the last one of its model.
+    before, fleet.gateways = fleet.gateways, gateway(d={"serving": False})
+    found = fleet.call("batch", ["c"], gateways="gateways", before=before)
+    assert found["left"] == {"c": "model qwen would have 0 ready replicas and keeps at least 1"}
+    # At one of two gateways it still is asked.
+    fleet.gateways = {"results": [*gateway(b={"serving": False})["results"], *gateway("gw2")["results"]]}
+    plan = fleet.call("plan", gateways="gateways")
+    assert "resume" not in [batch["kind"] for batch in plan["batches"]]
+    # Without gateways nobody knows better than the record.
+    assert fleet.call("plan")["batches"][0]["hosts"] == ["a", "b", "c"]
+
+
+def test_a_host_that_serves_and_is_refused_again_is_not_told_to_be_out(fleet: Fleet) -> None:
+    fleet.hostvars["a"]["look"]["open"] = True
+    fleet.hostvars["a"]["begun"] = {"failed": True, "msg": "Somebody computes."}
+    assert fleet.call("end")["outcomes"]["a"] == "out of service"
+    fleet.gateways = gateway()
+    assert fleet.call("end", gateways="gateways")["outcomes"]["a"] == "restored"
+
+
 def test_nothing_begins_when_a_gateway_cannot_be_asked_or_does_not_know_a_host(fleet: Fleet) -> None:
     fleet.gateways = {"results": [{"item": "gw1", "failed": True, "msg": "No socket."}]}
     with pytest.raises(AnsibleActionFail, match=r"nothing was begun: gateway gw1: No socket\."):
