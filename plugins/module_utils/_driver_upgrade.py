@@ -154,7 +154,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
         self._refuse(
             [*self._obstacles(host, state), *precheck(host, self.api, self.driver, state.driver, state.services)]
         )
-        ready, more = prestage(host, self.driver)
+        ready, more = prestage(host, self.driver, reboot=self.reboot != "never")
         # Now the version is known.
         self._refuse(precheck(host, self.api, self.driver, state.driver, state.services, version=ready.version))
         self._refuse(more)

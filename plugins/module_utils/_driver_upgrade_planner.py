@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ._docker_api import DockerApi
 from ._driver_swap import active_units
-from ._driver_upgrade_precheck import precheck
+from ._driver_upgrade_precheck import check_next_kernel, precheck
 from ._driver_upgrade_record import (
     RECORD,
     STEPS,
@@ -211,6 +211,8 @@ class UpgradePlanner(Planner[UpgradeState]):
                 state.reload.kernel
             )
             found.append(Verdict("reboot", REFUSED, text, "set driver_upgrade_reboot to auto", "reboot_needed"))
+        if self.reboot != "never":
+            found += check_next_kernel(host, self.driver, state.driver)
         return found + self._partitions(host)
 
     def _partitions(self, host: Host) -> list[Verdict]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._apt import apt_cause
 from ._disk_space import Need, check_space, file_systems
@@ -20,10 +20,11 @@ from ._driver_transaction import install_prerequisites
 from ._errors import FleetError
 from ._gpu_inventory import observe_gpus
 from ._host import Host
+from ._next_kernel import next_kernel
 from ._nim_image import environment_of, requirements_off
 from ._nvidia_driver import NvidiaDriver
 from ._nvidia_driver_packages import PackagePlan, apt_preferences, is_driver_package
-from ._nvidia_driver_state import DriverState, headers_unavailable
+from ._nvidia_driver_state import DriverState, headers_offered, headers_unavailable
 from ._os_release import read_os_release
 from ._packages import Package, PackageManager, package_manager, transaction_failed
 from ._requirements import check as check_verdict
@@ -86,6 +87,45 @@ def precheck(
     else:
         found.append(Verdict("gpu_in_use", OK, "Nothing else uses the GPUs."))
     return found + _requirements(host, api, driver, services, version)
+
+
+def check_next_kernel(host: Host, driver: NvidiaDriver, state: DriverState) -> list[Verdict]:
+    """Whether the driver can be had for the kernel that a reboot would bring; one verdict where it cannot."""
+    try:
+        kernel, needed = _for_next_kernel(host, driver, state)
+    except FleetError:
+        # No driver for this host at all, which :func:`precheck` says.
+        return []
+    manager = package_manager(host, state.os)
+    missing = [name for name in needed if not headers_offered(manager, name)]
+    if not missing:
+        return []
+    text = (
+        "A reboot would bring kernel %s, which is installed, and no repository has %s for it: it would be without driver."
+        % (
+            kernel,
+            " and ".join(missing),
+        )
+    )
+    remedy = "remove that kernel, or boot it and upgrade then, or set driver_upgrade_reboot to never"
+    return [Verdict("next_kernel", REFUSED, text, remedy, "kernel_headers_unavailable", subject=kernel)]
+
+
+def _for_next_kernel(host: Host, driver: NvidiaDriver, state: DriverState) -> tuple[str, list[str]]:
+    """The kernel of the next boot if it is another one, and the packages that the driver then needs and that are missing.
+
+    Raises:
+        FleetError: As :meth:`NvidiaDriver.package_plan`.
+    """
+    kernel = next_kernel(host)
+    if not kernel or not driver.kernel_module:
+        return "", []
+    now = driver.package_plan(state)
+    then = driver.package_plan(replace(state, kernel=kernel))
+    needed = [then.headers] if then.headers and not host.exists("/lib/modules/%s/build" % kernel) else []
+    # Prebuilt modules have the kernel in their name.
+    needed += [choice.names[0] for choice in then.choices if choice not in now.choices]
+    return kernel, [name for name in needed if name not in state.installed]
 
 
 def _requirements(
@@ -188,10 +228,13 @@ def _download_installed(
     manager.download({**resolved, **parts}, again=True)
 
 
-def prestage(host: Host, driver: NvidiaDriver) -> tuple[Prestaged, list[Verdict]]:
+def prestage(host: Host, driver: NvidiaDriver, *, reboot: bool = False) -> tuple[Prestaged, list[Verdict]]:
     """Download everything that the change of the driver installs, and look whether it fits.
 
     Nothing of the driver is installed; on EL what builds and locks it is, where it is missing.
+
+    Args:
+        reboot: Whether the host may be rebooted, and have another kernel then.
 
     Raises:
         FleetError: ``repository_unreachable``, ``version_not_available``, ``package_failed``, ``disk_full``, ….
@@ -210,11 +253,11 @@ def prestage(host: Host, driver: NvidiaDriver) -> tuple[Prestaged, list[Verdict]
         if driver.hold:
             manager.install_lock_plugin()
     with _packages_of(manager, plan):
-        return _prestage(host, manager, driver, plan, state)
+        return _prestage(host, manager, driver, plan, state, reboot)
 
 
 def _prestage(
-    host: Host, manager: PackageManager, driver: NvidiaDriver, plan: PackagePlan, state: DriverState
+    host: Host, manager: PackageManager, driver: NvidiaDriver, plan: PackagePlan, state: DriverState, reboot: bool
 ) -> tuple[Prestaged, list[Verdict]]:
     resolved = driver.resolve(manager, plan, state.installed)
     version = next(
@@ -230,6 +273,8 @@ def _prestage(
     wanted: dict[str, str | None] = dict(resolved)
     if plan.headers and not state.headers and plan.headers not in state.installed and manager.available(plan.headers):
         wanted[plan.headers] = None
+    if reboot:
+        wanted.update((name, None) for name in _for_next_kernel(host, driver, state)[1] if manager.available(name))
     verdicts = [Verdict("packages", OK, "Driver %s is on offer with all its parts at that version." % version)]
     if isinstance(manager, Dnf):
         size, images = manager.download(wanted), 0

@@ -58,12 +58,12 @@ def converge(name, options, check=False):
     }
 
 
-def prestage(options):
+def prestage(options, reboot=False):
     """As an upgrade does it before the host is out of service, the way back included."""
     precheck = load("_driver_upgrade_precheck")
     driver = resource("nvidia_driver", dict(options, unload=False))
     version = driver.observe(host).user_space
-    ready, verdicts = precheck.prestage(host, driver)
+    ready, verdicts = precheck.prestage(host, driver, reboot=reboot)
     old = dict(options, branch=version.partition(".")[0], version=version, unload=False)
     verdicts.append(precheck.way_back(host, lambda: resource("nvidia_driver", old)))
     return {"version": ready.version, "verdicts": {one.check: one.verdict + ": " + one.message for one in verdicts}}

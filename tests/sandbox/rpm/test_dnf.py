@@ -376,6 +376,23 @@ def test_a_disk_that_is_too_small_for_the_download(machine: Machine, server: str
 
 
 @both
+def test_headers_of_the_kernel_after_a_reboot_lie_ready(machine: Machine, server: str) -> None:
+    new = machine.kernel
+    machine.kernel = new.partition("-")[0] + "-1.x86_64"
+    machine.write("/lib/modules/%s/build/Makefile" % machine.kernel, "")
+    machine.write("/boot/vmlinuz-" + new, "")
+    for file in ("modules.order", "modules.builtin"):
+        machine.write("/lib/modules/%s/%s" % (machine.kernel, file), "")
+    driver(machine, server, branch="570")
+    options = {"repository_url": server + "/compute/cuda/repos", "branch": "580"}
+    for reboot in (False, True):
+        ready = machine.ask("prestage", options=options, reboot=reboot)
+        assert "error" not in ready, ready
+        cached = machine.run("find", "/var/cache/dnf", "-name", "kernel-devel-%s.rpm" % new).stdout
+        assert bool(cached) == reboot
+
+
+@both
 def test_what_nobody_offers_is_refused_beforehand(machine: Machine, server: str) -> None:
     driver(machine, server, branch="570")
     for options in ({"branch": "575"}, {"branch": "580", "version": "580.105.08"}):
