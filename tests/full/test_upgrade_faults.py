@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fleet_sandbox.inventory import full_name
 from fleet_testing import sandbox
 from upgrade_faults import BRANCHES, FAULTS, GONE, HOSTS, KILLED_AT, KILLED_EXPECTED, Fault, directed
 from upgrade_testing import UpgradeFleet, make
@@ -63,10 +64,18 @@ def test_fault(fleet: UpgradeFleet, line: Fault) -> None:
     old, new = direction(fleet, line.towards)
     fault = directed(line, old, new)
     changed = fleet.fleet.changed("gpu01", "llama", image=NEWER)
+    # Clients of every gateway, but for the one that is stopped under them.
+    stopped = {full_name(SCENARIO, str(order.options[0])) for order in fault.during if order.what == "stop"}
+    asked = [gateway for gateway in fleet.gateways if gateway.name not in stopped]
+    for gateway in asked:
+        fleet.wait_answering(gateway)
+    loads = [fleet.load(gateway) for gateway in asked]
     try:
         fleet.give(fault.prepare)
         before = {name: host.identity(*host.models()) for name, host in fleet.hosts.items() if host.ready(8000)}
-        with fleet.load() as load:
+        with contextlib.ExitStack() as clients:
+            for load in loads:
+                clients.enter_context(load)
             run, second = fleet.play(fault, new, changed)
             assert (run.code == 0) is fault.succeeds, run.output
             for pattern in fault.says:
@@ -84,9 +93,10 @@ def test_fault(fleet: UpgradeFleet, line: Fault) -> None:
         # For the next line, where this one has failed; what is mended already does not mind.
         with contextlib.suppress(AssertionError):
             fleet.give(fault.mend)
-    print(load.as_dict())
-    if not fault.lost:
-        load.check(least=5)
+    for load in loads:
+        print(load.url, load.as_dict())
+        if not fault.lost:
+            load.check(least=5)
 
 
 def _ended(fleet: UpgradeFleet, fault: Fault, untouched: tuple[str, str], before: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from control import World
 from fleet_sandbox.inventory import full_name
-from fleet_testing import CHECKOUT, SANDBOX, Fleet, Json, Run, read_inventory, sandbox, wait_until
+from fleet_testing import CHECKOUT, SANDBOX, Fleet, Host, Json, Run, read_inventory, sandbox, wait_until
 from load import Load
 from upgrade_faults import HOSTS, STEPS, Fault, Order
 
@@ -71,8 +71,8 @@ def make(
     fleet = Fleet(scenario, found)
     fleet.site()
     made = UpgradeFleet(fleet)
-    # A gateway gives nothing to a server that it has not checked yet.
-    wait_until(lambda: all(made.gateway.complete(PORT, model)[0] == 200 for model in MODELS), "the gateway answers")
+    for gateway in made.gateways:
+        made.wait_answering(gateway)
     return made
 
 
@@ -93,12 +93,14 @@ def taken_out(text: str, names: Mapping[str, str]) -> set[str]:
 
 
 class UpgradeFleet:
-    """Four GPU hosts and one or two gateways; the first gateway is the one that clients ask."""
+    """Four GPU hosts and one or two gateways; clients ask the first one where nothing else is said."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.hosts = {name: fleet.host(name) for name in HOSTS}
-        self.gateway = fleet.host("gw01")
+        beginning = full_name(fleet.scenario, "gw")
+        self.gateways = [host for name, host in sorted(fleet.hosts.items()) if name.startswith(beginning)]
+        self.gateway = self.gateways[0]
         self.world = World(SANDBOX)
 
     # -- what is
@@ -130,10 +132,10 @@ class UpgradeFleet:
         return at in STEPS and STEPS.index(at) >= STEPS.index(step)
 
     def out(self) -> set[str]:
-        """Hosts that get no requests from the first gateway because somebody has taken them out."""
-        return taken_out(
-            self.gateway.run('python3 -c "%s"' % _STATES), {host.name: name for name, host in self.hosts.items()}
-        )
+        """Hosts that get no requests from a gateway because somebody has taken them out; a gateway that is gone does not count."""
+        names = {host.name: name for name, host in self.hosts.items()}
+        asked = [gateway for gateway in self.gateways if gateway is self.gateway or gateway.succeeds("true")]
+        return set().union(*(taken_out(gateway.run('python3 -c "%s"' % _STATES), names) for gateway in asked))
 
     def identities(self) -> Json:
         return {name: host.identity() for name, host in self.hosts.items()}
@@ -165,9 +167,15 @@ class UpgradeFleet:
             return self.fleet.attempt(playbook, *options, *more, **how)
         return self.fleet.play(playbook, *options, *more, **how)
 
-    def load(self, **how: Any) -> Load:
-        """Clients of both models; streams take two seconds."""
-        return Load("http://%s:%d" % (self.gateway.address, PORT), MODELS, **how)
+    def load(self, gateway: Host | None = None, **how: Any) -> Load:
+        """Clients of both models, at the first gateway or another one; streams take two seconds."""
+        return Load("http://%s:%d" % ((gateway or self.gateway).address, PORT), MODELS, **how)
+
+    def wait_answering(self, gateway: Host) -> None:
+        """A gateway gives nothing to a server that it has not checked yet."""
+        wait_until(
+            lambda: all(gateway.complete(PORT, model)[0] == 200 for model in MODELS), "%s answers" % gateway.name
+        )
 
     def order(self, order: Order) -> None:
         if order.where == "world":

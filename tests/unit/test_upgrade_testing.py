@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -39,6 +40,30 @@ def test_who_was_taken_out_is_told_from_who_is_down() -> None:
     names = {"s-%s" % name: name for name in HOSTS}
     assert taken_out(STATES, names) == {"gpu01", "gpu03"}
     assert taken_out("", names) == set()
+
+
+def test_every_gateway_that_can_be_reached_says_who_was_taken_out() -> None:
+    class Answers(types.SimpleNamespace):
+        def succeeds(self, _command: str) -> bool:
+            return bool(self.text)
+
+        def run(self, _command: str) -> str:
+            return str(self.text)
+
+    class Hosts(dict[str, Any]):
+        scenario = "s"
+
+        def host(self, name: str) -> Any:
+            return self["s-" + name]
+
+    fleet = Hosts({"s-%s" % name: types.SimpleNamespace(name="s-%s" % name) for name in HOSTS})
+    fleet.update({"s-gw02": Answers(text=STATES), "s-gw01": Answers(text=STATES.replace("0 9 1 1", "0 0 1 1"))})
+    fleet.hosts = fleet  # type: ignore[attr-defined]  # it is both
+    made = UpgradeFleet(fleet)  # type: ignore[arg-type]  # so much of it as is asked
+    assert made.gateway is fleet["s-gw01"] and made.gateways == [fleet["s-gw01"], fleet["s-gw02"]]
+    assert made.out() == {"gpu01", "gpu03"}
+    fleet["s-gw02"].text = ""
+    assert made.out() == {"gpu01"}
 
 
 def test_the_inventory_of_another_scenario_is_that_of_the_scenario() -> None:
