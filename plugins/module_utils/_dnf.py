@@ -309,6 +309,8 @@ class Dnf(PackageManager):
         if not stream or self.module_stream(module) == stream:
             yield
             return
+        # What a killed process has left.
+        self.host.remove(_OTHER_STREAMS)
         self.host.make_dir(_OTHER_STREAMS, mode=0o755)
         if not self.host.exists(_STREAMS):
             self.host.make_dir(_STREAMS, mode=0o755)

@@ -233,6 +233,7 @@ def test_packages_of_another_stream_are_seen_without_enabling_it(host: FakeHost,
     enabled = b"[nvidia-driver]\nname=nvidia-driver\nstream=570-open\nprofiles=\nstate=enabled\n"
     host.files["/etc/dnf/modules.d/nvidia-driver.module"] = enabled
     host.files["/etc/dnf/modules.d/nodejs.module"] = b"[nodejs]\nstream=20\nstate=enabled\n"
+    host.files["/run/gpu_fleet/modules.d/gone.module"] = b"[gone]\nstream=1\nstate=enabled\n"
     seen: list[dict[str, bytes]] = []
 
     def look(host: FakeHost, argv: tuple[str, ...], *_rest: object) -> str:
