@@ -52,7 +52,7 @@ def test_a_second_rollout_of_the_same_kind_has_answers_of_its_own(play: Play) ->
     assert code == 2, output
     # Nothing that came of the first one counts in the second: not for the host that fails, and not for those that wait.
     assert play.turn("gpu01") == [*TURN, *TURN[:3]] and play.turn("gpu02") == play.turn("gpu03") == TURN
-    _first, _, second = output.partition("3 updated.")
+    second = output.partition("3 updated.")[2]
     assert "1 out of service, 2 not begun." in second and "The run stops after 1 of 3 hosts" in second, output
     assert "out of service: It does not load. Run again" in second and "ended before its turn" in second
     # Nor when only the drain fails, which leaves the driver in place.
