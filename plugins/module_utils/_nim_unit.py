@@ -416,9 +416,11 @@ class Unit:
         self.ready_since = time.monotonic()
         say("%s is ready" % self.container)
         plan = self.download_plan()
-        if plan and plan.get("key") not in proven_downloads(read_json(self.marker_file)) and self.cache_has_files():
-            # It had no key to fetch anything with, so whatever it needs is there, however it came.
-            self.mark("proven")
+        record = read_json(self.marker_file)
+        if plan and plan.get("key") not in proven_downloads(record) and self.cache_has_files():
+            # It had no key to fetch anything with, so whatever it needs is there, however it came. Where nothing was fetched
+            # so far, the files of the next image may be brought by other means, too.
+            self.mark("proven" if record.get("status") else "")
         if os.environ.get("INVOCATION_ID"):
             # The start limit is meant for starts that fail in a row; a service that got ready starts counting anew.
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -476,17 +478,21 @@ class Unit:
         return plan if isinstance(plan, dict) else {}
 
     def mark(self, status: str) -> None:
-        """Note how far the wanted download is; those that have served before stay proven as long as their files are there."""
+        """Note how far the wanted download is; those that have served before stay proven as long as their files are there.
+
+        Args:
+            status: Empty for files that have served and that nobody has fetched here.
+        """
         plan = self.download_plan()
         key, directory = str(plan.get("key", "")), str(self.config.get("cache_directory", ""))
         proven = proven_downloads(read_json(self.marker_file))
         if not self.cache_has_files():
             gone = _keys(plan)
             proven = {known: at for known, at in proven.items() if at not in ("", directory) and known not in gone}
-        if status == "proven":
+        if status in ("", "proven"):
             proven.pop(key, None)
             proven[key] = directory
-        content: Json = {"status": status, "key": key}
+        content: Json = {"status": status, "key": key} if status else {}
         if proven:
             content["proven"] = dict(list(proven.items())[-PROVEN_MOST:])
         try:
@@ -513,7 +519,7 @@ class Unit:
             remove_container(self.downloader, running, self.stop_timeout)
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.
-        brought = filled and not marker
+        brought = filled and not marker.get("status")
         if running is None or not is_running(running) or not self.is_as_wanted(running):
             remove_container(self.downloader, running, self.stop_timeout)
             if self.stopping():

@@ -68,6 +68,7 @@ def test_570_to_580(clients: Load, tmp_path: pathlib.Path) -> None:
     assert all(host.succeeds("systemctl is-active nvidia-persistenced") for host in FLEET.hosts.values())
 
 
+@full
 def test_580_to_595_and_names_without_a_branch(clients: Load) -> None:
     upgraded(FLEET.roll("595"), "595")
 
