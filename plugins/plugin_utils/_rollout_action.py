@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import abc
 import getpass
 import os
 import platform
@@ -46,9 +47,9 @@ def has_ended(run: str) -> bool:
 class RolloutActionBase(ProgressActionBase):
     """Base class; a subclass names its module and its options."""
 
+    @abc.abstractmethod
     def defaults(self, args: t.Mapping[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Options that follow from the variables of the roles."""
-        raise NotImplementedError
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         try:
