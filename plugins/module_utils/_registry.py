@@ -106,7 +106,7 @@ def token_url(parameters: t.Mapping[str, str], scope: str, account: str = "") ->
     if account:
         wanted.append(("account", account))
     query += [(name, value) for name, value in wanted if value and name not in present]
-    encoded = urllib.parse.urlencode(query, safe=":/,$")
+    encoded = urllib.parse.urlencode(query, safe=":/,$", errors="replace")
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path, encoded, ""))
 
 

@@ -607,6 +607,10 @@ def test_parse_challenge() -> None:
     )
 
 
+def test_token_url_of_what_cannot_be_encoded() -> None:
+    assert token_url({"realm": "https://nvcr.io/token?x=\ud800"}, "") == "https://nvcr.io/token?x=%3F"
+
+
 def test_token_url_does_not_repeat_the_scope() -> None:
     inside = {"realm": "https://nvcr.io/proxy_auth?scope=repository:nim/x:pull"}
     assert token_url(inside, "repository:nim/x:pull") == "https://nvcr.io/proxy_auth?scope=repository:nim/x:pull"
