@@ -376,7 +376,7 @@ class DriverUpgrade(UpgradePlanner, Resource[UpgradeState]):
             record = replace(record, rebooted=observe_reload(host).on_disk)
         record = note(host, replace(record, failure=failure))
         # A look comes before any turn, and who asked for it cannot give the host its requests back. In the last step it has them.
-        if self.goal == "prestaged" or not record.reached("drained") or step not in STEPS[:-1]:
+        if self.goal == "prestaged" or not record.open or step not in STEPS[:-1]:
             return error
         # A module that is out, or packages that are not the old ones, cannot just be used again.
         reload = observe_reload(host)

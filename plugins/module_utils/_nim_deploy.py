@@ -131,15 +131,16 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         Snapshot.forget(host)
         return released(replace(record, outcome=UPDATED, failure={}))
 
-    @staticmethod
-    def _step_restored(host: Host, _state: DeployState, record: DeployRecord) -> DeployRecord:
+    def _step_restored(self, host: Host, state: DeployState, record: DeployRecord) -> DeployRecord:
         if Snapshot.exists(host):
             raise FleetError(
                 "not_restorable",
                 "The models of this host have been changed already, so their deployment cannot just be given up; run it again, "
                 "or deploy what is wanted.",
             )
-        return released(replace(record, outcome=RESTORED))
+        # One that was about to get ready when it was drained gets its requests back, too.
+        ready = {*record.serving, *serving(host, self.api, state.own)}
+        return released(replace(record, outcome=RESTORED, serving=tuple(sorted(ready))))
 
     # -- the way back
 
@@ -151,7 +152,7 @@ class NimDeploy(DeployPlanner, Resource[DeployState]):
         failure = failed(step, error, began, host.time())
         record = note(host, replace(record, failure=failure))
         # A look comes before any turn, and who asked for it cannot give the host its requests back. In the last step it has them.
-        if self.goal == "prestaged" or not record.reached("drained") or step not in STEPS[:-1]:
+        if self.goal == "prestaged" or not record.open or step not in STEPS[:-1]:
             return error
         held = replace(state, maintenance=maintenance(host)).held
         if held:

@@ -514,8 +514,11 @@ class Unit:
         marker = read_json(self.marker_file)
         filled = self.cache_has_files()
         if filled and was_fetched(marker, plan):
-            if marker.get("key") not in _keys(plan):
-                say("The files of %s have served before: they are not fetched again" % self.container)
+            if marker.get("key") not in _keys(plan) or self.failures():
+                say(
+                    "The files of %s have served before and are not fetched again; if some of them are gone, remove %s"
+                    % (self.container, self.marker_file)
+                )
             remove_container(self.downloader, running, self.stop_timeout)
             return
         # A cache that was brought here by other means may be complete although NGC cannot be reached.

@@ -84,7 +84,9 @@ class RolloutClaim(Resource[ClaimState]):
             why = "its run has ended"
             return [Change(self.name, "claim", self.run, None, why, action="release")] if ours else []
         for path, other in state.claims.items():
-            if not self.take_over:
+            # The look that left our word has judged what was there before, and may have been told to take over.
+            judged = ours and path != self.path and real_number(other.get("seen")) <= real_number(claim.get("seen"))
+            if not self.take_over and not judged:
                 refuse_other(other, self.run, state.now, RECORDS[path])
         lease = real_number(claim.get("lease"))
         if ours and lease >= self.lease and 0 <= state.now - real_number(claim.get("seen")) < lease / 2:

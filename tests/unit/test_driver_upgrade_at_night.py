@@ -303,6 +303,21 @@ def test_a_host_that_serves_on_the_new_driver_is_not_taken_back_for_its_record(w
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_nothing_goes_back_to_what_an_earlier_upgrade_has_left(world: UpgradeWorld) -> None:
+    """The role by itself, months later: the record on the host is that of another upgrade."""
+    roll(world)
+    world.unit_state["nim-qwen.service"][0] = "inactive"
+
+    def full(path: str, _content: t.Any, **_more: t.Any) -> None:
+        raise FleetError("write_failed", "Writing %s failed: No space left on device." % path)
+
+    world.write_file = full  # type: ignore[method-assign]  # from one moment on
+    with pytest.raises(FleetError) as caught:
+        call(world, "drained", "595")
+    assert caught.value.reason == "write_failed" and "outcome" not in caught.value.facts
+    assert not world.is_active("nim-qwen.service")
+
+
 def test_a_kernel_that_cannot_unload_says_why_there_is_no_way_back(world: UpgradeWorld) -> None:
     world.can_unload = False
     world.load("555.42.06")

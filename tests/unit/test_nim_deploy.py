@@ -379,6 +379,13 @@ def test_giving_up_waits_for_no_model_that_was_not_ready_before(world: DeployWor
     assert answer["outcome"] == "restored" and answer["record"]["serving"] == ("llama",)
 
 
+def test_giving_up_gives_back_what_became_ready_meanwhile(world: DeployWorld) -> None:
+    world.ill = {"nemo"}
+    call(world, "drained")
+    world.ill = set()
+    assert call(world, "restored")[1]["record"]["serving"] == ("llama", "nemo")
+
+
 def test_what_was_ready_before_the_first_try_counts_in_the_next_one(world: DeployWorld) -> None:
     world.ill = {"nemo"}
     call(world, "drained")
@@ -450,6 +457,18 @@ def test_a_host_that_serves_the_new_ones_is_not_taken_back_for_its_record(world:
     assert world.runs() == NEW_DIGEST and not [argv for argv in world.host.calls if "stop" in argv or "restart" in argv]
     full.clear()
     assert roll(world)["outcome"] == "updated"
+
+
+def test_nothing_goes_back_to_what_an_earlier_deployment_has_left(world: DeployWorld) -> None:
+    """The role by itself, months later: the record on the host is that of another deployment."""
+    assert roll(world)["outcome"] == "updated"
+    fill_disk(world, lambda: True)
+    world.host.calls.clear()
+    world.requests.clear()
+    with pytest.raises(FleetError) as caught:
+        call(world, "drained", *OLD)
+    assert caught.value.reason == "write_failed" and "outcome" not in caught.value.facts
+    assert not [argv for argv in world.host.calls if "start" in argv or "restart" in argv]
 
 
 def test_what_nobody_has_foreseen_puts_back_what_ran_before(world: DeployWorld) -> None:

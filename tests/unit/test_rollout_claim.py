@@ -87,13 +87,23 @@ def test_a_run_that_waited_too_long_is_told_who_has_begun_and_a_dead_one_is_foll
 
 def test_work_of_the_other_kind_counts_too(world: UpgradeWorld) -> None:
     upgrade(world, "prestaged", run="alice", lease=3600)
-    other = {"step": "planned", "outcome": "", "claim": {"run": "bob", "seen": world.clock, "lease": 3600}}
+    other = {"step": "planned", "outcome": "", "claim": {"run": "bob", "seen": world.clock + 1, "lease": 3600}}
     world.files[DeployRecord.path] = json.dumps(other).encode()
     world.clock += 1800
     with pytest.raises(FleetError, match="bob is at a deployment of its models on this host"):
         claim(world, "alice")
     assert not claim(world, "alice", "absent", kind="nim_deploy")
     assert claim(world, "bob", "absent", kind="nim_deploy") and claim(world, "alice")
+
+
+def test_whom_the_look_did_not_wait_for_is_not_waited_for_later(world: UpgradeWorld) -> None:
+    """Bob's controller has died, and Alice knows it."""
+    other = {"step": "planned", "outcome": "", "claim": {"run": "bob", "seen": world.clock, "lease": 3600}}
+    world.files[DeployRecord.path] = json.dumps(other).encode()
+    world.clock += 600
+    upgrade(world, "prestaged", run="alice", lease=3600, take_over=True)
+    world.clock += 1800
+    assert claim(world, "alice")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "", None])
