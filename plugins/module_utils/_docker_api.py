@@ -111,7 +111,7 @@ class DockerApi:
     def get(self, path: str, parameters: t.Optional[t.Mapping[str, str]] = None) -> t.Any:
         """Parsed JSON of one GET request (text where the answer is no JSON); None for 404."""
         if parameters:
-            path += "?" + urllib.parse.urlencode(parameters)
+            path += "?" + urllib.parse.urlencode(parameters, errors="replace")
         connection = _UnixConnection(self.socket_path, self.timeout)
         try:
             connection.request("GET", path)
@@ -181,7 +181,7 @@ class DockerApi:
 
     def container(self, name: str) -> t.Optional[Json]:
         """``docker container inspect``, or None when there is no such container."""
-        path = "/containers/%s/json" % urllib.parse.quote(name, safe="")
+        path = "/containers/%s/json" % urllib.parse.quote(name, safe="", errors="replace")
         return t.cast("t.Optional[Json]", self._expect(path, _CONTAINER))
 
     def reloaded_since(self, since: float, until: float) -> bool:
@@ -199,7 +199,7 @@ class DockerApi:
 
     def image(self, reference: str) -> t.Optional[Json]:
         """``docker image inspect``, or None when the image is not on the host."""
-        path = "/images/%s/json" % urllib.parse.quote(reference, safe="/:@")
+        path = "/images/%s/json" % urllib.parse.quote(reference, safe="/:@", errors="replace")
         return t.cast("t.Optional[Json]", self._expect(path, _IMAGE))
 
 

@@ -67,9 +67,11 @@ def listening_sockets(text: str, ipv6: bool) -> list[tuple[str, int, str]]:
             raw = b"".join(raw[start : start + 4][::-1] for start in range(0, len(raw), 4))
             ip = ipaddress.IPv6Address(raw) if ipv6 else ipaddress.IPv4Address(raw)
             mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-            found.append((str(mapped or ip), int(port, 16), words[9]))
+            number = int(port, 16)
         except ValueError:
             continue
+        if 0 <= number <= 65535:
+            found.append((str(mapped or ip), number, words[9]))
     return found
 
 

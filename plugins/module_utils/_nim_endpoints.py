@@ -9,6 +9,7 @@ Everything is asked from the host itself: the image may lack curl.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -54,19 +55,17 @@ def http_request(
     target: HealthTarget, path: str, *, body: Json | None = None, timeout: float = PROBE_TIMEOUT
 ) -> HttpAnswer | None:
     """One request to a service without proxies; None when nobody answers in HTTP within ``timeout`` seconds."""
-    connection = connect(target.scheme, target.address, target.port, timeout)
     try:
-        if body is None:
-            connection.request("GET", path)
-        else:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return HttpAnswer(response.status, response.read(1_000_000).decode("utf-8", "replace"))
-    # An address that is none, in a broken file of ours, cannot be encoded as a name.
+        with contextlib.closing(connect(target.scheme, target.address, target.port, timeout)) as connection:
+            if body is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return HttpAnswer(response.status, response.read(1_000_000).decode("utf-8", "replace"))
+    # An address that is none, in a broken file of ours, is refused or cannot be encoded as a name.
     except (OSError, http.client.HTTPException, UnicodeError):
         return None
-    finally:
-        connection.close()
 
 
 def ask_models(target: HealthTarget) -> list[str] | None:

@@ -16,6 +16,7 @@ Any other answer is one of a server that is there, and what cannot be told is no
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import typing as t
@@ -74,10 +75,10 @@ def _words(heard: t.Sequence[int]) -> str:
 
 def _ask(scheme: str, address: str, port: int, path: str) -> int:
     """Status of the answer; ``_CLOSED`` or ``_MUTE`` where there is none."""
-    connection = connect(scheme, address, port, PROBE_SECONDS)
     try:
-        connection.request("GET", path)
-        return connection.getresponse().status
+        with contextlib.closing(connect(scheme, address, port, PROBE_SECONDS)) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().status
     except (socket.timeout, TimeoutError):
         return _MUTE
     except OSError:
@@ -85,8 +86,6 @@ def _ask(scheme: str, address: str, port: int, path: str) -> int:
     except (http.client.HTTPException, UnicodeError):
         # Somebody talks, in whatever language; or our own file has a broken address, which is no sign of silence.
         return 200
-    finally:
-        connection.close()
 
 
 def processor_seconds(host: Host, pid: int) -> float | None:

@@ -195,7 +195,7 @@ class Unit:
         after; ``failing_since`` is the time of the first of those failures."""
         known = read_json(self.runtime_file)
         count = known.get(what, 0)
-        return count if known.get("spec") == self.spec and isinstance(count, int) else 0
+        return max(0, count) if known.get("spec") == self.spec and isinstance(count, int) else 0
 
     def failures(self) -> int:
         """Starts that failed since the service was ready last."""

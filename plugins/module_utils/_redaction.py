@@ -101,6 +101,14 @@ _BARE = (
 _VALUE = r"(?:%s|%s)" % (_QUOTED, _BARE)
 _HOST_PORT = r"[\w.-]+:\d{1,5}(?=[/\s\"',]|\Z)"
 
+#: curl's user and password, after what an option can stand behind.
+_CURL = (
+    r"(?P<keep>%s(?:-[uU]|--user|--proxy-user)[ =]?(?P<before>\\*[\"'])[^\s:\"']{1,128}:)(?:(?!(?P=before))[^\n])+",
+    r"(?P<keep>%s(?:-[uU]|--user|--proxy-user)[ =]?[^\s:\"'/]{1,128}:)(?!//|\d+(?:[\s\"',]|\Z))%%(bare)s",
+)
+_AFTER_BLANK_OR_QUOTE = r"(?<![^\s\"'])"
+_AFTER_NO_WORD = r"(?<![\w-])"
+
 # Texts are as hostile as whoever writes them: in no expression may a match be tried from every character of a run that it
 # reads to the end, so a run is entered at its beginning alone (lookbehind) or read to a bound.
 #: What is secret whatever its name; of a match the groups "keep", "quote", "escaped" and "deeper" stay.
@@ -114,6 +122,9 @@ _PLACES = (
     r"\bAIza[\w-]{30,}",
     r"\beyJ[\w-]{8,2000}\.[\w-]{4,}(?:\.[\w-]*)?",
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    # those of curl and openssl before those in URLs: a password may end like a host with its port
+    *(pattern % _AFTER_BLANK_OR_QUOTE for pattern in _CURL),
+    r"(?P<keep>-pass(?:in|out|word)?[\s=]pass:)%(value)s",
     # user and password in a URL, also where @ and / are written as they are: up to the last @ that can end them
     r"(?i)(?P<keep>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,20}://)(?:"
     r"[^\s/@:\"'<>]{0,128}:(?!\d{1,5}(?:[/?#]|\Z))[^\s\"'<>]{0,256}(?=@)"
@@ -127,13 +138,11 @@ _PLACES = (
     r"(?i)(?P<keep>\b(?:bearer|basic|apikey)\s+)(?!(?-i:[a-z-]+)(?:[\s,.;:)]|\Z))[\w.+/=~-]{8,}",
     r"(?i)(?P<keep>\b(?:set-)?cookie[\"']?\s*:\s*[\"']?)[^\n\"']+",
     # programs that are given them without a name
-    r"(?P<keep>(?<![\w-])(?:-[uU]|--user|--proxy-user)[ =]?(?P<before>\\*[\"'])[^\s:\"']{1,128}:)(?:(?!(?P=before))[^\n])+",
-    r"(?P<keep>(?<![\w-])(?:-[uU]|--user|--proxy-user)[ =]?[^\s:\"'/]{1,128}:)(?!//|\d+(?:[\s\"',]|\Z))%(bare)s",
+    *(pattern % _AFTER_NO_WORD for pattern in _CURL),
     r"(?P<keep>\b(?:mysql[\w-]{0,32}|mariadb[\w-]{0,32})\b[^\n]{0,200}?[\s\"']-p)(?![\s\"'])%(value)s",
     r"(?P<keep>\bsshpass[\s\"',]+-p[\s\"',]*)%(value)s",
     r"(?P<keep>\bdocker\s+login\b[^\n]{0,200}?\s-p[ =]?)%(value)s",
     r"(?P<keep>\bredis-cli\b[^\n]{0,200}?\s-a\s+)%(value)s",
-    r"(?P<keep>-pass(?:in|out|word)?[\s=]pass:)%(value)s",
     r"(?i)(?P<keep>\blogin\s+\S+\s+password\s+)\S+",
     r"(?i)(?P<keep>[\"'](?:auth|identitytoken|registrytoken)[\"']\s*:\s*[\"'])[^'\"]+",
 )

@@ -243,6 +243,8 @@ def test_docker_that_answers_anything(
 
 @given(values | broken_json({"name": "llama", "gpus": ["GPU-1"], "ready_url": "http://127.0.0.1:1/v1"}))
 @example('{"name": "llama", "gpus": ["GPU-1"], "ready_url": "http://127..0.0.1:1/v1"}')
+@example('{"name": "llama", "gpus": ["GPU-1"], "ready_url": "http:// 127.0.0.1:1/v1"}')
+@example('{"name": "\\ud800", "gpus": ["GPU-1"], "ready_url": "http://127.0.0.1:1/v1"}')
 def test_services_whose_files_were_broken(content: t.Any) -> None:
     text = content if isinstance(content, str) else json_text(content)
     host = FakeHost({"/etc/nim/llama.json": encodable(text), "/run/nim/llama.json": encodable(text)})

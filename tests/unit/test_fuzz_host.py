@@ -33,7 +33,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._secure_boot import 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import unit_properties
 from fake_host import FakeHost
 from fuzzing import damaged, encodable, only_told, texts
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 SMI = (pathlib.Path(__file__).parent / "fixtures" / "nvidia-smi" / "h200-x2.xml").read_text()
@@ -209,6 +209,7 @@ def test_times_that_do_not_exist(month: int, day: int, hour: int, minute: int) -
 
 
 @given(damaged(TCP, 5), damaged(TCP, 5), texts)
+@example(TCP.replace(":1F40", ":11F40"), TCP, "")
 def test_ports(tcp: str, tcp6: str, command: str) -> None:
     host = FakeHost({"/proc/net/tcp": encodable(tcp), "/proc/net/tcp6": encodable(tcp6)})
     host.files["/proc/7/comm"] = encodable(command)

@@ -44,7 +44,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_reloa
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import Redactor, scrub
 from fake_host import FakeHost
 from fuzzing import broken_json, damaged, encodable, json_text, mutated, only_told, texts, values
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 LINES = [
@@ -230,6 +230,7 @@ def test_words_and_configurations(word: str, configuration: str) -> None:
 
 
 @given(broken_json(CONFIGURATION), broken_json(WORD))
+@example(json.dumps(CONFIGURATION), json.dumps({**WORD, "failures": -1}))
 def test_the_wrapper_of_the_units(configuration: str, word: str) -> None:
     """What is broken ends the wrapper with a sentence, and never starts something else."""
     (_FOLDER / "a.json").write_bytes(encodable(configuration))
