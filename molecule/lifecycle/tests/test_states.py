@@ -71,7 +71,8 @@ def test_crash_loop_is_said_within_seconds(failure: str, cause: str) -> None:
     message = run.failure(HOST.name)
     assert "nemotron did not start" in message
     assert cause in message.lower()
-    assert run.seconds < 40
+    # The budget of a start is half an hour; a busy machine may need a minute.
+    assert run.seconds < 60
     # The unit goes on trying, with a pause in between, and says that it failed.
     wait_until(lambda: HOST.read_json("/run/nim/nemotron.json")["failures"] >= 2, "a second failure is counted", 30)
     assert HOST.identity("llama") == before
