@@ -23,7 +23,8 @@ class GpuTelemetry:
         sram_threshold_exceeded, remap_pending, remap_failure, retirement_pending: ``Yes`` or ``No``.
         repairs: Of channel repair pending, TPC repair pending and unrepairable memory those that are ``Yes``.
         slowdowns: Hardware slowdowns that are active now, by the names of nvidia-smi without their common beginning.
-        fabric_health: Summary of the fabric's health, for example ``Healthy``; ``fabric_troubles`` what is wrong.
+        fabric_health: Summary of the fabric's health, for example ``Healthy``.
+        fabric_troubles: What is wrong with it, for example ``bandwidth: Degraded``.
         lost: The text with which the GPU refuses to answer, for example ``GPU requires reset``.
     """
 
@@ -163,6 +164,15 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
 
 #: What nvidia-smi prints in place of values when a GPU does not answer any more.
 _LOST = ("gpu requires reset", "gpu is lost")
+#: Values of a fabric's health that mean no trouble, the others being told as they are.
+_FABRIC_GOOD = {
+    "bandwidth": "Full",
+    "route_recovery_in_progress": "False",
+    "route_unhealthy": "False",
+    "access_timeout_recovery": "False",
+    "incorrect_configuration": "None",
+    "partition_assigned": "True",
+}
 _REPAIRS = ("channel_repair_pending", "tpc_repair_pending", "unrepairable_memory")
 
 
@@ -189,9 +199,10 @@ def _telemetry(gpu: ET.Element) -> GpuTelemetry:
         mig_pending=_text(gpu, "mig_mode/pending_mig"),
         fabric_health=_text(gpu, "fabric/health/summary"),
         fabric_troubles=tuple(
-            element.tag
-            for element in (fabric if fabric is not None else ())
-            if (element.text or "").strip().lower() in ("true", "yes", "degraded")
+            "%s: %s" % (name.replace("_", " "), value)
+            for name, good in _FABRIC_GOOD.items()
+            for value in [_text(fabric, name)]
+            if value not in ("", good)
         ),
         lost=next(
             (text for text in map(str.strip, gpu.itertext()) if text.strip("[]").lower() in _LOST),

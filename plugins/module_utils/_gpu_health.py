@@ -276,11 +276,11 @@ def _fabric(gpu: Gpu, inventory: GpuInventory) -> _Finding:
         return UNKNOWN, "not_told", "says of the NVLink fabric '%s', which is not known here" % state, ""
     if status and status != "Success":
         return REFUSED, "fabric_failed", "could not join the NVLink fabric: %s" % status, manager
+    troubles = ", ".join(seen.fabric_troubles) or "no reason given"
     if seen.fabric_health == "Unhealthy":
-        troubles = ", ".join(name.replace("_", " ") for name in seen.fabric_troubles) or "no reason given"
         return REFUSED, "fabric_unhealthy", "is badly connected to the NVLink fabric (%s)" % troubles, manager
     if seen.fabric_health not in ("", "Healthy"):
-        text = "has an NVLink fabric whose health is '%s'" % seen.fabric_health
+        text = "has an NVLink fabric whose health is '%s' (%s)" % (seen.fabric_health, troubles)
         return WARNING, "fabric_degraded", text, manager
     return _ok("has joined the NVLink fabric")
 

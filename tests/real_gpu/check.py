@@ -21,7 +21,7 @@ import traceback
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, GpuTelemetry
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import driver_holders
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_placement import Wish, place
@@ -195,8 +195,29 @@ class Verification:
         check("processes", "NVML", known["pids"], sorted(one["pid"] for one in gpu.processes if one["type"] == "C"))
         if gpu.mig != "Enabled":
             check("mig_devices", "MIG mode", (), tuple(gpu.mig_devices))
+        self._condition(gpu, known["telemetry"], raw, who)
+        compared.add("telemetry")
         for other in sorted({field.name for field in dataclasses.fields(Gpu)} - compared):
             self.report.note("skipped", "%sGPU %d %s" % (who, gpu.index, other), "nobody else was asked for it")
+
+    def _condition(self, gpu: Gpu, known: Json, raw: t.Callable[[str], str], who: str) -> None:
+        """What a GPU says of its own condition against NVML, and against its own page where NVML has no question."""
+        mine = dataclasses.asdict(gpu.telemetry)
+        # NVML is not asked for memory beyond repair, and has other words for what ails a fabric.
+        mine["repairs"] = tuple(name for name in mine["repairs"] if name != "unrepairable_memory")
+        mine["fabric_troubles"] = tuple(trouble.partition(":")[0] for trouble in mine["fabric_troubles"])
+        checks = [(name, "NVML", value) for name, value in known.items()]
+        mine["unrepairable_memory"] = "unrepairable_memory" in gpu.telemetry.repairs
+        checks += [("unrepairable_memory", "XML", raw("ecc_errors/unrepairable_memory") == "Yes")]
+        # A GPU that answers NVML is not lost.
+        checks += [("lost", "NVML", "")]
+        mine["slowdowns"] = tuple(mine["slowdowns"])
+        for name, witness, value in checks:
+            label = "%sGPU %d telemetry %s, %s" % (who, gpu.index, name, witness)
+            text = str(value) if mine[name] == value else "%r != %r" % (mine[name], value)
+            self.report.check(label, mine[name] == value, text)
+        for name in sorted(set(mine) - {name for name, _witness, _value in checks}):
+            self.report.note("skipped", "%sGPU %d telemetry %s" % (who, gpu.index, name), "NVML has no answer")
 
     def module(self) -> None:
         """The module gpu_host_info through Ansible"""
@@ -216,7 +237,8 @@ class Verification:
         self.report.same("changed", answer["changed"], False)
         self.report.same("GPUs", [gpu["uuid"] for gpu in answer["gpus"]], [gpu.uuid for gpu in self.gpus])
         for entry, row, known, block in zip(answer["gpus"], *self._witnesses()):
-            self._compare(Gpu(**entry), row, known, block, "gpu_host_info: ")
+            telemetry = GpuTelemetry(**entry.pop("telemetry"))
+            self._compare(Gpu(telemetry=telemetry, **entry), row, known, block, "gpu_host_info: ")
         self.report.same("PCI addresses", [gpu["bdf"] for gpu in answer["pci_gpus"]], [gpu.bdf for gpu in self.gpus])
         self.report.same("flavour", answer["driver"]["flavour"], flavour_of(self.host))
         states = [gpu.fabric_state for gpu in self.gpus if gpu.fabric_state]

@@ -22,6 +22,13 @@ ARCHITECTURES = {
 }
 COMPUTE_MODES = {0: "Default", 1: "Exclusive_Thread", 2: "Prohibited", 3: "Exclusive_Process"}
 _NOT_SUPPORTED = 3
+_UNCORRECTED = 1  # of nvmlMemoryErrorType_t
+_NO_YES = {0: "No", 1: "Yes"}
+_DISABLED_ENABLED = {0: "Disabled", 1: "Enabled"}
+_SLOWDOWNS = {0x8: "hw_slowdown", 0x40: "hw_thermal_slowdown", 0x80: "hw_power_brake_slowdown"}
+_FABRIC_HEALTH = {1: "Healthy", 2: "Unhealthy", 3: "Limited Capacity"}
+#: First bit of each part of the mask of a fabric's health; 1 in its two bits means trouble.
+_FABRIC_TROUBLES = {"bandwidth": 0, "route recovery in progress": 2, "route unhealthy": 4, "access timeout recovery": 6}
 
 
 class _Pci(ctypes.Structure):
@@ -66,6 +73,32 @@ class _Fabric(ctypes.Structure):
         ("clique", ctypes.c_uint),
         ("state", ctypes.c_ubyte),
     ]
+
+
+class _FabricHealth(ctypes.Structure):
+    """nvmlGpuFabricInfo_v3_t."""
+
+    _fields_ = [
+        ("version", ctypes.c_uint),
+        ("cluster", ctypes.c_char * 16),
+        ("status", ctypes.c_uint),
+        ("clique", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
+        ("mask", ctypes.c_uint),
+        ("summary", ctypes.c_ubyte),
+    ]
+
+
+class _Sram(ctypes.Structure):
+    """nvmlEccSramErrorStatus_v1_t: eleven counters before the flag."""
+
+    _fields_ = [("version", ctypes.c_uint), ("counters", ctypes.c_ulonglong * 11), ("exceeded", ctypes.c_uint)]
+
+
+class _Repair(ctypes.Structure):
+    """nvmlRepairStatus_v1_t."""
+
+    _fields_ = [("version", ctypes.c_uint), ("channel", ctypes.c_uint), ("tpc", ctypes.c_uint)]
 
 
 class NvmlError(Exception):
@@ -139,9 +172,7 @@ class Nvml:
             "brand": BRANDS.get(self._number("nvmlDeviceGetBrand", handle) or 0, "?"),
             "architecture": ARCHITECTURES.get(self._number("nvmlDeviceGetArchitecture", handle) or 0, "?"),
             "compute_mode": COMPUTE_MODES.get(self._number("nvmlDeviceGetComputeMode", handle) or 0, "?"),
-            "persistence_mode": {0: "Disabled", 1: "Enabled"}.get(
-                self._number("nvmlDeviceGetPersistenceMode", handle) or 0, "?"
-            ),
+            "persistence_mode": _DISABLED_ENABLED.get(self._number("nvmlDeviceGetPersistenceMode", handle) or 0, "?"),
             "minor": self._number("nvmlDeviceGetMinorNumber", handle),
             # Empty where the GPU cannot do it, as the collection says it.
             "mig": "" if mig else ("Enabled" if current.value else "Disabled"),
@@ -152,4 +183,50 @@ class Nvml:
             "memory_used_mib": memory.used >> 20,
             "memory_free_mib": memory.free >> 20,
             "pids": sorted(processes[position].pid for position in range(number.value)),
+            "telemetry": dict(self._condition(handle), mig_pending="" if mig else _DISABLED_ENABLED[pending.value]),
         }
+
+    def _condition(self, handle: ctypes.c_void_p) -> t.Dict[str, t.Any]:
+        """A GPU's condition in the collection's words; what this driver's NVML cannot be asked is not in it."""
+        first, second, third, fourth = (ctypes.c_uint() for _number in range(4))
+        wide = ctypes.c_ulonglong()
+        found: t.Dict[str, t.Any] = {}
+
+        def asked(name: str, *arguments: t.Any) -> t.Optional[bool]:
+            """True when it answered, False when the GPU has no such thing, None when there is no such question."""
+            if not hasattr(self.library, name):
+                return None
+            code = getattr(self.library, name)(handle, *arguments)
+            return True if not code else False if code == _NOT_SUPPORTED else None
+
+        def versioned(structure: t.Any, version: int) -> t.Any:
+            structure.version = ctypes.sizeof(structure) | version << 24
+            return ctypes.byref(structure)
+
+        if asked("nvmlDeviceGetEccMode", ctypes.byref(first), ctypes.byref(second)):
+            found["ecc"], found["ecc_pending"] = _DISABLED_ENABLED[first.value], _DISABLED_ENABLED[second.value]
+        for counter, name in enumerate(("ecc_volatile", "ecc_aggregate")):
+            if asked("nvmlDeviceGetTotalEccErrors", _UNCORRECTED, counter, ctypes.byref(wide)):
+                found[name] = wide.value
+        rows = asked("nvmlDeviceGetRemappedRows", *map(ctypes.byref, (first, second, third, fourth)))
+        if rows is not None:
+            found["remap_pending"] = _NO_YES[third.value] if rows else ""
+            found["remap_failure"] = _NO_YES[fourth.value] if rows else ""
+        retired = asked("nvmlDeviceGetRetiredPagesPendingStatus", ctypes.byref(first))
+        if retired is not None:
+            found["retirement_pending"] = _NO_YES[first.value] if retired else ""
+        if asked("nvmlDeviceGetCurrentClocksEventReasons", ctypes.byref(wide)):
+            found["slowdowns"] = tuple(name for bit, name in _SLOWDOWNS.items() if wide.value & bit)
+        sram, repair, fabric = _Sram(), _Repair(), _FabricHealth()
+        if asked("nvmlDeviceGetSramEccErrorStatus", versioned(sram, 1)):
+            found["sram_threshold_exceeded"] = _NO_YES[sram.exceeded]
+        if asked("nvmlDeviceGetRepairStatus", versioned(repair, 1)):
+            pending = {"channel_repair_pending": repair.channel, "tpc_repair_pending": repair.tpc}
+            found["repairs"] = tuple(name for name, there in pending.items() if there)
+        health = asked("nvmlDeviceGetGpuFabricInfoV", versioned(fabric, 3))
+        if health is not None:
+            found["fabric_health"] = _FABRIC_HEALTH.get(fabric.summary, "") if health else ""
+            found["fabric_troubles"] = tuple(
+                name for name, bit in _FABRIC_TROUBLES.items() if health and fabric.mask >> bit & 3 == 1
+            )
+        return found

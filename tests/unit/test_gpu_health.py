@@ -189,6 +189,24 @@ def test_a_gpu_on_nvswitches_must_have_joined() -> None:
     assert judged({"state": "Not Started"}, "fabric", nvswitches=4).verdict == REFUSED
 
 
+def test_a_badly_connected_gpu_says_what_is_wrong_and_nothing_else() -> None:
+    health = {
+        "summary": "Unhealthy",
+        "bandwidth": "Full",
+        "route_unhealthy": "True",
+        "route_recovery_in_progress": "False",
+        "incorrect_configuration": "Insufficient Nvlinks",
+        "partition_assigned": "True",
+    }
+    assert "(route unhealthy: True, incorrect configuration: Insufficient Nvlinks)" in judged(health, "fabric").message
+    health.update(route_unhealthy="False", incorrect_configuration="None", partition_assigned="False")
+    assert "(partition assigned: False)" in judged(health, "fabric").message
+    health.update(partition_assigned="N/A", bandwidth="Degraded", summary="Limited Capacity")
+    assert "(bandwidth: Degraded)" in judged(health, "fabric").message
+    health.update(bandwidth="N/A", summary="Unhealthy")
+    assert "(no reason given)" in judged(health, "fabric").message
+
+
 def test_an_exclusive_gpu_that_somebody_holds() -> None:
     entry = "<process_info><pid>77</pid><type>C</type><process_name>train</process_name></process_info>"
     xml = TWO.replace("<processes>", "<processes>" + entry, 1)

@@ -11,7 +11,7 @@ import subprocess
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, parse_smi
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import Gpu, GpuTelemetry, parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 
@@ -76,6 +76,8 @@ def test_every_field_of_a_gpu_is_compared_or_named(
             *("persistence_mode", "memory_total_mib", "memory_used_mib", "memory_free_mib", "fabric_state"),
         )
     }
+    known["telemetry"] = dataclasses.asdict(gpu.telemetry)
+    del known["telemetry"]["lost"], known["telemetry"]["retirement_pending"]
     known["pids"] = sorted(entry["pid"] for entry in gpu.processes)
     cells = {
         "index": "0",
@@ -94,8 +96,17 @@ def test_every_field_of_a_gpu_is_compared_or_named(
     assert verification.report.failed == 0
     said = [entry["check"].split(" ")[2].rstrip(",") for entry in verification.report.entries]
     assert {field.name for field in dataclasses.fields(Gpu)} <= set(said)
-    verification._compare(dataclasses.replace(gpu, memory_total_mib=1, minor=9), row, known, xml)
-    assert verification.report.failed == 3
+    told = {
+        entry["check"].split(" ")[3].rstrip(",")
+        for entry in verification.report.entries
+        if "telemetry" in entry["check"]
+    }
+    assert {field.name for field in dataclasses.fields(GpuTelemetry)} <= told
+    (skipped,) = [entry["check"] for entry in verification.report.entries if entry["outcome"] == "skipped"]
+    assert "retirement_pending" in skipped
+    sick = dataclasses.replace(gpu.telemetry, ecc_volatile=7, lost="GPU is lost")
+    verification._compare(dataclasses.replace(gpu, memory_total_mib=1, minor=9, telemetry=sick), row, known, xml)
+    assert verification.report.failed == 5
 
 
 @pytest.mark.parametrize(
