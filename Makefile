@@ -37,7 +37,7 @@ venv: .venv/.stamp ## Install the tools into .venv
 
 .venv/.stamp: requirements-dev.txt
 	@echo "== installing Ansible, the linters and the test tools into .venv"
-	@command -v apt-get >/dev/null && ! python3 -c 'import ensurepip' 2>/dev/null && apt-get install -qy python3-venv || true
+	@python3 -c 'import ensurepip' 2>/dev/null || tests/tools.sh ensurepip=python3-venv
 	@test -x $(BIN)/python || python3 -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt 2> >(grep -v 'is ignored: it is neither' >&2)
 	@touch $@
@@ -73,7 +73,7 @@ demo: install ## Bare hosts to three answering models, then a table and a chat w
 	@tests/sandbox/demo.sh
 
 .PHONY: demo-down
-demo-down: ## Remove every trace of the sandbox
+demo-down: ## Remove every trace of the sandbox (Debian packages that it installed stay)
 	@if test -d .sandbox; then $(SANDBOX) down; else echo "== there is no sandbox"; fi
 
 .PHONY: screenshot

@@ -4,7 +4,7 @@
 # ansible-test wants a real directory .../ansible_collections/gpu_fleet/nim: a copy of what git knows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-command -v shellcheck >/dev/null || apt-get install -qqy shellcheck >/dev/null
+tests/tools.sh shellcheck=shellcheck
 copy=.build/sanity/ansible_collections/gpu_fleet/nim
 rm -rf "$copy" && mkdir -p "$copy"
 git ls-files -co --exclude-standard -z | while IFS= read -r -d '' name; do [ -e "$name" ] && printf '%s\0' "$name"; done |

@@ -16,6 +16,7 @@ from dataclasses import replace
 from ._background import RUNNING
 from ._disk_space import amount, check_space, file_systems
 from ._docker_api import DockerApi
+from ._docker_registries import Registries
 from ._errors import FleetError
 from ._gpu_health import KERNEL_LINES, gpu_health
 from ._gpu_inventory import GpuInventory, observe_gpus
@@ -23,9 +24,12 @@ from ._gpu_wishes import gpus_of
 from ._host import Host
 from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, plan_host
 from ._kernel_log import read_kernel_log
+from ._ngc_key import REGISTRY, USERNAME, key_in_environment
 from ._ngc_login import NgcLogin
+from ._ngc_login_planner import VALIDATE_NEVER
 from ._nim_image import ExpectedDriver, NimImages, PullTask, environment_of, pull_job_id, requirements_off
 from ._nim_models import parse_models
+from ._nim_paths import KEY_FILE
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_checks import cdi_problem
 from ._nvidia_driver_planner import DriverPlanner
@@ -324,8 +328,11 @@ class _Preflight:
                 self.found.append(refusal("disk", error))
                 continue
             needed = sum(need.size for need in system.needs)
-            text = "%s has %s free; about %s will be taken." % (system.mount, amount(system.free), amount(needed))
-            self.found.append(Verdict("disk", OK, text))
+            text = "%s has %s free; about %s will be taken" % (system.mount, amount(system.free), amount(needed))
+            untold = [str(task.wanted.reference) for task in tasks if not task.wanted.spaces]
+            if untold:
+                text += ", without the model files of %s, whose size nobody tells (disk_space)" % ", ".join(untold)
+            self.found.append(Verdict("disk", OK, text + "."))
 
     def _expected_driver(self, inventory: GpuInventory) -> ExpectedDriver | None:
         """The driver that will be there when the images are started, where it is not the loaded one."""
@@ -379,3 +386,30 @@ class _Preflight:
         self.found += [
             verdict for verdict in judged if not (short and verdict.check == "disk" and verdict.verdict == REFUSED)
         ]
+        # What has no place is told above.
+        if not any((verdict.check, verdict.verdict) == ("gpus", REFUSED) for verdict in judged):
+            self._key_for_files(service.fetching(state), options)
+
+    def _key_for_files(self, names: t.Sequence[str], options: Options) -> None:
+        """Whether NGC takes the key with which files are to be fetched, before a container that serves is stopped for them."""
+        mirrors = (self.wanted.get("nim_image") or {}).get("registry_mirrors") or {}
+        given = options.get("ngc_api_key")
+        if not given and options.get("ngc_key_state") != "absent":
+            given = key_in_environment(self.host.read_text(KEY_FILE))
+        asked = (
+            self.login is not None and self.login.checked and (self.login.registry, self.login.key) == (REGISTRY, given)
+        )
+        never = (self.wanted.get("ngc_login") or {}).get("validate") == VALIDATE_NEVER
+        # Behind a mirror NGC itself may be out of reach.
+        if not names or not given or asked or never or REGISTRY in mirrors:
+            return
+        registries = Registries(self.api, self._daemon_options(), self.client)
+        who = "%s %s to fetch files" % (", ".join(names), "has" if len(names) == 1 else "have")
+        try:
+            registries.client(REGISTRY, (USERNAME, given)).check_credentials(None)
+        except FleetError as error:
+            found = refusal("key", error, names[0] if len(names) == 1 else "")
+            if error.reason != "bad_key":
+                # Which key is good is not said by a registry that cannot be asked now.
+                found = replace(found, verdict=UNKNOWN)
+            self.found.append(replace(found, message="%s, but %s" % (who, found.message)))

@@ -25,6 +25,7 @@ from ._nim_service_checks import (
     check_backend_ports,
     check_mask,
     missing_prerequisite,
+    shared_gpus,
     unfit,
     unreadable_directory,
 )
@@ -44,6 +45,7 @@ from ._nim_service_starts import (
     due_starts,
     fetched,
     idle,
+    leaving,
     start_changes,
     start_checks,
 )
@@ -198,18 +200,46 @@ class NimService(Resource[HostState]):
         except FleetError as error:
             verdicts.append(refusal("gpus", error, str(error.facts.get("model", ""))))
         starting, there = idle(self.models, state), set()
-        if state.gpus and placed and not any(missing_prerequisite(model, state, self.injection)[0] for model in models):
+        if placed and self._can_be_configured(state):
             configurations = self.configurations(state)
             starting = {start.name for start in self._due_starts(state, configurations)}
             there = {model.name for model in models if fetched(model, configurations, state)}
         for check in self._start_checks(starting, placed, there, seen):
             judge(check)
         for model in models:
+            if model.name in starting:
+                verdicts += shared_gpus(model, placed.get(model.name, ()), leaving(self.models, starting), seen)
+        for model in models:
             if model.state == "started" and model.name not in starting:
                 verdicts.append(
                     Verdict("service", OK, "Model %s runs, or is being started." % model.name, subject=model.name)
                 )
         return verdicts
+
+    def _can_be_configured(self, state: HostState) -> bool:
+        """Whether GPUs, images and what else a configuration is made of are there."""
+        models = [model for model in self.models if model.state != "absent" and not self.remove_all]
+        return bool(state.gpus) and not any(missing_prerequisite(model, state, self.injection)[0] for model in models)
+
+    def fetching(self, state: HostState) -> list[str]:
+        """Names of models that are to be started and whose files must be fetched first, for which NGC wants a key.
+
+        Raises:
+            FleetError: As :meth:`placement`.
+        """
+        if not self._can_be_configured(state):
+            return []
+        configurations = self.configurations(state)
+        starting = {start.name for start in self._due_starts(state, configurations)}
+        return [
+            model.name
+            for model in self.models
+            if model.name in starting
+            and configurations[model.name]["download"]
+            and not fetched(model, configurations, state)
+            # Where files come from elsewhere, a key for NGC proves nothing.
+            and not model.environment.get("NIM_REPOSITORY_OVERRIDE")
+        ]
 
     @staticmethod
     def _check_directories(model: NimModel, state: HostState) -> None:

@@ -18,7 +18,7 @@ from ._listeners import PROXY, Listener
 from ._nim_family import BACKEND_PORT_VARIABLE
 from ._nim_models import NimModel, addresses_overlap, container_name, probe_address
 from ._nim_service_state import GpuUser, HostState, ImageState, ports_of
-from ._verdict import REFUSED, Verdict
+from ._verdict import REFUSED, WARNING, Verdict
 
 #: First version of the engine that hands out CDI devices, where its feature is switched on.
 CDI_ENGINE = (25,)
@@ -241,6 +241,30 @@ def check_gpu_memory(model: NimModel, uuids: t.Sequence[str], leaving: t.Collect
             needed_mib=needed,
             free_mib=free,
         )
+
+
+def shared_gpus(
+    model: NimModel, uuids: t.Sequence[str], leaving: t.Collection[str], state: HostState
+) -> t.Iterator[Verdict]:
+    """A warning for each GPU on which others hold memory while nobody says how much the model needs.
+
+    Args:
+        uuids, leaving: As for :func:`check_gpu_memory`, which judges models that say it.
+    """
+    if model.gpu_memory is not None:
+        return
+    for gpu, device in _devices(uuids, state):
+        users = [] if device is not None else _staying(gpu, leaving, state)
+        if users:
+            yield Verdict(
+                "gpu_memory",
+                WARNING,
+                "Model %s gets %s, on which memory is held by %s, and how much the model needs is not known."
+                % (model.name, gpu_label(gpu), ", ".join(user.describe() for user in users)),
+                "stop that, give the model other GPUs (gpus), or say what it needs (gpu_memory)",
+                "gpu_shared",
+                subject=model.name,
+            )
 
 
 def _free_mib(gpu: Gpu, leaving: t.Collection[str], state: HostState) -> int | None:

@@ -64,6 +64,11 @@ def idle(models: t.Sequence[NimModel], state: HostState) -> set[str]:
     return {service.name for service in services if not service.running and not service.alive}
 
 
+def leaving(models: t.Sequence[NimModel], starting: t.Collection[str]) -> set[str]:
+    """Names of services whose containers end before others start."""
+    return {*starting} | {model.name for model in models if model.state != "started"}
+
+
 def start_checks(
     models: t.Sequence[NimModel],
     starting: t.Collection[str],
@@ -86,7 +91,7 @@ def start_checks(
         # Nothing will be started; the run after the maintenance asks.
         return
     begun = [model for model in models if model.name in starting]
-    leaving = {*starting} | {model.name for model in models if model.state != "started"}
+    ending = leaving(models, starting)
     for model in begun:
         port = "port %d on %s" % (model.port, model.bind_address)
         yield StartCheck("address", model.name, partial(check_address, model, state))
@@ -94,8 +99,8 @@ def start_checks(
         given = gpus.get(model.name, ())
         if health:
             fit = "its GPUs are fit for service" if given else ""
-            yield StartCheck("gpu_health", model.name, partial(check_gpu_health, model, given, leaving, state), fit)
-        yield StartCheck("gpu_memory", model.name, partial(check_gpu_memory, model, given, leaving, state))
+            yield StartCheck("gpu_health", model.name, partial(check_gpu_health, model, given, ending, state), fit)
+        yield StartCheck("gpu_memory", model.name, partial(check_gpu_memory, model, given, ending, state))
         if given:
             count = requested_count(model.gpus, len(state.gpus))
             here = given_gpus(given, state.gpus)

@@ -151,10 +151,13 @@ def test_a_bare_host_that_can_be_set_up(bare: DriverWorld) -> None:
     assert one(found, "image", LLAMA).message == "The registry hands out %s: 2.8 GB to download." % LLAMA
     assert one(found, "requirement", LLAMA).verdict == OK
     assert one(found, "port", "llama").message == "Model llama: port 8000 on 0.0.0.0 is free."
-    assert "about 9.2 GB will be taken" in one(found, "disk").message
+    assert "about 9.2 GB will be taken, without the model files of %s" % LLAMA in one(found, "disk").message
     assert one(found, "key").message == "nvcr.io accepts the key."
     assert {verdict.check for verdict in found} >= set(JUDGED) - {"nim_image", "nim_service"}
     assert FakeClient.asked == [(LLAMA, "$oauthtoken", KEY)]
+    wanted = everything(llama())
+    wanted["nim_image"]["images"][0]["disk_space"] = "20GB"
+    assert "nobody tells" not in one(judge(bare, wanted), "disk").message
 
 
 def test_an_image_is_judged_by_the_driver_that_is_wanted(bare: DriverWorld, registry: dict[str, t.Any]) -> None:
@@ -412,6 +415,42 @@ def test_a_host_that_can_serve(serving: Machine) -> None:
     assert one(found, "service", "llama").message == "Model llama runs, or is being started."
 
 
+def test_a_key_that_expired_before_other_files_are_fetched(serving: Machine) -> None:
+    """What serves is not stopped for a download that cannot work."""
+    bad_key = "nvapi-0123456789-bad"
+    serving.converge(llama(), nemo(), key=bad_key)
+    assert bad(judge(serving.host, models(llama(), nemo(), ngc_api_key=bad_key), serving.api)) == []
+    other = models(llama(profile="vllm-bf16-tp1"), nemo(), ngc_api_key=bad_key)
+    refused = one(judge(serving.host, other, serving.api), "key", "llama")
+    assert (refused.verdict, refused.reason) == (REFUSED, "bad_key")
+    assert refused.message == "llama has to fetch files, but nvcr.io does not take the key."
+    assert refused.remedy == "make a new one"
+    # The one that the host has, where none is given.
+    stored = {"nim_service": {**other["nim_service"], "ngc_api_key": None}}
+    assert one(judge(serving.host, stored, serving.api), "key", "llama").reason == "bad_key"
+    # Nobody to ask, or not to be asked.
+    for more in (
+        {"nim_service": {**stored["nim_service"], "ngc_key_state": "absent"}},
+        {"nim_image": {**other["nim_image"], "registry_mirrors": {"nvcr.io": "mirror.example/ngc"}}},
+        {"ngc_login": {"api_key": bad_key, "validate": "never"}},
+    ):
+        found = judge(serving.host, {**other, **more}, serving.api)
+        assert [verdict for verdict in found if verdict.check == "key" and verdict.subject] == []
+    # A new one.
+    assert bad(judge(serving.host, models(llama(profile="vllm-bf16-tp1"), nemo()), serving.api)) == []
+
+
+def test_a_key_that_nobody_can_judge_now_is_no_refusal(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(self: Client, reference: t.Any) -> None:
+        raise FleetError("registry_unreachable", "nvcr.io cannot be reached; look at the network.")
+
+    monkeypatch.setattr(Client, "check_credentials", away)
+    serving.converge(llama(), key=KEY)
+    found = judge(serving.host, models(llama(profile="vllm-bf16-tp1")), serving.api)
+    assert one(found, "key", "llama").verdict == UNKNOWN
+    assert bad(found) == []
+
+
 def test_cdi_that_nobody_switches_on(serving: Machine) -> None:
     wanted = models(llama(), gpu_injection="cdi")
     assert worst(judge(serving.host, wanted, serving.api)) == OK
@@ -469,6 +508,19 @@ def test_a_gpu_that_is_held_by_its_own_model(serving: Machine) -> None:
     serving.inventory = dataclasses.replace(serving.inventory, gpus=gpus)
     found = judge(serving.host, models(llama(gpus=[0])), serving.api)
     assert bad(found) == [] and warned(found) == [("compute_mode", "compute_mode_busy")]
+
+
+def test_memory_that_others_hold_where_nobody_says_what_the_model_needs(serving: Machine) -> None:
+    process = {"pid": 977, "type": "C", "name": "/usr/bin/train", "used_memory_mib": 60000}
+    gpus = (dataclasses.replace(serving.inventory.gpus[0], processes=(process,)), *serving.inventory.gpus[1:])
+    serving.inventory = dataclasses.replace(serving.inventory, gpus=gpus)
+    found = judge(serving.host, models(llama(gpus=[0]), nemo(gpus=[1])), serving.api)
+    assert bad(found) == [] and warned(found) == [("gpu_memory", "gpu_shared")]
+    assert "on which memory is held by train (pid 977): 60000 MiB" in one(found, "gpu_memory", "llama").message
+    assert warned(judge(serving.host, models(llama(gpus=[0], gpu_memory="1GB")), serving.api)) == []
+    # One that runs is left alone.
+    serving.converge(llama(gpus=[0]), key=KEY)
+    assert warned(judge(serving.host, models(llama(gpus=[0])), serving.api)) == []
 
 
 def test_a_driver_that_is_to_be_loaded_anew(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
