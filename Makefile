@@ -146,7 +146,7 @@ bench-upgrade: install ## A roll of the driver over four hosts under load, again
 	@$(BIN)/python tests/benchmarks/upgrade.py
 
 .PHONY: test-gpu
-test-gpu: ## On a server with NVIDIA GPUs: what only real hardware can tell (see tests/real_gpu)
+test-gpu: ## On a server (x86-64) with NVIDIA GPUs that are not in MIG mode: what only real hardware can tell (see tests/real_gpu)
 	@tests/real_gpu/run.sh
 
 .PHONY: clean

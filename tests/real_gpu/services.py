@@ -126,8 +126,9 @@ class Services:
         return converge(self.host, self._service(entries), check_mode=False).changes
 
     def _plan(self, entries: t.Sequence[Json]) -> Json:
-        options = {"models": list(entries), "gpu_injection": INJECTION}
-        return plan_host(self.host, {"nim_service": options}, self.api).result()
+        services = {"models": list(entries), "gpu_injection": INJECTION}
+        wanted = {"nim_service": services, "nim_health": {"models": list(entries)}}
+        return plan_host(self.host, wanted, self.api).result()
 
     def _planned_before(self) -> None:
         plan = self._plan(self.entries)
@@ -247,7 +248,9 @@ class Services:
     def _seen_by_plan(self, models: t.Sequence[NimModel]) -> None:
         plan = self._plan(self.entries)
         self.report.keep("plan.json", json.dumps(plan, indent=1, sort_keys=True))
-        self.report.check("the plan finds nothing to do", not plan["drift"], plan["changes"] or plan["errors"])
+        self.report.check(
+            "the plan finds all ready, and nothing to do", not plan["drift"], plan["changes"] or plan["errors"]
+        )
         last = dict(
             self.entries[-1], environment=dict(self.entries[-1].get("environment") or {}, NIM_LOG_LEVEL="DEBUG")
         )
@@ -255,6 +258,12 @@ class Services:
         disrupted = [change["what"] for change in plan["changes"] if change["disruption"] != "none"]
         self.report.same("another environment restarts that service alone", disrupted, [models[-1].unit])
         self.report.same("and is called a restart of it", plan["worst"], "restart_nim")
+        # What the driver reserves is free for nobody.
+        total = next(gpu.memory_total_mib or 0 for gpu in self.gpus if gpu.uuid in self.given[last["name"]])
+        plan = self._plan([*self.entries[:-1], dict(last, gpu_memory="%dMiB" % total)])
+        reasons = [error["reason"] for error in plan["errors"]]
+        self.report.same("more memory than is free on its GPU is refused", reasons, ["gpu_memory"])
+        self.report.note("note", "in these words", plan["errors"][0]["message"] if plan["errors"] else "")
         wish = dict(self.entries[-1], name="real-gpu-more", gpus=len(self.gpus), port=18099)
         plan = self._plan([*self.entries, wish])
         reasons = [error["reason"] for error in plan["errors"]]
@@ -346,6 +355,9 @@ class Services:
             failure = failures[0]
             self.report.check("with its cause", failure.signature, "%s: %s" % (failure.signature, failure.sentence))
             self.report.keep("too-large.log", "\n".join(failure.lines))
+        plan = self._plan([entry])
+        said = [change["why"] for change in plan["changes"] if change["resource"] == "nim_health"]
+        self.report.check("the plan says so, too", said and "GPU memory" in said[0], said)
         unit = self._unit(entry["name"])
         failed = wait_for(lambda: unit.restarts > 0 or unit.active == "failed", 60)
         self.report.check("its wrapper ends with a failure", failed, unit.said().splitlines()[-1:])
