@@ -15,7 +15,7 @@ BIN := $(CURDIR)/.venv/bin
 TARBALL := .build/dist/gpu_fleet-nim-$(VERSION).tar.gz
 COLLECTIONS := $(CURDIR)/.build/collections
 SOURCES := $(shell git ls-files -co --exclude-standard -- galaxy.yml README.md CHANGELOG.rst LICENSE LICENSES REUSE.toml \
-	docs meta playbooks plugins roles changelogs)
+	docs meta playbooks plugins roles)
 SANDBOX := $(BIN)/python tests/sandbox/sandbox.py
 SCENARIOS := $(sort $(notdir $(patsubst %/molecule.yml,%,$(wildcard molecule/*/molecule.yml))))
 HOSTS ?= 2

@@ -16,6 +16,7 @@ import typing as t
 from ._apt_sources import without_repository
 from ._errors import FleetError
 from ._host import CommandResult
+from ._own_state import read_own_state
 from ._package_versions import compare_debian
 from ._packages import (
     TRANSACTION_TIMEOUT,
@@ -29,7 +30,7 @@ from ._packages import (
     transaction_failed,
 )
 from ._repository_key import dearmor, is_binary_key
-from ._untrusted import json_object
+from ._untrusted import MapOf
 
 #: Seconds to wait for another package tool (unattended-upgrades, cloud-init) to give its lock back.
 LOCK_TIMEOUT = 600
@@ -138,14 +139,20 @@ class Apt(PackageManager):
 
     def _key_stands(self, keyring: str) -> bool:
         """Whether a keyring holds the key that was put there, and apt's own user (not root) can read it."""
+        known = self._known_keys()
         content, found = self.host.read_bytes(keyring), self.host.stat(keyring)
         if content is None or found is None or not is_binary_key(content) or not found.mode & 0o004:
             return False
-        return self._known_keys().get(keyring, _digest(content)) == _digest(content)
+        return known.get(keyring, _digest(content)) == _digest(content)
 
     def _known_keys(self) -> t.Dict[str, str]:
-        """Keyring -> digest of the key that was downloaded into it; what is not known is taken as it is."""
-        return {path: str(digest) for path, digest in json_object(self.host.read_text(APT_KEYS)).items()}
+        """Keyring -> digest of the key that was downloaded into it; what is not known is taken as it is.
+
+        Raises:
+            FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
+        """
+        remedy = "without it the keys in %s are taken as they are" % APT_KEYRINGS
+        return read_own_state(self.host, APT_KEYS, MapOf(str), remedy) or {}
 
     def _remember_key(self, keyring: str) -> None:
         content = self.host.read_bytes(keyring)
@@ -176,6 +183,8 @@ class Apt(PackageManager):
 
     def apply_repository(self, repository: Repository) -> None:
         path, keyring = self._paths(repository)
+        # What is downloaded is noted at the end: before anything is changed it is known whether that can be.
+        self._known_keys()
         content = self.repository_content(repository)[1]
         before = self.host.read_text(path)
         key_before = self.host.read_bytes(keyring)

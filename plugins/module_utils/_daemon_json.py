@@ -250,6 +250,45 @@ def merge(text: t.Optional[str], changes: t.Sequence[t.Tuple[Path, t.Any]]) -> s
     return result
 
 
+def taken_out(text: str, own: t.Mapping[str, t.Any], path: str = DEFAULT_CONFIG) -> t.Optional[str]:
+    """The text of daemon.json without our own keys, as far as they still have our values; the runtime of the toolkit goes
+    whatever its value, as its program does. None when it holds nothing then.
+
+    Args:
+        own: Keys that this collection sets, with their values.
+
+    Raises:
+        FleetError: ``daemon_json_invalid``.
+    """
+    document = parse(text, path)
+    changes: t.List[t.Tuple[Path, t.Any]] = [(found, ABSENT) for found in _with_these_values(document, own)]
+    runtime = ("runtimes", "nvidia")
+    if get_value(document, runtime) is not ABSENT and (runtime, ABSENT) not in changes:
+        changes.append((runtime, ABSENT))
+    # With a runtime that is not defined no container would start; runc is what removing the runtime has put in its place.
+    default = get_value(document, ("default-runtime",))
+    if default == "nvidia" or (default == "runc" and own.get("default-runtime") == "nvidia"):
+        changes = [edit for edit in changes if edit[0] != ("default-runtime",)] + [(("default-runtime",), ABSENT)]
+    # Objects in which nothing is left; removing the runtime leaves an empty one.
+    for found in [found for found, dummy in changes] + [runtime]:
+        for length in range(len(found) - 1, 0, -1):
+            if get_value(parse(merge(text, changes), path), found[:length]) == {}:
+                changes.append((found[:length], ABSENT))
+    after = merge(text, changes)
+    return None if changes and not parse(after, path) else after
+
+
+def _with_these_values(document: t.Mapping[str, t.Any], own: t.Mapping[str, t.Any]) -> t.List[Path]:
+    result: t.List[Path] = []
+    for key, value in own.items():
+        present = document.get(key, ABSENT)
+        if isinstance(value, dict) and isinstance(present, dict):
+            result += [(key, *inner) for inner in _with_these_values(present, value)]
+        elif present is not ABSENT and same(present, value):
+            result.append((key,))
+    return result
+
+
 def action_for(path: Path, removal: bool) -> str:
     """``reload`` or ``restart``: what the running daemon needs to take a changed key over."""
     key = path[0]

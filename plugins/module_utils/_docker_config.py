@@ -75,6 +75,7 @@ class DockerConfig:
         helper: Name of the credential helper that Docker would use for the registry, or empty.
         helper_key: Where it is configured: ``credsStore`` or ``credHelpers``.
         ours: Entries that this collection has stored; known only to who has asked for it.
+        record_damage: Why our record of them cannot be read, as a sentence; known likewise.
     """
 
     account: Account
@@ -86,6 +87,7 @@ class DockerConfig:
     helper_key: str = ""
     helper_credentials: t.Optional[t.Tuple[str, str]] = field(default=None, repr=False)
     ours: t.Tuple[str, ...] = ()
+    record_damage: str = ""
 
     def credentials(self, registry: str) -> t.Optional[t.Tuple[str, str]]:
         """User and password that Docker would use for a registry, or None."""

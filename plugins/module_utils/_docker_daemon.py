@@ -70,7 +70,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
             _write_pending(host, state, change.data["keys"], "restart" if change.data["restart"] else "reload")
         if not host.exists(os.path.dirname(state.path)):
             host.make_dir(os.path.dirname(state.path), mode=0o755)
-        _replace(host, state.path, after)
+        replace_file(host, state.path, after)
         if change.data["reload"]:
             try:
                 self._reload(host, state, change.data["keys"])
@@ -86,7 +86,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
         if before is None:
             host.remove(state.path)
         else:
-            _replace(host, state.path, before)
+            replace_file(host, state.path, before)
         host.remove(PENDING)
 
     def _validate(self, host: Host, state: DaemonState, text: str) -> None:
@@ -147,7 +147,7 @@ class DockerDaemon(DaemonPlanner, Resource[DaemonState]):
         except FleetError as error:
             previous = host.read_text(BACKUP)
             if error.reason == "daemon_restart_failed" and state.pending_action == "restart" and previous is not None:
-                _replace(host, state.path, previous)
+                replace_file(host, state.path, previous)
                 host.run(["systemctl", "reset-failed", UNIT, "docker.socket"])
                 back = host.run(["systemctl", "start", UNIT], timeout=RESTART_TIMEOUT)
                 host.remove(PENDING)
@@ -173,7 +173,7 @@ def _without_config_file(flags: t.Sequence[str]) -> t.List[str]:
     return result
 
 
-def _replace(host: Host, path: str, text: str) -> None:
+def replace_file(host: Host, path: str, text: str) -> None:
     """Write a file with the owner and mode it has, or 0644 root."""
     found = host.stat(path)
     if found is None:

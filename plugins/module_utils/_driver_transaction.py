@@ -16,6 +16,8 @@ from ._nvidia_driver_packages import PackagePlan, is_driver_package
 from ._nvidia_driver_state import DriverState, headers_unavailable
 from ._packages import PackageManager
 
+#: Name of the driver's module on EL 8 and 9.
+MODULE = "nvidia-driver"
 _APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
 
 
@@ -74,18 +76,39 @@ def download_packages(host: Host, manager: PackageManager, wanted: t.Mapping[str
 
 
 def switch_stream(host: Host, stream: str) -> None:
-    """EL 8 and 9: dnf refuses a second stream of a module until the first is reset."""
-    for arguments in (["module", "reset", "nvidia-driver"], ["module", "enable", "nvidia-driver:" + stream]):
-        # With the lists that are there, for a repository that is away; with new ones where those do not have it.
-        if host.run(["dnf", "-q", "-y", LISTS_AS_THEY_ARE, *arguments], timeout=600).ok:
-            continue
-        host.check(
-            ["dnf", "-q", "-y", *arguments],
-            reason="stream_failed",
-            doing="dnf %s" % " ".join(arguments),
-            remedy="Check that NVIDIA's repository has this stream (dnf module list nvidia-driver).",
-            timeout=600,
-        )
+    """EL 8 and 9: dnf refuses a second stream of a module until the first is reset.
+
+    Raises:
+        FleetError: ``stream_failed``.
+    """
+    reset_stream(host)
+    _module_command(
+        host,
+        ["enable", "%s:%s" % (MODULE, stream)],
+        "Check that NVIDIA's repository has this stream (dnf module list %s)." % MODULE,
+    )
+
+
+def reset_stream(host: Host) -> None:
+    """EL 8 and 9: no stream of the driver's module is enabled any more.
+
+    Raises:
+        FleetError: ``stream_failed``.
+    """
+    _module_command(host, ["reset", MODULE], "Check that NVIDIA's repository can be reached.")
+
+
+def _module_command(host: Host, arguments: t.Sequence[str], remedy: str) -> None:
+    # With the lists that are there, for a repository that is away; with new ones where those do not have it.
+    if host.run(["dnf", "-q", "-y", LISTS_AS_THEY_ARE, "module", *arguments], timeout=600).ok:
+        return
+    host.check(
+        ["dnf", "-q", "-y", "module", *arguments],
+        reason="stream_failed",
+        doing="dnf module %s" % " ".join(arguments),
+        remedy=remedy,
+        timeout=600,
+    )
 
 
 def install_prerequisites(host: Host, manager: PackageManager, state: DriverState, plan: PackagePlan) -> None:

@@ -16,7 +16,8 @@ import os
 import typing as t
 
 from ._host import Host
-from ._untrusted import json_object
+from ._own_state import read_own_state
+from ._untrusted import MapOf
 
 RECORD = "/var/lib/gpu_fleet/gateway-servers.json"
 LOCK = "/run/gpu_fleet/gateway-servers.lock"
@@ -34,9 +35,14 @@ def locked(path: str = LOCK) -> t.Iterator[None]:
 
 
 def read_notes(host: Host) -> Notes:
-    servers = json_object(host.read_text(RECORD)).get("servers")
-    # What is not known to be ours is somebody else's.
-    return {name: str(state) for name, state in servers.items()} if isinstance(servers, dict) else {}
+    """The notes; empty where there are none.
+
+    Raises:
+        FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
+    """
+    remedy = "without it every server that is out counts as somebody else's, who enables it in HAProxy (set server NAME state ready)"
+    found = read_own_state(host, RECORD, {"servers": MapOf(str)}, remedy) or {"servers": {}}
+    return {name: str(state) for name, state in found["servers"].items()}
 
 
 def write_notes(host: Host, notes: t.Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ def observe_gateway(host: Host, socket: str) -> dict[str, t.Any]:
     """Servers and counts of the HAProxy behind a stats socket.
 
     Raises:
-        FleetError: ``gateway_unreachable``.
+        FleetError: ``gateway_unreachable``, ``state_unreadable``.
     """
     look = HaproxyServer("-", "enabled", socket=socket)
     state = look.observe(host)

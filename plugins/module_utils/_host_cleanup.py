@@ -14,9 +14,12 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._apt import APT_SOURCES
-from ._dnf import DNF_REPOSITORIES
+from ._daemon_json import DEFAULT_CONFIG, invalid, read, taken_out
+from ._dnf import DNF_REPOSITORIES, Dnf
 from ._docker_api import DockerApi
+from ._docker_daemon import replace_file
 from ._driver_clients import is_client
+from ._driver_transaction import MODULE, reset_stream
 from ._errors import FleetError
 from ._gpu_holders import driver_holders
 from ._host import Host
@@ -29,7 +32,7 @@ from ._nim_paths import (
     UNIT_DIRECTORY,
     WRAPPER,
 )
-from ._nouveau import BLACKLIST
+from ._nouveau import BLACKLIST, remove_blacklist
 from ._nvidia_container_toolkit_planner import CONFIG as TOOLKIT_CONFIG
 from ._nvidia_container_toolkit_planner import PACKAGES as TOOLKIT_PACKAGES
 from ._nvidia_driver_packages import QUERY_PATTERNS, is_driver_package
@@ -89,6 +92,9 @@ class CleanupState:
         containers: Names of running containers.
         holders: Who uses the GPUs.
         driver_loaded: Whether the kernel module is in memory.
+        stream: Enabled stream of the driver's module (EL 8 and 9); empty for none.
+        own_keys: Whether daemon.json has keys of ours and no engine will be there to read them.
+        warnings: What cannot be removed and does not block the rest.
     """
 
     services: tuple[str, ...] = ()
@@ -100,6 +106,9 @@ class CleanupState:
     containers: tuple[str, ...] = ()
     holders: tuple[str, ...] = ()
     driver_loaded: bool = False
+    stream: str = ""
+    own_keys: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 class HostCleanup(Resource[CleanupState]):
@@ -108,19 +117,28 @@ class HostCleanup(Resource[CleanupState]):
     Args:
         caches: Directories of model caches to remove.
         parts: Any of ``toolkit``, ``docker``, ``driver``.
+        daemon_options: Keys of daemon.json that this collection sets, with their values; what still has them goes with
+            the engine.
     """
 
     name = "gpu_host_cleanup"
 
     def __init__(
-        self, *, caches: t.Sequence[str] = (), parts: t.Collection[str] = (), api: DockerApi | None = None
+        self,
+        *,
+        caches: t.Sequence[str] = (),
+        parts: t.Collection[str] = (),
+        daemon_options: t.Mapping[str, t.Any] | None = None,
+        api: DockerApi | None = None,
     ) -> None:
         self.caches = [cache_path(path) for path in caches]
         # The toolkit hooks into the engine, and the engine's containers use the driver: top first.
         self.parts = [part for part in ("toolkit", "docker", "driver") if part in parts]
+        self.daemon_options = dict(daemon_options or {})
         self.api = api or DockerApi()
 
     def observe(self, host: Host) -> CleanupState:
+        stream = ""
         packages: dict[str, t.Mapping[str, Package]] = {}
         repositories: dict[str, tuple[str, ...]] = {}
         if self.parts:
@@ -132,6 +150,15 @@ class HostCleanup(Resource[CleanupState]):
                     found = {name: package for name, package in found.items() if is_driver_package(name)}
                 packages[part] = found
                 repositories[part] = tuple(_definitions(host, REPOSITORIES[part]))
+            if "driver" in self.parts and isinstance(manager, Dnf):
+                stream = manager.module_stream(MODULE) or ""
+        own_keys, warnings = False, []
+        # An engine that did not come as a package stays, and keeps its configuration.
+        if "docker" in self.parts and (packages["docker"] or host.which("dockerd") is None):
+            try:
+                own_keys = self._own_keys_out(host)[0]
+            except FleetError as error:
+                warnings.append("The keys of this collection in %s were not taken out. %s" % (DEFAULT_CONFIG, error))
         paths = [*OWN_PATHS, *self.caches, *(DRIVER_FILES if "driver" in self.parts else ())]
         if "toolkit" in self.parts:
             paths.append(TOOLKIT_CONFIG)
@@ -151,7 +178,22 @@ class HostCleanup(Resource[CleanupState]):
                 if not is_client(holder)
             ),
             driver_loaded=host.exists("/sys/module/nvidia"),
+            stream=stream,
+            own_keys=own_keys,
+            warnings=tuple(warnings),
         )
+
+    def _own_keys_out(self, host: Host) -> tuple[bool, str | None]:
+        """Whether daemon.json has keys of ours, and its text without them; None when it is empty then.
+
+        Raises:
+            FleetError: ``daemon_json_invalid``.
+        """
+        text, damage = read(host, DEFAULT_CONFIG)
+        if damage:
+            raise invalid(DEFAULT_CONFIG, damage)
+        after = taken_out(text or "", self.daemon_options)
+        return after != (text or ""), after
 
     def _remains(self, host: Host, path: str) -> bool:
         """Whether a directory will still hold something when everything planned is gone."""
@@ -208,6 +250,15 @@ class HostCleanup(Resource[CleanupState]):
                         blocked=blocked,
                     )
                 )
+            if part == "docker" and state.own_keys and not blocked:
+                changes.append(
+                    self._gone("own keys in %s" % DEFAULT_CONFIG, "were set by this collection", "daemon_keys", "")
+                )
+            # While there is a repository: dnf looks the module up.
+            if part == "driver" and state.stream and not blocked:
+                changes.append(
+                    Change(self.name, "module stream %s" % MODULE, state.stream, None, "was asked for", action="stream")
+                )
             changes += [
                 self._gone(path, "names the repository of %s" % part, "repository", path)
                 for path in state.repositories.get(part, ())
@@ -239,11 +290,24 @@ class HostCleanup(Resource[CleanupState]):
             manager.unhold(*change.data["names"])
             # Purging some distributions' engine would take /var/lib/docker with it, and the images and volumes there.
             manager.remove(*change.data["names"], purge=change.data["part"] != "docker")
+        elif change.action == "daemon_keys":
+            text = self._own_keys_out(host)[1]
+            directory = os.path.dirname(DEFAULT_CONFIG)
+            if text is not None:
+                replace_file(host, DEFAULT_CONFIG, text)
+                return
+            host.remove(DEFAULT_CONFIG)
+            if not host.list_dir(directory):
+                host.remove(directory)
+        elif change.action == "stream":
+            reset_stream(host)
         elif change.action == "repository":
             key = re.search(r"^Signed-By: (/\S+)$", host.read_text(path) or "", re.M)
             host.remove(path)
             if key:
                 host.remove(key.group(1))
+        elif path == BLACKLIST:
+            remove_blacklist(host)
         elif change.action == "empty":
             # Somebody may have put something there since the look.
             if not host.list_dir(path):
@@ -253,16 +317,13 @@ class HostCleanup(Resource[CleanupState]):
             directory = os.path.dirname(path)
             if path == TOOLKIT_CONFIG and not host.list_dir(directory):
                 host.remove(directory)
-            if path == BLACKLIST and host.which("update-initramfs"):
-                host.check(
-                    ["update-initramfs", "-u"],
-                    reason="initramfs",
-                    doing="Building the initramfs without the blacklist",
-                    timeout=600,
-                )
 
     def result(self, state: CleanupState) -> dict[str, t.Any]:
-        return {"reboot_required": "driver" in self.parts and state.driver_loaded}
+        """Return values of the module."""
+        return {
+            "reboot_required": "driver" in self.parts and state.driver_loaded,
+            "warnings": list(state.warnings),
+        }
 
 
 def _definitions(host: Host, names: str) -> list[str]:

@@ -53,8 +53,9 @@ class NgcLogin(LoginPlanner, Resource[DockerConfig]):
                 return
             content = dict(state.content)
             auths = dict(content.get("auths") or {})
-            record = read_logins(host)
-            if change.action == "store":
+            # Without it nothing is stored. What is to go, goes; a broken record then stays.
+            record = None if change.action == "erase" and state.record_damage else read_logins(host)
+            if record is not None and change.action == "store":
                 auths[self.registry] = {"auth": encode_basic(self.username, self.key)}
                 # First, so that no login of ours is ever on the host without it.
                 before = state.credentials(self.registry)
@@ -68,7 +69,7 @@ class NgcLogin(LoginPlanner, Resource[DockerConfig]):
                 self._remove(host, state)
             else:
                 self._write(host, state, content)
-            if change.action == "erase":
+            if record is not None and change.action == "erase":
                 record.drop(self.docker_user, self.registry)
                 write_logins(host, record)
         elif change.action == "directory":
@@ -85,10 +86,11 @@ class NgcLogin(LoginPlanner, Resource[DockerConfig]):
         Raises:
             FleetError: As :meth:`observe`, :meth:`plan` and :meth:`check_registry`.
         """
-        if self.validate == VALIDATE_ALWAYS or (
-            self.validate == VALIDATE_ON_CHANGE
-            and any(change.action == "store" for change in self.plan(self.observe(host)))
-        ):
+        stores = any(change.action == "store" for change in self.plan(self.observe(host)))
+        if stores:
+            # What is stored is noted there.
+            read_logins(host)
+        if self.validate == VALIDATE_ALWAYS or (self.validate == VALIDATE_ON_CHANGE and stores):
             self.check_registry(host)
 
     def check_registry(self, host: Host) -> None:

@@ -92,18 +92,29 @@ class LoginPlanner(Planner[DockerConfig]):
 
     def observe(self, host: Host) -> DockerConfig:
         state = read_docker_config(host, find_account(host, self.docker_user), self.registry)
-        if not self.only_ours:
+        if self.state != "absent":
             return state
         # A look at a host never asks for it.
-        from ._ngc_login_record import read_logins
+        from ._ngc_login_record import LoginRecord, read_logins
 
-        record = read_logins(host)
+        damage = ""
+        try:
+            record = read_logins(host)
+        except FleetError as error:
+            # What is given by its key can go all the same.
+            damage, record = error.message, LoginRecord("00")
+        if not self.only_ours:
+            return replace(state, record_damage=damage)
 
         def is_ours(entry: t.Optional[t.Tuple[str, str]]) -> bool:
             given = bool(self._our_key) and entry == (self.username, self._our_key)
             return given or record.has(self.docker_user, self.registry, entry)
 
-        return replace(state, ours=tuple(name for name in self.entry_names(state) if is_ours(state.entry(name))))
+        return replace(
+            state,
+            record_damage=damage,
+            ours=tuple(name for name in self.entry_names(state) if is_ours(state.entry(name))),
+        )
 
     def plan(self, state: DockerConfig) -> t.List[Change]:
         if self.only_ours:
@@ -183,10 +194,12 @@ class LoginPlanner(Planner[DockerConfig]):
             place = state.path
         else:
             return ""
-        return "The login of %s at %s in %s was not stored by this collection, so it is left; %s as %s removes it." % (
+        known = "is not known to be stored" if state.record_damage else "was not stored"
+        return "The login of %s at %s in %s %s by this collection, so it is left; %s as %s removes it." % (
             self.docker_user,
             self.registry,
             place,
+            known,
             " and ".join("'docker logout %s'" % name for name in dict.fromkeys(names)),
             self.docker_user,
         )
@@ -194,7 +207,8 @@ class LoginPlanner(Planner[DockerConfig]):
     def result(self, state: DockerConfig) -> t.Dict[str, t.Any]:
         """Return values of the module."""
         stored = state.credentials(self.registry)
-        message = self.left(state) if self.only_ours else ""
+        told = [state.record_damage, self.left(state) if self.only_ours else ""]
+        message = " ".join(sentence for sentence in told if sentence)
         if self.state == "present" and not self.key:
             message = (
                 "No API key is given: the stored login is left as it is."

@@ -19,9 +19,15 @@ from dataclasses import dataclass, field
 
 from ._host import Host
 from ._image_record import STATE_DIRECTORY
-from ._untrusted import json_object
+from ._own_state import read_own_state, unreadable
+from ._untrusted import MapOf
 
 RECORD = STATE_DIRECTORY + "/logins"
+
+_REMEDY = (
+    "without it the logins that are stored now count as somebody else's, unless they have the key of the inventory, and "
+    "'remove' leaves them"
+)
 
 #: User name and password at a registry.
 Credentials = t.Tuple[str, str]
@@ -61,19 +67,21 @@ def _name(user: str, registry: str) -> str:
 
 
 def read_logins(host: Host) -> LoginRecord:
-    """What is not known to be ours is somebody else's: a record that is missing or broken is an empty one."""
-    found = json_object(host.read_text(RECORD))
-    key, logins = found.get("key"), found.get("logins")
+    """What is not known to be ours is somebody else's: a record that is missing is an empty one.
+
+    Raises:
+        FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
+    """
+    found = read_own_state(host, RECORD, {"key": str, "logins": MapOf([str])}, _REMEDY)
+    if found is None:
+        return LoginRecord(secrets.token_hex(32))
     try:
-        usable = isinstance(key, str) and len(bytes.fromhex(key)) > 0
+        usable = len(bytes.fromhex(found["key"])) > 0
     except ValueError:
         usable = False
-    if not usable or not isinstance(logins, dict):
-        return LoginRecord(secrets.token_hex(32))
-    return LoginRecord(
-        str(key),
-        {name: [str(entry) for entry in entries] for name, entries in logins.items() if isinstance(entries, list)},
-    )
+    if not usable:
+        raise unreadable(RECORD, "key is no number in hex", _REMEDY)
+    return LoginRecord(found["key"], {name: list(entries) for name, entries in found["logins"].items()})
 
 
 def write_logins(host: Host, record: LoginRecord) -> None:

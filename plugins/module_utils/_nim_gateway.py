@@ -41,6 +41,17 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
         #: What was there before this run, for the way back when a reload fails.
         self._before: t.Dict[str, t.Optional[t.Tuple[bytes, int]]] = {}
         self.locked: t.Callable[[], t.ContextManager[None]] = locked
+        #: What is worth knowing although nothing needed it.
+        self.warnings: t.List[str] = []
+
+    def observe(self, host: Host) -> GatewayState:
+        try:
+            read_notes(host)
+        except FleetError as error:
+            # They say only whose a server is that is out. Who enables one needs that; a configuration goes without.
+            if error.message not in self.warnings:
+                self.warnings.append(error.message)
+        return super().observe(host)
 
     def apply(self, host: Host, change: Change) -> None:
         if change.action == "package":
@@ -136,7 +147,11 @@ class NimGateway(GatewayPlanner, Resource[GatewayState]):
 
     def _carry_notes(self, host: Host, state: GatewayState) -> None:
         """A server that was taken out by us is out in further backends too (gateway-state), and is ours there."""
-        if not read_notes(host):
+        try:
+            if not read_notes(host):
+                return
+        except FleetError:
+            # The look has said it.
             return
         servers = state.files.get(self.layout.servers)
         before = {"/".join(line.split()[:2]) for line in (servers.content if servers else "").splitlines()}

@@ -335,6 +335,7 @@ class NimService(Resource[HostState]):
             )
         if state.maintenance:
             warnings.append("%s exists, so no service is started." % MAINTENANCE_FILE)
+        warnings += [service.fetched_damage for service in state.services.values() if service.fetched_damage]
         services = []
         for model in self.models:
             configuration = configurations.get(model.name, {})

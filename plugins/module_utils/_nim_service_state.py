@@ -44,6 +44,7 @@ from ._nim_paths import (
 from ._nim_process_state import parse_time
 from ._nim_silence import why_silent
 from ._nim_unit_docker import SPEC_LABEL
+from ._own_state import read_own_state
 from ._registry_image import foreign_architecture
 from ._untrusted import json_object, strings, whole_number
 from ._verdict import REFUSED, Verdict
@@ -100,6 +101,7 @@ class ServiceState:
         failures: Starts that failed in a row.
         lost_gpus: What NVML says inside the container when it has lost its GPUs.
         fetched: What the wrapper has noted about the fetching of the model's files.
+        fetched_damage: Why that note cannot be read, as a sentence; it counts as empty then, as it does for the wrapper.
     """
 
     name: str
@@ -125,6 +127,7 @@ class ServiceState:
     secret_text: str | None = field(default=None, repr=False)
     secret_safe: bool = True
     fetched: Json = field(default_factory=dict)
+    fetched_damage: str = ""
 
     @property
     def exists(self) -> bool:
@@ -417,6 +420,13 @@ def _service(
     failures = runtime.get("failures")
     download = containers.get(container_name(name) + "-download") or {}
     secret_file = host.stat(secret_path(name))
+    fetched: Json = {}
+    fetched_damage = ""
+    try:
+        remedy = "the next start of %s fetches again what it needs, and writes it anew" % unit_name(name)
+        fetched = read_own_state(host, "%s/%s.download.json" % (STATE_DIRECTORY, name), {}, remedy) or {}
+    except FleetError as error:
+        fetched_damage = error.message
     return ServiceState(
         name=name,
         unit_text=None if masked else host.read_text(unit_path),
@@ -438,7 +448,8 @@ def _service(
         failures=failures if isinstance(failures, int) else 0,
         secret_text=host.read_text(secret_path(name)),
         secret_safe=secret_file is None or (secret_file.mode == 0o600 and secret_file.uid == 0),
-        fetched=json_object(host.read_text("%s/%s.download.json" % (STATE_DIRECTORY, name))),
+        fetched=fetched,
+        fetched_damage=fetched_damage,
     )
 
 

@@ -19,11 +19,36 @@ _INITRAMFS_TIMEOUT = 1800.0  # seconds, on a slow machine with many kernels
 
 
 def write_blacklist(host: Host) -> None:
-    """Write the blacklist and rebuild the initramfs, which carries a copy: both, or neither."""
+    """Write the blacklist and rebuild the initramfs, which carries a copy: both, or neither.
+
+    Raises:
+        FleetError: ``initramfs_failed``, ``write_failed``.
+    """
     before = host.read_text(BLACKLIST)
     if host.stat("/etc/modprobe.d") is None:
         host.make_dir("/etc/modprobe.d", mode=0o755)
     host.write_file(BLACKLIST, BLACKLIST_CONTENT, mode=0o644)
+    _rebuild_initramfs(host, before, "so that nouveau stays out")
+
+
+def remove_blacklist(host: Host) -> None:
+    """Remove the blacklist, and its copy in the initramfs: both, or neither.
+
+    Raises:
+        FleetError: ``initramfs_failed``.
+    """
+    before = host.read_text(BLACKLIST)
+    host.remove(BLACKLIST)
+    _rebuild_initramfs(host, before, "without the blacklist of nouveau")
+
+
+def _rebuild_initramfs(host: Host, before: str | None, purpose: str) -> None:
+    """Rebuild it with the tool of the host.
+
+    Args:
+        before: What the blacklist held; it gets that again when the tool fails. None: there was none.
+        purpose: What the rebuild is for, for the message.
+    """
     if host.which("update-initramfs"):
         command = ["update-initramfs", "-u", "-k", "all"]
     elif host.which("dracut"):
@@ -39,7 +64,7 @@ def write_blacklist(host: Host) -> None:
             host.write_file(BLACKLIST, before, mode=0o644)
         raise FleetError(
             "initramfs_failed",
-            "Rebuilding the initramfs so that nouveau stays out (%s) failed: %s. Mend that (often /boot is full) and "
-            "run again." % (command[0], result.last_line().rstrip(".")),
+            "Rebuilding the initramfs %s (%s) failed: %s. Mend that (often /boot is full) and run again."
+            % (purpose, command[0], result.last_line().rstrip(".")),
             stderr=result.stderr[-4000:],
         )

@@ -17,7 +17,10 @@ description:
     with their holds and the repository definitions that this collection wrote.
   - Everything is left while NIM services are still on the host (M(gpu_fleet.nim.nim_service) removes them), Docker Engine
     while containers run, and the driver while somebody uses a GPU; RV(blocked) says so.
-  - Images, containers and volumes under C(/var/lib/docker), and C(/etc/docker/daemon.json), are never removed.
+  - With Docker Engine go the keys of C(/etc/docker/daemon.json) that still have the values of O(daemon_options), and the runtime
+    V(nvidia); a file in which nothing is left then goes as well. All other keys stay.
+  - Images, containers and volumes under C(/var/lib/docker) are never removed, nor are packages that others may need by now
+    (dkms, kernel headers, the Python client of Docker), nor the group C(docker).
 author:
   - The gpu_fleet.nim authors (@gpu-fleet)
 extends_documentation_fragment:
@@ -36,6 +39,10 @@ options:
     description: Whether to remove Docker Engine.
     type: bool
     default: false
+  daemon_options:
+    description: Keys of C(daemon.json) that this collection has set, with their values. Only means something with O(docker=true).
+    type: dict
+    default: {}
   driver:
     description: Whether to remove the NVIDIA driver. The module that is in memory stays until the next boot.
     type: bool
@@ -85,6 +92,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_cleanup import CleanupState, HostCleanup
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import run_resource
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 
 
 def main() -> None:
@@ -93,6 +101,7 @@ def main() -> None:
             "caches": {"type": "list", "elements": "path", "default": []},
             "toolkit": {"type": "bool", "default": False},
             "docker": {"type": "bool", "default": False},
+            "daemon_options": {"type": "dict", "default": {}},
             "driver": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -101,11 +110,16 @@ def main() -> None:
 
     def build() -> HostCleanup:
         parts = [part for part in ("toolkit", "docker", "driver") if module.params[part]]
-        made.append(HostCleanup(caches=module.params["caches"], parts=parts))
+        made.append(
+            HostCleanup(caches=module.params["caches"], parts=parts, daemon_options=module.params["daemon_options"])
+        )
         return made[0]
 
     def result(state: CleanupState) -> dict[str, t.Any]:
-        return made[0].result(state)
+        answer = made[0].result(state)
+        for warning in answer.pop("warnings"):
+            module.warn(scrub(warning))
+        return answer
 
     run_resource(module, build, result)
 

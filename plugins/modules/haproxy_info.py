@@ -110,7 +110,7 @@ at:
   returned: success
   type: float
 reason:
-  description: Stable identifier of the failure, C(gateway_unreachable).
+  description: Stable identifier of the failure, C(gateway_unreachable) or C(state_unreadable).
   returned: failure
   type: str
 """

@@ -129,7 +129,7 @@ drained:
 reason:
   description:
     - On failure its stable name, among them V(last_server), V(drain_timeout), V(not_ready), V(unknown_host),
-      V(gateway_unreachable), V(gateway_refused).
+      V(gateway_unreachable), V(gateway_refused), V(state_unreadable).
     - On success V(foreign_drain) where somebody else took a server of the host out, otherwise empty.
   returned: always
   type: str

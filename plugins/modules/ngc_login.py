@@ -68,6 +68,8 @@ options:
     description:
       - With O(state=absent), take away only the login that this module has stored, or one with the O(username) and
         O(api_key) that are given. Any other one is left, and so is what a credential helper has; a warning says so.
+      - What this module has stored is on record in C(/var/lib/gpu_fleet/logins). A record that cannot be read is left as it is, and
+        a warning says so; with O(state=present) nothing new is stored then.
       - Without it, every login at the registry in the file is taken away, whoever has stored it.
     type: bool
     default: false
@@ -136,7 +138,7 @@ key_given:
   returned: success
   type: bool
 message:
-  description: What it means that no key was given, or what O(only_ours) has left; else empty.
+  description: What it means that no key was given, what O(only_ours) has left, or that the record of our logins cannot be read; else empty.
   returned: success
   type: str
 changes:
@@ -152,7 +154,8 @@ blocked:
 reason:
   description:
     - Stable name of the failure, for example V(bad_key), V(no_entitlement), V(no_such_repository), V(rate_limit),
-      V(registry_unreachable), V(tls_error), V(docker_config_unreadable), V(credential_helper), V(no_such_user).
+      V(registry_unreachable), V(tls_error), V(docker_config_unreadable), V(credential_helper), V(no_such_user),
+      V(state_unreadable).
   returned: failure
   type: str
 """
@@ -185,7 +188,7 @@ def main() -> None:
 
     def result(state: DockerConfig) -> dict[str, t.Any]:
         answer = login.result(state)
-        if login.only_ours and answer["message"]:
+        if login.state == "absent" and answer["message"]:
             module.warn(scrub(answer["message"]))
         return answer
 

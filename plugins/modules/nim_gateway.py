@@ -183,11 +183,14 @@ reason:
   type: str
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, run_resource
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway import NimGateway, answer
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import GATEWAY_OPTIONS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_gateway_planner import GATEWAY_OPTIONS, GatewayState
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._redaction import scrub
 
 
 def main() -> None:
@@ -196,7 +199,13 @@ def main() -> None:
         resource = NimGateway(**module.params)
     except FleetError as error:
         fail(module, error)
-    run_resource(module, lambda: resource, lambda state: answer(resource, state))
+
+    def result(state: GatewayState) -> dict[str, t.Any]:
+        for warning in resource.warnings:
+            module.warn(scrub(warning))
+        return answer(resource, state)
+
+    run_resource(module, lambda: resource, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import Apt
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import APT_KEYS, Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from fake_host import FakeHost
 from package_fakes import ARMORED, FLAT, KEY, REPOSITORY, changes
@@ -266,12 +266,25 @@ def test_another_key_and_one_that_apt_cannot_read_are_changes(host: FakeHost, ap
 def test_a_key_that_was_there_before_anybody_took_note_is_taken_as_it_is(host: FakeHost, apt: Apt) -> None:
     host.commands["apt-get *"] = ""
     apt.apply_repository(REPOSITORY)
-    for record in (None, b"[]", b"broken"):
-        host.files.pop("/var/lib/gpu_fleet/apt-keys.json", None)
-        if record is not None:
-            host.files["/var/lib/gpu_fleet/apt-keys.json"] = record
-        host.files["/etc/apt/keyrings/docker.gpg"] = b"\x99another key"
-        assert changes(apt) == []
+    del host.files[APT_KEYS]
+    host.files["/etc/apt/keyrings/docker.gpg"] = b"\x99another key"
+    assert changes(apt) == []
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"broken", b"null", b'{"/etc/apt/keyrings/docker.gpg": 5}'])
+def test_a_broken_record_of_keys_is_told_and_left(host: FakeHost, apt: Apt, record: bytes) -> None:
+    host.commands["apt-get *"] = ""
+    for there in (False, True):
+        if there:
+            del host.files[APT_KEYS]
+            apt.apply_repository(REPOSITORY)
+        host.files[APT_KEYS] = record
+        before = dict(host.files)
+        for ask in (lambda: changes(apt), lambda: apt.apply_repository(REPOSITORY)):
+            with pytest.raises(FleetError) as caught:
+                ask()
+            assert caught.value.reason == "state_unreadable" and APT_KEYS in caught.value.message
+        assert host.files == before
 
 
 def test_unreachable_repository_leaves_nothing_behind(host: FakeHost, apt: Apt) -> None:

@@ -49,6 +49,8 @@ nim_gateways:
   hosts:
     gateway01: {ansible_host: 192.0.2.3}
 """
+#: All but status, which shows what there is whatever the variables say, and what others import.
+PLAYBOOKS = sorted(path.stem for path in (ROOT / "playbooks").glob("*.yml") if path.stem not in ("status", "rollout"))
 SOUND = "nim_models: [{name: llama, image: 'nvcr.io/nim/meta/x:1', port: 8000}]\n"
 
 
@@ -101,7 +103,13 @@ def test_a_sound_inventory_is_connected_to(play: t.Callable[[str, str], tuple[in
     assert "somebody was connected to" in output
 
 
-def test_nobody_is_connected_to(play: t.Callable[[str, str], tuple[int, str, bool]]) -> None:
+def test_what_is_in_the_inventory_no_more_can_be_removed(play: t.Callable[[str, str], tuple[int, str, bool]]) -> None:
+    dummy, output, connected = play("remove", "{}\n")
+    assert connected, output
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS)
+def test_nobody_is_connected_to(play: t.Callable[[str, str], tuple[int, str, bool]], playbook: str) -> None:
     variables = (
         "nvidia_driver_brnach: '580'\n"
         "docker_users: alice\n"
@@ -112,25 +120,24 @@ def test_nobody_is_connected_to(play: t.Callable[[str, str], tuple[int, str, boo
         "nim_models: [{name: llama, image: 'nvcr.io/nim/meta/x:1', port: '{{ 8000 * 10 }}'}]\n"
         % (_vaulted("newest"), _vaulted(KEY + "\n"))
     )
-    for playbook in ("site", "preflight"):
-        code, output, connected = play(playbook, variables)
-        assert not connected, output
-        assert code != 0
-        assert "no host was touched" in output
-        for told in (
-            "nvidia_driver_brnach = '580': ",
-            "did you mean nvidia_driver_branch",
-            "docker_users = 'alice': ",
-            "nim_progress_interval: its template cannot be resolved",
-            "nim_state = ",
-            "docker_version = ",
-            "leave it empty for the newest",
-            "ngc_api_key = (not shown): ",
-            "nim_models[0].port = ",
-            "from 1 to 65535",
-        ):
-            assert told in output, told
-        assert KEY not in output
+    code, output, connected = play(playbook, variables)
+    assert not connected, output
+    assert code != 0
+    assert "no host was touched" in output
+    for told in (
+        "nvidia_driver_brnach = '580': ",
+        "did you mean nvidia_driver_branch",
+        "docker_users = 'alice': ",
+        "nim_progress_interval: its template cannot be resolved",
+        "nim_state = ",
+        "docker_version = ",
+        "leave it empty for the newest",
+        "ngc_api_key = (not shown): ",
+        "nim_models[0].port = ",
+        "from 1 to 65535",
+    ):
+        assert told in output, told
+    assert KEY not in output
 
 
 def test_a_gateway_that_cannot_be_made_is_told_before_anything_is_touched(

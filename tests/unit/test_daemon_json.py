@@ -9,6 +9,7 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _daemon_json as dj
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,3 +133,43 @@ def test_removal_takes_only_what_it_names(document: dict[str, t.Any], absent: li
 )
 def test_reload_or_restart(path: tuple[str, ...], removal: bool, action: str) -> None:
     assert dj.action_for(path, removal) == action
+
+
+# -- taking our own keys out again
+
+OWN = {"live-restore": True, "features": {"cdi": True}, "log-opts": {"max-size": "10m"}, "dns": ["192.0.2.53"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "own", "after"),
+    [
+        # Nothing is left: the file may go.
+        ('{"live-restore": true}\n', OWN, None),
+        ('{"live-restore": true, "runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}}', OWN, None),
+        ('{"features": {"cdi": true}, "dns": ["192.0.2.53"], "log-opts": {"max-size": "10m"}}', OWN, None),
+        # What removing the runtime has left.
+        ('{"live-restore": true, "runtimes": {}}', OWN, None),
+        ('{"runtimes": {}, "default-runtime": "runc"}', {"default-runtime": "nvidia"}, None),
+        # Another value is somebody else's, and so is what stands beside ours.
+        ('{"live-restore": false}', OWN, '{"live-restore": false}'),
+        ('{"debug": true,\n "live-restore": true}\n', OWN, '{"debug": true}\n'),
+        ('{"features": {"cdi": true, "buildkit": false}}', OWN, '{"features": {"buildkit": false}}'),
+        ('{"features": {"cdi": true}}', {}, '{"features": {"cdi": true}}'),
+        ('{"runtimes": {"nvidia": {"path": "x"}, "kata": {"path": "k"}}}', {}, '{"runtimes": {"kata": {"path": "k"}}}'),
+        ('{"default-runtime": "runc"}', OWN, '{"default-runtime": "runc"}'),
+        ('{"default-runtime": "kata", "dns": ["192.0.2.1"]}', OWN, '{"default-runtime": "kata", "dns": ["192.0.2.1"]}'),
+        # No container would start with a default runtime that is not defined.
+        ('{"runtimes": {"nvidia": {"path": "x"}}, "default-runtime": "nvidia", "debug": true}', {}, '{"debug": true}'),
+        # Nothing to take out: every character stays, a file that was empty before too.
+        ("{ }\n", OWN, "{ }\n"),
+        ("", OWN, ""),
+    ],
+)
+def test_our_own_keys_are_taken_out(before: str, own: dict[str, t.Any], after: str | None) -> None:
+    assert dj.taken_out(before, own) == after
+
+
+def test_a_broken_file_is_not_edited() -> None:
+    with pytest.raises(FleetError) as caught:
+        dj.taken_out('{"live-restore": true', OWN)
+    assert caught.value.reason == "daemon_json_invalid"

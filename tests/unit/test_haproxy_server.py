@@ -370,9 +370,17 @@ def test_a_gateway_that_is_away_and_a_host_that_it_does_not_know(world: World) -
         assert "systemctl status haproxy" in world.fails("gpu01", state, "gateway_unreachable").message
 
 
-def test_a_broken_note_makes_a_drain_somebody_elses(world: World) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b'{"servers": ["a"]}', b'{"servers": {"a/b:c": 5}}'])
+def test_broken_notes_are_told_and_left(world: World, content: bytes) -> None:
     world.run("gpu01", "drained")
-    world.host.files[RECORD] = b"{"
+    world.host.files[RECORD] = content
+    for wanted in ("enabled", "drained"):
+        with pytest.raises(FleetError) as caught:
+            world.run("gpu01", wanted)
+        assert caught.value.reason == "state_unreadable" and RECORD in caught.value.message
+    assert world.host.files[RECORD] == content
+    # As the message says.
+    del world.host.files[RECORD]
     assert answer(world.run("gpu01", "enabled").state, "gpu01")["reason"] == "foreign_drain"
 
 

@@ -147,6 +147,96 @@ def test_configuration_goes_with_the_toolkit_only() -> None:
     assert not converge(host, cleanup(parts=["toolkit"]), check_mode=False).changed
 
 
+DAEMON_JSON = "/etc/docker/daemon.json"
+DEBIAN = 'ID=debian\nVERSION_ID="13"\nVERSION_CODENAME=trixie\n'
+
+
+def docker_host(daemon_json: str | bytes) -> FakeHost:
+    return FakeHost(
+        {"/etc/os-release": DEBIAN, DAEMON_JSON: daemon_json}, {"dpkg-query *": "", "apt-mark *": "", "systemctl *": ""}
+    )
+
+
+def test_our_keys_of_daemon_json_go_with_docker_only() -> None:
+    host = docker_host('{"live-restore": true, "debug": true, "runtimes": {"nvidia": {"path": "x"}}}')
+    host.modes[DAEMON_JSON] = (0o600, 0, 0)
+    own = {"live-restore": True}
+    assert not converge(host, cleanup(parts=["toolkit"], daemon_options=own), check_mode=False).changed
+    docker = cleanup(parts=["docker"], daemon_options=own)
+    assert [change.what for change in converge(host, docker, check_mode=True).changes] == [
+        "own keys in /etc/docker/daemon.json"
+    ]
+    assert converge(host, docker, check_mode=False).changed
+    assert host.read_text(DAEMON_JSON) == '{"debug": true}'
+    assert host.modes[DAEMON_JSON][0] == 0o600
+    assert not converge(host, docker, check_mode=False).changed
+
+
+def test_a_daemon_json_that_holds_nothing_else_goes() -> None:
+    host = docker_host('{"live-restore": true}')
+    docker = cleanup(parts=["docker"], daemon_options={"live-restore": True})
+    assert converge(host, docker, check_mode=False).changed
+    assert not host.exists("/etc/docker")
+    assert not converge(host, docker, check_mode=False).changed
+
+
+def test_daemon_json_of_an_engine_that_stays_is_left() -> None:
+    host = docker_host('{"live-restore": true}')
+    # No package of it.
+    host.files["/usr/local/bin/dockerd"] = b""
+    docker = cleanup(parts=["docker"], daemon_options={"live-restore": True})
+    assert not converge(host, docker, check_mode=False).changed
+    state = CleanupState(
+        packages={"docker": {"docker-ce": package("docker-ce")}}, containers=("postgres",), own_keys=True
+    )
+    assert [change.what for change in docker.plan(state)] == ["packages of docker"]
+
+
+@pytest.mark.parametrize("content", ['{"live-restore": true', b'{"debug": "\xff"}', '{"debug": 1, "debug": 2}'])
+def test_a_broken_daemon_json_is_told_and_left(content: str | bytes) -> None:
+    host = docker_host(content)
+    docker = cleanup(parts=["docker"], daemon_options={"live-restore": True})
+    outcome = converge(host, docker, check_mode=False)
+    assert not outcome.changed
+    (warning,) = docker.result(outcome.state)["warnings"]
+    assert warning.startswith(
+        "The keys of this collection in /etc/docker/daemon.json were not taken out. Reading /etc/docker/daemon.json failed"
+    )
+    assert DAEMON_JSON in host.files
+
+
+def test_the_module_stream_goes_with_the_driver() -> None:
+    path = "/etc/dnf/modules.d/nvidia-driver.module"
+    text = "[nvidia-driver]\nname=nvidia-driver\nstream=580-open\nprofiles=\nstate=%s\n"
+    repository = "/etc/yum.repos.d/nvidia-cuda.repo"
+
+    def reset(world: FakeHost, *_rest: t.Any) -> str:
+        # dnf needs the repository for it.
+        assert repository in world.files
+        world.files[path] = (text % "").replace("580-open", "").encode()
+        return ""
+
+    host = FakeHost(
+        {
+            "/etc/os-release": 'ID=rocky\nVERSION_ID="9.4"\nID_LIKE="rhel centos fedora"\n',
+            path: text % "enabled",
+            repository: MANAGED,
+            "/etc/modprobe.d/gpu-fleet-nouveau.conf": "x",
+        },
+        {"rpm *": "", "dnf -q -y --setopt=* module reset nvidia-driver": reset, "dracut *": "", "dnf *": ""},
+    )
+    assert not converge(host, cleanup(parts=["toolkit"]), check_mode=False).changed
+    assert path in host.files and not any("module" in call for call in host.calls)
+    outcome = converge(host, cleanup(parts=["driver"]), check_mode=False)
+    assert [change.what for change in outcome.changes] == [
+        "module stream nvidia-driver",
+        repository,
+        "/etc/modprobe.d/gpu-fleet-nouveau.conf",
+    ]
+    assert ("dracut", "--force", "--regenerate-all") in host.calls
+    assert not converge(host, cleanup(parts=["driver"]), check_mode=False).changed
+
+
 def test_parts_in_use_are_left() -> None:
     resource = cleanup(parts=["toolkit", "docker", "driver"])
     state = CleanupState(
@@ -168,8 +258,8 @@ def test_parts_in_use_are_left() -> None:
 
 
 def test_reboot_is_due_while_the_module_is_loaded() -> None:
-    assert cleanup(parts=["driver"]).result(CleanupState(driver_loaded=True)) == {"reboot_required": True}
-    assert cleanup().result(CleanupState(driver_loaded=True)) == {"reboot_required": False}
+    assert cleanup(parts=["driver"]).result(CleanupState(driver_loaded=True))["reboot_required"]
+    assert not cleanup().result(CleanupState(driver_loaded=True))["reboot_required"]
 
 
 MODELS = [

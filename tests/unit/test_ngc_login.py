@@ -457,14 +457,49 @@ def test_registries_and_users_are_told_apart(host: FakeHost) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"key": 5, "logins": []}', b'{"key": "ab", "logins": {"root nvcr.io": 5}}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"key": "xx", "logins": {}}',
+        b'{"key": 5, "logins": []}',
+        b'{"key": "ab", "logins": {"root nvcr.io": 5}}',
+    ],
 )
-def test_a_broken_record_is_none(host: FakeHost, content: bytes) -> None:
+def test_a_broken_record_is_told_and_left(host: FakeHost, content: bytes) -> None:
     _run(host)
     host.files[RECORD] = content
+    # What is right already does not need it.
+    assert not _run(host).changed
+    # What is stored must be noted there: refused before anything.
+    before = dict(host.files)
+    for ask in (lambda: _run(host, NEW), lambda: _login(NEW).precheck(host)):
+        with pytest.raises(FleetError) as caught:
+            ask()
+        assert caught.value.reason == "state_unreadable"
+        assert caught.value.message.startswith("Reading %s failed: it is not what this collection writes (" % RECORD)
+    # Nothing is taken away that may be somebody else's, which is said; with its key, or whoever it is of, it goes.
     assert not _take_back(host).changed
-    _run(host, NEW)
-    assert _take_back(host).changed
+    said = _left(host)
+    assert said.startswith("Reading %s failed: " % RECORD)
+    assert "is not known to be stored by this collection, so it is left" in said
+    assert host.files == before
+    assert _take_back(host, KEY).changed
+    assert _left(host).startswith("Reading %s failed: " % RECORD) and "so it is left;" not in _left(host)
+    assert host.files[RECORD] == content
+
+
+def test_a_plain_logout_with_a_broken_record(host: FakeHost) -> None:
+    _run(host)
+    host.files[RECORD] = b"{"
+    logout = _login(None, state="absent")
+    outcome = converge(host, logout, check_mode=False)
+    assert outcome.changed and PATH not in host.files
+    assert RECORD in logout.result(outcome.state)["message"]
+    assert host.files[RECORD] == b"{"
 
 
 def test_a_login_that_is_there_already_is_not_written_down(host: FakeHost) -> None:

@@ -210,6 +210,20 @@ def test_a_gateway_is_removed() -> None:
 # -- what is refused ------------------------------------------------------------------------------
 
 
+def test_broken_notes_hold_up_no_configuration_and_are_told() -> None:
+    host = GatewayHost()
+    run(host)
+    host.files[RECORD] = b"{"
+    for absent in (False, True):
+        resource = gateway(host, state="absent") if absent else gateway(host, body_limit="2MB")
+        converge(host, resource, check_mode=True)
+        assert host.files[RECORD] == b"{"
+        assert converge(host, resource, check_mode=False).changed
+        (warning,) = resource.warnings
+        assert warning.startswith("Reading %s failed: " % RECORD)
+        assert (RECORD in host.files) != absent
+
+
 def test_somebody_elses_configuration_is_left_alone() -> None:
     host = GatewayHost("2.6.12-1")
     host.files[CONFIGURATION] = b"frontend mine\n"

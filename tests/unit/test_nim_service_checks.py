@@ -396,6 +396,18 @@ def test_a_model_that_was_fetched_needs_no_more_disk(machine: Machine) -> None:
     machine.converge(llama(disk_space="10GB"))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]"])
+def test_a_broken_note_of_what_was_fetched_is_warned_of(machine: Machine, content: bytes) -> None:
+    marker = "/var/lib/nim/state/llama.download.json"
+    machine.converge(llama())
+    machine.host.files[marker] = content
+    machine.converge(llama())
+    (warning,) = machine.answer["warnings"]
+    assert warning.startswith("Reading %s failed: " % marker)
+    assert warning.endswith("the next start of nim-llama.service fetches again what it needs, and writes it anew.")
+    assert machine.host.files[marker] == content
+
+
 @pytest.mark.parametrize(
     ("models", "reason"),
     [

@@ -10,7 +10,12 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _packages
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt_sources import debian_source
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import BLACKLIST
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nouveau import (
+    BLACKLIST,
+    BLACKLIST_CONTENT,
+    remove_blacklist,
+    write_blacklist,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_state import (
     LOCKED,
@@ -623,6 +628,47 @@ def test_initramfs_failure_leaves_no_blacklist_behind(world: DriverWorld) -> Non
         run(world)
     assert caught.value.reason == "initramfs_failed"
     assert BLACKLIST not in world.files
+
+
+@pytest.mark.parametrize("before", [None, "blacklist nouveau\n"])
+def test_initramfs_of_a_host_with_dracut(host: FakeHost, before: str | None) -> None:
+    """All of EL; the blacklist and its copy in the initramfs: both, or neither."""
+    if before is not None:
+        host.files[BLACKLIST] = before.encode()
+    host.commands["dracut *"] = (1, "", "dracut: installkernel failed in module kernel-modules\n")
+    with pytest.raises(FleetError) as caught:
+        write_blacklist(host)
+    assert caught.value.reason == "initramfs_failed"
+    assert "(dracut) failed: dracut: installkernel failed in module kernel-modules. Mend that" in caught.value.message
+    assert host.read_text(BLACKLIST) == before
+
+    host.commands["dracut *"] = ""
+    write_blacklist(host)
+    assert host.calls[-1] == ("dracut", "--force", "--regenerate-all")
+    assert host.read_text(BLACKLIST) == BLACKLIST_CONTENT
+
+
+@pytest.mark.parametrize("command", ["update-initramfs -u -k all", "dracut --force --regenerate-all"])
+def test_the_initramfs_forgets_the_blacklist_too(host: FakeHost, command: str) -> None:
+    host.files[BLACKLIST] = BLACKLIST_CONTENT.encode()
+    host.dirs.add("/etc/modprobe.d")
+    host.commands[command] = (1, "", "No space left on device")
+    with pytest.raises(FleetError, match=r"Rebuilding the initramfs without the blacklist of nouveau \("):
+        remove_blacklist(host)
+    assert BLACKLIST in host.files
+
+    host.commands[command] = ""
+    remove_blacklist(host)
+    assert " ".join(host.calls[-1]) == command
+    assert BLACKLIST not in host.files
+
+
+def test_a_host_without_an_initramfs(host: FakeHost) -> None:
+    write_blacklist(host)
+    assert BLACKLIST in host.files
+    remove_blacklist(host)
+    assert BLACKLIST not in host.files
+    assert host.calls == []
 
 
 def test_a_runfile_driver_is_not_fought(world: DriverWorld) -> None:

@@ -77,7 +77,7 @@ def test_remove_takes_our_things_and_leaves_the_rest(bare: dict[str, str]) -> No
 #: Left behind on purpose; each with the reason.
 LEFT = (
     r"/var/lib/(docker|containerd)\b",  # images, containers and volumes may be somebody else's
-    r"/etc/docker(/daemon\.json)?$",  # may hold other people's settings
+    r"/etc/docker$",  # the engine's own directory
     r"/(etc|opt)/containerd\b",  # belongs to the engine's configuration
     r"/etc/(group|gshadow)-?$",  # the group docker is the package's
     r"/var/(cache|lib/apt|lib/dpkg|lib/systemd)\b",  # the package manager's own books
