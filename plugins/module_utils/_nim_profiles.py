@@ -32,7 +32,7 @@ PROFILE_ID = re.compile(r"(?:%s)\Z" % ID_PATTERN)
 _PRECISION = re.compile(
     r"(?:(?:bf|fp|int|uint|nvfp|mxfp|tf)\d{1,2}(?:_\w{1,12})?|w\d{1,2}a\d{1,2}\w{0,8}|awq|gptq)\Z", re.I
 )
-_DEGREE = re.compile(r"(tp|pp)(\d{1,3})\Z")
+_DEGREE = re.compile(r"(tp|pp)([0-9]{1,3})\Z")
 #: What NIM 2.x ends a description with where it has estimated the memory: GB that every GPU must have, as its listing says
 #: again behind it ("vllm-fp8-tp4-pp1-12.0" with "[requires >=12 GB/gpu]").
 _MEMORY_TOKEN = re.compile(r"[0-9]{1,4}\.[0-9]{1,2}\Z")
@@ -212,8 +212,16 @@ def merged(profile: Profile, other: Profile) -> Profile:
     )
 
 
-def scalar(value: t.Any) -> str:
-    return {True: "true", False: "false", None: ""}[value] if value is None or isinstance(value, bool) else str(value)
+def json_tags(raw: t.Any) -> dict[str, str]:
+    """Tags of a JSON document as text; what is no scalar is no tag."""
+    if not isinstance(raw, dict):
+        return {}
+    words = {True: "true", False: "false", None: ""}
+    return {
+        name: words[value] if value is None or isinstance(value, bool) else str(value)
+        for name, value in raw.items()
+        if value is None or isinstance(value, (str, bool, int, float))
+    }
 
 
 # -- manifests ------------------------------------------------------------------------------------
@@ -276,7 +284,8 @@ def _json_manifest(text: str) -> tuple[Profile, ...] | None:
     for key in ("profiles", "manifest"):
         if isinstance(document.get(key), list):
             known = True
-            entries += [(str(one.get("id") or ""), one) for one in document[key] if isinstance(one, dict)]
+            listed = [one for one in document[key] if isinstance(one, dict)]
+            entries += [(one["id"], one) for one in listed if isinstance(one.get("id"), str)]
     entries += [
         (str(key), one) for key, one in document.items() if PROFILE_ID.match(str(key)) and isinstance(one, dict)
     ]
@@ -284,10 +293,8 @@ def _json_manifest(text: str) -> tuple[Profile, ...] | None:
         return None
     profiles = {}
     for identifier, entry in entries:
-        raw = entry.get("tags")
-        tags = {str(name): scalar(value) for name, value in raw.items()} if isinstance(raw, dict) else {}
         if identifier:
-            profiles[identifier] = profile_of_tags(identifier, tags)
+            profiles[identifier] = profile_of_tags(identifier, json_tags(entry.get("tags")))
     return _completed(list(profiles.values()))
 
 

@@ -181,6 +181,13 @@ def test_a_manifest_has_the_memory_of_the_description_that_names_its_profile() -
     assert by_its_id.profile.memory_gb is None
 
 
+def test_what_is_no_text_is_no_id_and_no_tag() -> None:
+    entries = [{"id": [A], "tags": {"tp": "1"}}, {"id": 5}, {"id": B, "tags": {"llm_engine": ["vllm"], "tp": 2}}]
+    found = parse_manifest(json.dumps({"schema_version": "2.0.0", "profiles": entries}))
+    assert found is not None
+    assert [(one.id, one.backend, one.tp) for one in found] == [(B, None, 2)]
+
+
 def test_layout_of_2() -> None:
     found = by_id(SECOND)
     assert [found[one].verdict for one in (A, B, C, D)] == [COMPATIBLE, COMPATIBLE, LOW_MEMORY, INCOMPATIBLE]
