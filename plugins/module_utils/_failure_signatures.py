@@ -8,8 +8,8 @@ The texts are those that the projects print themselves or that their issue track
 was only reported by third parties or is general knowledge. An exit code alone never decides: NIM 1.x ends with 0 when
 its key is refused.
 
-One known failure has no entry: nim-20, the checksum warnings of NIM 1.3 that the release notes call harmless. Their text is
-not recorded, and in every other version such a warning means a damaged file, so no pattern may silence it.
+One known failure has no entry: nim-20, the checksum warnings of NIM 1.3 that the release notes call harmless. Their text
+is not recorded, and in every other version such a warning means a damaged file, so no pattern may silence it.
 """
 
 from __future__ import annotations

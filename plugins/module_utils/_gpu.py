@@ -87,7 +87,7 @@ def whole_number(text: str) -> int | None:
 
 
 def _mib(text: str) -> int | None:
-    """``143771 MiB`` -> 143771; other units are converted, and any other text gives None, also a number without a unit."""
+    """``143771 MiB`` -> 143771; other units are converted; any other text, also a number without unit, is None."""
     match = re.match(r"([0-9]{1,18})\s*([KMGT])i?B\Z", text)
     if not match:
         return None

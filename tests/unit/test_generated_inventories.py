@@ -69,7 +69,8 @@ ROWS = _rows()
 
 
 #: With what a remedy begins.
-VERBS = ["choose", "copy", "correct", "create", "did", "give", "leave", "make", "name", "put", "remove", "set", "start", "store", "use", "write"]
+VERBS = ("choose", "copy", "correct", "create", "did", "give", "leave", "make", "name")
+VERBS += ("put", "remove", "set", "start", "store", "use", "write")
 
 
 def _check(problem: Problem) -> None:
