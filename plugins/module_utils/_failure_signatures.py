@@ -7,6 +7,9 @@
 The texts are those that the projects print themselves or that their issue trackers quote; ``marginal`` says that one
 was only reported by third parties or is general knowledge. An exit code alone never decides: NIM 1.x ends with 0 when
 its key is refused.
+
+One known failure has no entry: nim-20, the checksum warnings of NIM 1.3 that the release notes call harmless. Their text
+is not recorded, and in every other version such a warning means a damaged file, so no pattern may silence it.
 """
 
 from __future__ import annotations
@@ -518,10 +521,11 @@ SIGNATURES: tuple[Signature, ...] = (
     ),
     Signature(
         "host-50b",
+        # The banner for every reason; the one for error 802 is host-50a.
         r"ERROR: The NVIDIA Driver is present, but CUDA failed to initialize\.",
         "container",
-        "CUDA cannot be initialised; on machines with NVSwitch the Fabric Manager is absent, stopped or of another version",
-        "start the Fabric Manager of exactly the driver's version",
+        "CUDA cannot be initialised in the container",
+        "look at the line after it in the container's log, which names the reason in [[ ]]",
         umbrella=True,
     ),
     Signature(
@@ -654,6 +658,15 @@ SIGNATURES: tuple[Signature, ...] = (
         "registry",
         "the image needs an NVIDIA AI Enterprise entitlement",
         "get a licence or a trial for the organisation of the key",
+    ),
+    Signature(
+        "reg-65",
+        # The status is recorded, its text is not: these are the words that Docker's HTTP library puts to it.
+        r"451 Unavailable For Legal Reasons",
+        "registry",
+        "the registry may not hand out the image here for legal reasons",
+        "use another model or registry",
+        marginal=True,
     ),
     Signature(
         "reg-66",

@@ -81,18 +81,17 @@ def _text(element: ET.Element | None, path: str) -> str:
     return found
 
 
-def leading_number(text: str) -> int | None:
-    match = re.match(r"-?[0-9]{1,18}(?![0-9])", text)
-    return int(match.group()) if match else None
+def whole_number(text: str) -> int | None:
+    """A number that is all of the text; the beginning of another text is none."""
+    return int(text) if re.match(r"[0-9]{1,18}\Z", text) else None
 
 
 def _mib(text: str) -> int | None:
-    """``143771 MiB`` -> 143771; other units are converted, unknown text gives None."""
-    match = re.match(r"([0-9]{1,18})(?:\s*([KMGT])i?B)?\s*\Z", text)
+    """``143771 MiB`` -> 143771; other units are converted; any other text, also a number without unit, is None."""
+    match = re.match(r"([0-9]{1,18})\s*([KMGT])i?B\Z", text)
     if not match:
         return None
-    factor = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}[match.group(2) or "M"]
-    return int(int(match.group(1)) * factor)
+    return int(match.group(1)) * {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}[match.group(2)] // 1024
 
 
 def normalise_bdf(bdf: str) -> str:
@@ -118,7 +117,7 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
     for index, element in enumerate(root.findall("gpu")):
         processes = [
             {
-                "pid": leading_number(_text(entry, "pid")),
+                "pid": whole_number(_text(entry, "pid")),
                 "type": _text(entry, "type"),
                 "name": _text(entry, "process_name"),
                 "used_memory_mib": _mib(_text(entry, "used_memory")),
@@ -127,9 +126,9 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
         ]
         mig_devices = [
             {
-                "index": leading_number(_text(entry, "index")),
-                "gpu_instance_id": leading_number(_text(entry, "gpu_instance_id")),
-                "compute_instance_id": leading_number(_text(entry, "compute_instance_id")),
+                "index": whole_number(_text(entry, "index")),
+                "gpu_instance_id": whole_number(_text(entry, "gpu_instance_id")),
+                "compute_instance_id": whole_number(_text(entry, "compute_instance_id")),
                 "uuid": _text(entry, "uuid"),
                 "memory_total_mib": _mib(_text(entry, "fb_memory_usage/total")),
                 "memory_used_mib": _mib(_text(entry, "fb_memory_usage/used")),
@@ -148,7 +147,7 @@ def parse_smi(xml: str) -> tuple[str, str, tuple[Gpu, ...]]:
                 memory_free_mib=_mib(_text(element, "fb_memory_usage/free")),
                 mig=_text(element, "mig_mode/current_mig"),
                 compute_mode=_text(element, "compute_mode"),
-                minor=leading_number(_text(element, "minor_number")),
+                minor=whole_number(_text(element, "minor_number")),
                 bdf=normalise_bdf(element.get("id") or _text(element, "pci/pci_bus_id")),
                 processes=tuple(processes),
                 mig_devices=tuple(mig_devices),
@@ -217,12 +216,12 @@ def _uncorrectable(counters: ET.Element | None) -> int | None:
         number
         for element in (counters if counters is not None else ())
         if "_uncorrectable" in element.tag
-        for number in [leading_number(_text(element, "."))]
+        for number in [whole_number(_text(element, "."))]
         if number is not None
     ]
     if found:
         return sum(found)
-    return leading_number(_text(counters, "double_bit/total"))
+    return whole_number(_text(counters, "double_bit/total"))
 
 
 def with_mig_uuids(gpus: t.Sequence[Gpu], listed: str) -> tuple[Gpu, ...]:

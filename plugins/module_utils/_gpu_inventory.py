@@ -14,7 +14,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._gpu import Gpu, leading_number, parse_smi, with_mig_uuids
+from ._gpu import Gpu, parse_smi, whole_number, with_mig_uuids
 from ._gpu_bus import GRACE_BLACKWELL, PciGpu, has_nvlink5, hexadecimal, observe_pci
 from ._host import Host
 from ._loaded_driver import LoadedDriver, observe_loaded_driver
@@ -87,7 +87,7 @@ def _gpus_from_proc(host: Host, pci: t.Sequence[PciGpu]) -> tuple[Gpu, ...]:
         values = {
             key.strip(): value.strip() for key, separator, value in (line.partition(":") for line in text.splitlines())
         }
-        minor = leading_number(values.get("Device Minor", ""))
+        minor = whole_number(values.get("Device Minor", ""))
         gpus.append(
             Gpu(
                 index=len(gpus),

@@ -26,6 +26,7 @@ class Wish:
             with unified memory, may have enough.
         profile: Profile that asks for this number of GPUs; empty where the operator gave the number.
         stays: Whether it serves on them: then it keeps them in whatever condition they are.
+        memory_option: Option that changes ``memory_mib``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Wish:
     memory_mib: int | None = None
     profile: str = ""
     stays: bool = False
+    memory_option: str = "gpu_memory"
 
     @property
     def count(self) -> int:
@@ -272,7 +274,7 @@ class _Table:
             asked = "gpus = " + asked
         remedy = "name another profile" if wish.profile else "change gpus"
         if wish.memory_mib is not None:
-            remedy += " or gpu_memory"
+            remedy += " or " + wish.memory_option
         return FleetError(
             "gpus_unavailable",
             "Model %s asks for %s, but %s; %s, or set another service to state absent. The GPUs of this host: %s."

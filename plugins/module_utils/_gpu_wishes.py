@@ -17,9 +17,10 @@ from ._host import Host
 from ._nim_downloads import needs_download
 from ._nim_models import GpuRequest, NimModel
 from ._nim_process_state import wanted_gpus
-from ._wanted_images import ImageUser
+from ._wanted_images import ImageUser, takes_profile_memory
 
 if t.TYPE_CHECKING:
+    from ._nim_profile_checks import Check
     from ._nim_profiles import Match, Profile
 
 
@@ -70,19 +71,19 @@ def wish_of(
         # Told before the start; a service that runs is left alone.
         match = None
     profile = match.profile if match is not None else None
-    needs = []
-    if model.gpu_memory_mib is not None:
-        needs.append(model.gpu_memory_mib)
-    if profile is not None and profile.memory_gb is not None:
+    memory, option = model.gpu_memory_mib, "gpu_memory"
+    if profile is not None and profile.memory_gb is not None and takes_profile_memory(model):
         from ._nim_profile_checks import memory_mib
 
-        needs.append(memory_mib(profile.memory_gb))
+        if memory_mib(profile.memory_gb) > (memory or 0):
+            # A shorter context takes less.
+            memory, option = memory_mib(profile.memory_gb), "max_model_length"
     gpus = model.gpus
     named = ""
     if gpus is None:
         gpus = (profile.gpus if profile is not None else None) or 1
         named = str(model.profile) if profile is not None and profile.gpus else ""
-    return Wish(model.name, gpus, tuple(present), max(needs, default=None), named, stays)
+    return Wish(model.name, gpus, tuple(present), memory, named, stays, option)
 
 
 def check_profile_of(
@@ -106,6 +107,7 @@ def check_profile_of(
             devices,
             count=count,
             lora=model.lora_directory is not None,
+            memory=takes_profile_memory(model),
         )
 
 
@@ -118,7 +120,8 @@ def check_named_profile(
     *,
     count: int | None = None,
     lora: bool = False,
-) -> None:
+    memory: bool = True,
+) -> list[Check]:
     """Refuse a profile that is not in the image, or cannot run on these GPUs.
 
     Args:
@@ -128,18 +131,24 @@ def check_named_profile(
         gpus: Those that the model gets, or all of the host.
         devices: PCI device id by PCI address.
         count: How many of them it gets; None = as many as the profile needs.
+        memory: Whether the model takes the memory that the profile's description names.
+
+    Returns:
+        The questions to which nobody knows the answer; none where nothing is known of the profile.
 
     Raises:
         FleetError: ``no_such_profile``, ``profile_unsuitable``.
     """
     profile = _find(model, named, profiles).profile
     if profile is None:
-        return
+        return []
+    if not memory:
+        profile = replace(profile, memory_gb=None)
     if not profile.id and not profile.description:
         profile = replace(profile, description=named)
     from ._nim_profile_checks import require_profile
 
-    require_profile(model, profile, gpus, count=count, lora=lora, devices=devices)
+    return require_profile(model, profile, gpus, count=count, lora=lora, devices=devices)
 
 
 def given_gpus(uuids: t.Sequence[str], gpus: t.Sequence[Gpu]) -> list[Gpu]:

@@ -292,12 +292,14 @@ class _Preflight:
         """What the manifest at the registry says of the profiles that models name; of images on the host the service says it."""
         name = str(task.wanted.reference)
         try:
-            resource.check_profiles(self.host, task, inventory)
+            unknown = resource.check_profiles(self.host, task, inventory)
         except FleetError as error:
             self.found.append(refusal("profile", error, name))
             return
         for wish in task.wanted.profiles:
             text = "Nothing speaks against profile %s of model %s." % (wish.profile, wish.model)
+            # What nobody could look at is no promise.
+            text = " ".join([text, *(check.message for check in unknown.get(wish.model, ()) if check.message)])
             self.found.append(Verdict("profile", OK, text, subject=name))
 
     def _look_up(self, resource: NimImages) -> tuple[t.Mapping[str, str], PullTask | None]:

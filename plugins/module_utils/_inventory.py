@@ -30,7 +30,7 @@ from ._nvidia_driver_packages import check_architecture
 from ._options import MINIMUM_DOCKER_VERSION
 from ._own_signatures import parse_signatures
 from ._packages import check_url
-from ._redaction import scrub, scrub_given
+from ._redaction import is_name_of_secret, is_plain, scrub, scrub_given
 
 #: Role name -> option name -> specification, as in ``argument_specs.main.options``.
 Specs = t.Mapping[str, t.Mapping[str, t.Mapping[str, t.Any]]]
@@ -202,9 +202,11 @@ class _Check:
             else:
                 remedy = "remove it, or give a variable of your own another prefix"
             value = self.variables[name]
-            # What is misspelt may be a list of models, with secrets inside.
-            nested = isinstance(value, (dict, list, tuple)) and bool(value)
-            secret = bool(_SECRET_NAME.search(name)) or isinstance(value, Unresolved) or nested
+            # What is misspelt may be a list of models, with secrets inside, or a key.
+            entries = value if isinstance(value, (list, tuple)) else []
+            nested = (isinstance(value, dict) and bool(value)) or not all(map(is_plain, entries))
+            telling = bool(_SECRET_NAME.search(name)) or is_name_of_secret(name) or near in SECRETS
+            secret = telling or isinstance(value, Unresolved) or nested
             self.problems.append(
                 Problem(name, "%s = %s: no such variable; %s." % (name, _shown(value, secret), remedy))
             )
@@ -258,7 +260,7 @@ class _Check:
             if wrong is not None:
                 self.broken.add(name)
                 # What stands in the place of the list of models may have secrets in it.
-                self.add(name, value, *wrong, secret=secret or name == "nim_models")
+                self.add(name, value, *wrong, secret=secret or (name == "nim_models" and not is_plain(value)))
                 continue
             # Branches have a check of their own that knows which ones are only too old.
             choices = None if name == "nvidia_driver_branch" else spec.get("choices")

@@ -38,6 +38,9 @@ from ._requirements import evaluate
 from ._resource import Change, Resource
 from ._wanted_images import WantedImage
 
+if t.TYPE_CHECKING:
+    from ._nim_profile_checks import Check
+
 _TOOLKIT_CONFIGURATION = "/etc/nvidia-container-runtime/config.toml"
 
 _PAUSE_MAX = 60.0
@@ -173,23 +176,26 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
         )
         return PullTask(image.wanted, image.source, found)
 
-    def check_profiles(self, host: Host, task: PullTask, inventory: GpuInventory) -> None:
+    def check_profiles(self, host: Host, task: PullTask, inventory: GpuInventory) -> t.Dict[str, t.List[Check]]:
         """Compare the profiles that models name with the manifest at the registry and with the GPUs.
+
+        Returns:
+            By model, the questions to which nobody knows the answer.
 
         Raises:
             FleetError: ``no_such_profile``, ``profile_unsuitable``.
         """
         if not task.wanted.profiles or not inventory.gpus:
             # Nothing to compare; or GPUs that are set up in this very run, and the service looks again.
-            return
+            return {}
         try:
             manifest = manifest_at_registry(self.client(host, task.source.registry), task.source, task.found)
         except FleetError:
             # What ails the registry is told by the pull.
             manifest = None
         profiles = manifest.profiles if manifest is not None and manifest.certain else None
-        for wish in task.wanted.profiles:
-            check_named_profile(
+        return {
+            wish.model: check_named_profile(
                 wish.model,
                 wish.profile,
                 profiles,
@@ -197,7 +203,10 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
                 device_ids(inventory),
                 count=wish.gpus,
                 lora=wish.lora,
+                memory=wish.memory,
             )
+            for wish in task.wanted.profiles
+        }
 
     def check_requirement(
         self,

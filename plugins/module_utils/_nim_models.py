@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._options import NIM_MODEL_OPTIONS
-from ._redaction import is_name_of_secret, scrub_given
+from ._redaction import is_name_of_secret, is_plain, scrub_given
 from ._untrusted import is_digits
 
 #: Environment variables that an option of ours sets: two ways to say one thing would contradict each other one day.
@@ -207,7 +207,9 @@ def parse_models(raw: t.Any, variable: str = "nim_models") -> list[NimModel]:
         return []
     if not isinstance(raw, (list, tuple)):
         # Shown by none of its values: a secret may be among them.
-        raise _refuse(variable, "...", "must be a list of models", "write each model as one list entry")
+        raise _refuse(
+            variable, raw if is_plain(raw) else "...", "must be a list of models", "write each model as one list entry"
+        )
     models = [_Entry("%s[%d]" % (variable, number), entry).parse() for number, entry in enumerate(raw)]
     _check_together(models, variable)
     return models
@@ -227,21 +229,29 @@ def _refuse(path: str, value: t.Any, problem: str, remedy: str) -> FleetError:
     return FleetError("invalid_option", "%s = %s: %s; %s." % (path, shown, problem, remedy), option=path)
 
 
+def _telling(key: t.Any) -> bool:
+    """Whether a key, well written or not, is the name of a secret."""
+    name = re.sub(r"\W", "_", str(key))
+    return is_name_of_secret(name) or _SECRET_NAME.search(name) is not None
+
+
 class _Entry:
     """One dictionary of the list while it is being read."""
 
     def __init__(self, path: str, raw: t.Any) -> None:
         self.path = path
         if not isinstance(raw, dict):
-            raise _refuse(path, "...", "must be a dictionary", "write at least name and image")
+            raise _refuse(
+                path, raw if is_plain(raw) else "...", "must be a dictionary", "write at least name and image"
+            )
         for key in raw:
             if key not in NIM_MODEL_OPTIONS:
                 raise _refuse(
                     "%s.%s" % (path, key),
-                    # The value of an unknown key may be a secret that was put in the wrong place.
-                    "...",
+                    # A text under an unknown key may be a secret that was put in the wrong place.
+                    "..." if isinstance(raw[key], str) or _telling(key) or not is_plain(raw[key]) else raw[key],
                     "no such option",
-                    "known options are " + ", ".join(sorted(NIM_MODEL_OPTIONS)),
+                    "use one of " + ", ".join(sorted(NIM_MODEL_OPTIONS)),
                 )
         self.raw: dict[str, t.Any] = raw
 
@@ -459,9 +469,11 @@ class _Entry:
         found = {}
         for key, value, path in self._entries("environment", "write NAME: value pairs"):
             if not isinstance(key, str) or not _ENVIRONMENT_NAME.match(key):
-                raise _refuse(path, "...", "is no name of a variable", "use letters, digits and underscores")
+                shown = value if is_plain(value) and not _telling(key) else "..."
+                raise _refuse(path, shown, "is no name of a variable", "use letters, digits and underscores")
             if key in OWNED_ENVIRONMENT:
-                raise _refuse(path, "...", "is set by this collection", OWNED_ENVIRONMENT[key])
+                shown = value if is_plain(value) and not _telling(key) else "..."
+                raise _refuse(path, shown, "is set by this collection", OWNED_ENVIRONMENT[key])
             telling = is_name_of_secret(key) and not _NO_SECRET.match(str(value))
             if telling or _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
                 raise _refuse(

@@ -122,17 +122,17 @@ def require_profile(
     count: int | None = None,
     lora: bool = False,
     devices: t.Mapping[str, str] | None = None,
-) -> None:
+) -> list[Check]:
     """Refuse a profile that cannot run; what is not known is no reason to.
+
+    Returns:
+        The questions to which nobody knows the answer.
 
     Raises:
         FleetError: ``profile_unsuitable``.
     """
-    failed = [
-        check
-        for check in check_profile(profile, gpus, count=count, lora=lora, devices=devices)
-        if check.passed is False
-    ]
+    checks = check_profile(profile, gpus, count=count, lora=lora, devices=devices)
+    failed = [check for check in checks if check.passed is False]
     if failed:
         raise FleetError(
             "profile_unsuitable",
@@ -141,6 +141,7 @@ def require_profile(
             profile=profile.id or profile.description,
             checks=[check.as_dict() for check in failed],
         )
+    return [check for check in checks if check.passed is None]
 
 
 # -- the checks -----------------------------------------------------------------------------------
@@ -206,6 +207,9 @@ def _check_memory(profile: Profile, gpus: t.Sequence[Gpu], needed: int) -> Check
             profile.reduced_model_length,
             profile.reduced_memory_gb,
         )
+    elif profile.verdict is None:
+        # No listing has said what a shorter context would take.
+        shorter = ", or set max_model_length to a shorter context"
     return Check(
         "gpu_memory",
         False,

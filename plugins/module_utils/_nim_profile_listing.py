@@ -21,10 +21,10 @@ from ._nim_profiles import (
     LOW_MEMORY,
     PROFILE_ID,
     Profile,
+    json_tags,
     merged,
     parse_description,
     profile_of_tags,
-    scalar,
 )
 
 # Terminal control: CSI, OSC, and single escapes (ECMA-48).
@@ -32,7 +32,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 
 _ENTRY = re.compile(r"\s*[-*]\s+(%s)(?![0-9a-f])(.*)\Z" % ID_PATTERN)
 _GPU_LINE = re.compile(
-    r"\s*[-*]\s+\[([0-9a-fA-F]{4}):[0-9a-fA-F]{4}\]\s+\((\d{1,3})\)\s+(.*?)"
+    r"\s*[-*]\s+\[([0-9a-fA-F]{4}):[0-9a-fA-F]{4}\]\s+\(([0-9]{1,3})\)\s+(.*?)"
     r"(?:\s*\[current utilization:\s*([^\]%]*)%?\s*\])?\s*\Z"
 )
 _KNOWN_HEADING = re.compile(
@@ -42,8 +42,10 @@ _KNOWN_HEADING = re.compile(
 )
 _OTHER_HEADING = re.compile(r"\s*[-*]\s+([^\[\]{}|]{3,150}?)\s*(?::\s*(?:<none>)?|<none>)\s*\Z", re.I)
 _TAG_LINE = re.compile(r"\s*[-*]\s+((?:[\w.]+\s*:[^|]*)(?:\|\s*[\w.]+\s*:[^|]*)*)\Z")
-_MEMORY = re.compile(r"requires\s*>=?\s*(\d{1,6}(?:\.\d{1,6})?)\s*([GMT])i?B\b", re.I)
-_REDUCED = re.compile(r"--max-model-len[= ](\d{1,12})\b.{0,40}?>=?\s*(\d{1,6}(?:\.\d{1,6})?)\s*([GMT])i?B\b", re.I)
+_MEMORY = re.compile(r"requires\s*>=?\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*([GMT])i?B\b", re.I)
+_REDUCED = re.compile(
+    r"--max-model-len[= ]([0-9]{1,12})\b.{0,40}?>=?\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*([GMT])i?B\b", re.I
+)
 _PYTHON_PAIR = re.compile(r"['\"]([\w.]{1,60})['\"]\s*:\s*['\"]([^'\"]{0,200})['\"]")
 #: More than this in one line is no line of a listing.
 _LINE_MOST = 4000
@@ -283,8 +285,7 @@ def _json_listing(text: str) -> Listing | None:
             identifier = str(entry.get("profile_id") or entry.get("id") or "") if isinstance(entry, dict) else ""
             if not PROFILE_ID.match(identifier):
                 continue
-            raw = entry.get("tags")
-            tags = {str(name): scalar(value) for name, value in raw.items()} if isinstance(raw, dict) else {}
+            tags = json_tags(entry.get("tags"))
             described = entry.get("description")
             profile = replace(profile_of_tags(identifier, tags), verdict=verdict, section=title)
             if isinstance(described, str):

@@ -32,7 +32,10 @@ PROFILE_ID = re.compile(r"(?:%s)\Z" % ID_PATTERN)
 _PRECISION = re.compile(
     r"(?:(?:bf|fp|int|uint|nvfp|mxfp|tf)\d{1,2}(?:_\w{1,12})?|w\d{1,2}a\d{1,2}\w{0,8}|awq|gptq)\Z", re.I
 )
-_DEGREE = re.compile(r"(tp|pp)(\d{1,3})\Z")
+_DEGREE = re.compile(r"(tp|pp)([0-9]{1,3})\Z")
+#: What NIM 2.x ends a description with where it has estimated the memory: GB that every GPU must have, as its listing says
+#: again behind it ("vllm-fp8-tp4-pp1-12.0" with "[requires >=12 GB/gpu]").
+_MEMORY_TOKEN = re.compile(r"[0-9]{1,4}\.[0-9]{1,2}\Z")
 _GPU_TOKEN = re.compile(r"[a-z]{1,5}\d{1,4}[a-z0-9_]{0,30}\Z", re.I)
 _DEVICE = re.compile(r"([0-9a-f]{4})(?::10de)?\Z", re.I)
 
@@ -48,7 +51,7 @@ class Profile:
         tp, pp: GPUs that one layer is spread over, and stages that the layers are spread over.
         gpu: Kind of GPU it was built for, as NVIDIA writes it there: ``h100``, ``H100_NVL``, ``L40S``.
         gpu_device: PCI device id of that kind, four hexadecimal digits in lower case.
-        memory_gb: GB that every GPU must have.
+        memory_gb: GB that every GPU must have, with the longest context that the profile has by itself.
         reduced_memory_gb, reduced_model_length: The same with a shorter context, as the listing advises.
         lora: Whether it can load LoRA adapters.
         buildable: Whether its engine is built on the host.
@@ -105,7 +108,8 @@ def parse_description(text: str) -> Profile:
     """What the description of a profile says, for example ``tensorrt_llm-h100-fp8-tp2-pp1-latency``.
 
     The parts are those that NVIDIA documents: engine, kind of GPU (engines that are built for one), precision, tpN, ppN,
-    then what else tells profiles apart. Only parts in their place count; hashes behind them say nothing.
+    then what else tells profiles apart. Only parts in their place count; hashes behind them say nothing, and a number at the
+    end is memory only in the form in which listings of NIM 2.x show what it means.
     """
     tokens = text.split("-")
     found: dict[str, t.Any] = {"backend": None, "precision": None, "tp": None, "pp": None, "gpu": None}
@@ -139,9 +143,20 @@ def parse_description(text: str) -> Profile:
     elif found["backend"] in _LLM_BACKENDS and found["tp"] is not None:
         # "The -lora suffix indicates the profile supports LoRA adapter loading" (model profiles and selection).
         lora = False
+    memory = None
+    if (
+        found["backend"] in ("vllm", "sglang")
+        and found["tp"]
+        and found["pp"]
+        and rest
+        and rest[:-1] in ([], ["lora"], ["feat_lora"])
+        and _MEMORY_TOKEN.match(rest[-1])
+    ):
+        memory = float(rest[-1]) or None
     return Profile(
         id="",
         description=text,
+        memory_gb=memory,
         lora=lora,
         buildable=buildable,
         gpu_device=_device(tags.get("gpu_device")),
@@ -197,8 +212,16 @@ def merged(profile: Profile, other: Profile) -> Profile:
     )
 
 
-def scalar(value: t.Any) -> str:
-    return {True: "true", False: "false", None: ""}[value] if value is None or isinstance(value, bool) else str(value)
+def json_tags(raw: t.Any) -> dict[str, str]:
+    """Tags of a JSON document as text; what is no scalar is no tag."""
+    if not isinstance(raw, dict):
+        return {}
+    words = {True: "true", False: "false", None: ""}
+    return {
+        name: words[value] if value is None or isinstance(value, bool) else str(value)
+        for name, value in raw.items()
+        if value is None or isinstance(value, (str, bool, int, float))
+    }
 
 
 # -- manifests ------------------------------------------------------------------------------------
@@ -261,7 +284,8 @@ def _json_manifest(text: str) -> tuple[Profile, ...] | None:
     for key in ("profiles", "manifest"):
         if isinstance(document.get(key), list):
             known = True
-            entries += [(str(one.get("id") or ""), one) for one in document[key] if isinstance(one, dict)]
+            listed = [one for one in document[key] if isinstance(one, dict)]
+            entries += [(one["id"], one) for one in listed if isinstance(one.get("id"), str)]
     entries += [
         (str(key), one) for key, one in document.items() if PROFILE_ID.match(str(key)) and isinstance(one, dict)
     ]
@@ -269,10 +293,8 @@ def _json_manifest(text: str) -> tuple[Profile, ...] | None:
         return None
     profiles = {}
     for identifier, entry in entries:
-        raw = entry.get("tags")
-        tags = {str(name): scalar(value) for name, value in raw.items()} if isinstance(raw, dict) else {}
         if identifier:
-            profiles[identifier] = profile_of_tags(identifier, tags)
+            profiles[identifier] = profile_of_tags(identifier, json_tags(entry.get("tags")))
     return _completed(list(profiles.values()))
 
 

@@ -51,6 +51,7 @@ class Failure:
         match: That failure, and the line in which it was found.
         exit_code: Of the container, where it is known to have ended.
         oom_killed: Docker says that the kernel killed it for want of memory.
+        said: What Docker or the unit's main process said about it, to its last full stop.
     """
 
     reason: str
@@ -62,6 +63,7 @@ class Failure:
     match: Match | None = None
     exit_code: int | None = None
     oom_killed: bool = False
+    said: str = ""
 
     @property
     def unexplained_kill(self) -> bool:
@@ -72,7 +74,12 @@ class Failure:
 
     def masked(self, redactor: Redactor) -> Failure:
         """The same without secrets: what Docker says of a start may quote arguments and lines of an environment file."""
-        return replace(self, sentence=redactor.text(self.sentence), what=redactor.text(self.what))
+        return replace(
+            self,
+            sentence=redactor.text(self.sentence),
+            what=redactor.text(self.what),
+            said=redactor.text(self.said),
+        )
 
 
 @dataclass
@@ -233,7 +240,9 @@ class Watch:
             sentence += "; %s" % remedy
         signature = None if match is None else match.signature.id
         lines = tuple(self.window[-TAIL_LINES:])
-        self.failure = Failure(reason, sentence + ".", what, remedy, lines, signature, match, exit_code, oom_killed)
+        self.failure = Failure(
+            reason, sentence + ".", what, remedy, lines, signature, match, exit_code, oom_killed, said
+        )
 
     def explain(self, lines: t.Sequence[str] | None = None, *, known: Match | None = None) -> None:
         """Look for the cause of a failure once more.
@@ -254,7 +263,7 @@ class Watch:
             failure.remedy,
             exit_code=failure.exit_code,
             oom_killed=failure.oom_killed,
-            said=failure.what,
+            said=failure.said or failure.what,
         )
 
     def judge(
@@ -340,7 +349,8 @@ class Watch:
                 "see 'journalctl -u %s'" % self.target.unit,
                 exit_code=exit_code,
                 oom_killed=oom_killed,
-                said=detail,
+                # As it was said: a known text may end with a full stop.
+                said=word.detail,
             )
         elif unit.load == "not-found":
             self.fail("unit_missing", "has no unit %s" % self.target.unit, "run the nim role first")

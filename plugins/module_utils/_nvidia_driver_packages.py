@@ -5,7 +5,7 @@
 """Which packages of which repository make a driver: a pure function for every supported distribution and branch.
 
 Names and their changes between branches are NVIDIA's and the distributions'; see the installation guides of the
-branches, the version-locking chapter, and the recorded data in the unit tests.
+branches, the version-locking chapter, and the data in the unit tests, whose README says which are extracts of an index.
 """
 
 from __future__ import annotations

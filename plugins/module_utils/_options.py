@@ -136,6 +136,7 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
                 "gpus": {"type": "int"},
                 "gpu_names": {"type": "list", "elements": "str"},
                 "lora": {"type": "bool", "default": False},
+                "profile_memory": {"type": "bool", "default": True},
             },
         },
         "pull": {"type": "str", "choices": ["missing", "newer", "never"], "default": "missing"},

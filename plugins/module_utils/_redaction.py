@@ -73,6 +73,15 @@ def is_name_of_secret(name: str) -> bool:
     return bool(re.match(_NAME_OF_SECRET, name)) and not re.fullmatch(_HARMLESS, name)
 
 
+def is_plain(value: t.Any) -> bool:
+    """Whether a value that stands under no secret's name can be shown: a number, a switch, or a short word that is no key."""
+    if isinstance(value, str):
+        return (
+            re.match(r"[A-Za-z0-9_.-]{0,40}\Z", value) is not None and not looks_secret(value) and scrub(value) == value
+        )
+    return isinstance(value, (bool, int, float))
+
+
 def looks_secret(value: str) -> bool:
     """Whether a value could be a key: one word of some length with both letters and digits that is no path, name or UUID."""
     if not re.match(_ONE_WORD, value) or value.startswith(("/", "sha256:", "http")) or re.match(_UUID, value):

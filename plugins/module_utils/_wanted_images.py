@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._nim_downloads import needs_download
-from ._nim_models import parse_models, parse_size
+from ._nim_models import NimModel, parse_models, parse_size
 from ._untrusted import GO_TRUE
 
 
@@ -23,12 +23,14 @@ class WantedProfile:
     Attributes:
         model: Name of the model, for messages.
         gpus: How many GPUs it gets; None = as many as the profile needs, or all.
+        memory: Whether it needs the memory that the profile's description names, see :func:`takes_profile_memory`.
     """
 
     model: str
     profile: str
     gpus: t.Optional[int] = None
     lora: bool = False
+    memory: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,16 @@ class WantedImage:
     check_requirement: bool = True
     profiles: t.Tuple[WantedProfile, ...] = ()
     users: t.Tuple[ImageUser, ...] = ()
+
+
+def takes_profile_memory(model: NimModel) -> bool:
+    """Whether a model takes the memory that the description of its profile names: that is for NIM's own settings.
+
+    A shorter context takes less, arguments of the engine may change it to either side, and the operator may have told NIM not
+    to insist.
+    """
+    insists = "NIM_RELAX_MEM_CONSTRAINTS" not in model.environment and "NIM_LOW_MEMORY_MODE" not in model.environment
+    return model.max_model_length is None and not model.engine_arguments and insists
 
 
 def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
@@ -109,7 +121,8 @@ def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:
         profiles = known.profiles if known else ()
         if entry.get("profile"):
             name = str(entry.get("model") or reference)
-            wish = WantedProfile(name, str(entry["profile"]), entry.get("gpus"), bool(entry.get("lora")))
+            memory = entry.get("profile_memory") is not False
+            wish = WantedProfile(name, str(entry["profile"]), entry.get("gpus"), bool(entry.get("lora")), memory)
             profiles += (wish,)
         users = known.users if known else ()
         if entry.get("check_requirement") is not False:
@@ -140,6 +153,7 @@ def wanted_images(raw: t.Any, variable: str = "nim_models") -> t.List[t.Dict[str
             image["disk_space"] = entry["disk_space"]
         if model.profile and model.profile != "default" and needs_download(model):
             image.update(profile=model.profile, lora=model.lora_directory is not None)
+            image["profile_memory"] = takes_profile_memory(model)
         if isinstance(model.gpus, (int, tuple)):
             image["gpus"] = model.gpus if isinstance(model.gpus, int) else len(model.gpus)
         if isinstance(model.gpus, tuple):

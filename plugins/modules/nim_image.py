@@ -69,7 +69,8 @@ options:
       profile:
         description:
           - Model profile that a service will name, by id or description. Before the pull it is looked for in the image's
-            manifest, and its kind and number of GPUs and its LoRA support are compared with the host.
+            manifest, and its kind and number of GPUs, its LoRA support and, where its description names it, its memory are
+            compared with the host.
           - Where the manifest cannot be had without the pull, nothing is refused for it.
         type: str
       model:
@@ -89,6 +90,13 @@ options:
         description: Whether that service has LoRA adapters.
         type: bool
         default: false
+      profile_memory:
+        description:
+          - Whether the GPUs must have the memory that the description of O(images[].profile) ends with, as those of NIM 2.x do
+            (V(vllm-fp8-tp1-pp1-34.0) for 34 GB on each GPU).
+          - Set it to V(false) for a service with a shorter context or other arguments of the engine, which takes less or more.
+        type: bool
+        default: true
   pull:
     description:
       - V(missing) pulls only what is not on the host, and keeps the digest that a tag was pinned to.

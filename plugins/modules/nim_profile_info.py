@@ -148,7 +148,9 @@ profiles:
       type: str
       returned: always
     memory_gb:
-      description: GB that each GPU must have.
+      description:
+        - GB that each GPU must have with the profile's own context length, as the listing or the end of its description says it.
+        - A manifest has neither, so it is not known there.
       type: float
       returned: always
     reduced_memory_gb:

@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every failure that the collection knows, on one host: reason, identifier, cause, remedy, and 5 seconds at most.
+"""Every failure that the collection knows, on one host: reason, identifier, cause, remedy, and how soon.
+
+Five seconds at most from the line that decides. Where there is none the time runs from the order, and failure_table says why two
+of those are given more.
 
 .venv/bin/pytest -v tests/full/test_failure_signatures.py
 """

@@ -42,7 +42,8 @@ class Situation:
         own_words: Cause and remedy are those in ``says``: they are more exact than what is known of the failure.
         ready: It must become ready nevertheless.
         mend: Shell commands afterwards.
-        seconds: From the line that decides, or from the order where there is none, to the end of the wait.
+        seconds: From the line that decides to the end of the wait, 5 at most. Where no line decides it runs from the order
+            and may be more; the situation says why.
     """
 
     name: str
@@ -180,7 +181,6 @@ IN_CONTAINER: tuple[Situation, ...] = (
         reasons=("completion_failed",),
         says=("no chat template", "it answers on /v1/completions", "use a model with a chat template"),
         own_words=True,
-        seconds=6,
     ),
     quotes("eng-33a", environment={"STANDIN_FAIL_TEXT": "RuntimeError: NCCL error"}),
     quotes("eng-33b"),
@@ -199,6 +199,7 @@ IN_CONTAINER: tuple[Situation, ...] = (
     # -- what a container says of driver and host
     quotes("host-48", environment={"STANDIN_FAIL_PHASE": "engine", "STANDIN_FAIL_END": "hang"}),
     quotes("host-50a", environment={"STANDIN_FAIL_PHASE": "engine"}),
+    # Another reason than the Fabric Manager, which only error 802 is about.
     quotes("host-50b", environment={"STANDIN_FAIL_PHASE": "engine"}),
     quotes("host-50c"),
     quotes("host-51"),
@@ -218,6 +219,7 @@ IN_CONTAINER: tuple[Situation, ...] = (
     quotes("reg-62b"),
     quotes("reg-63"),
     quotes("reg-64"),
+    quotes("reg-65"),
     quotes("reg-66"),
     quotes("reg-67"),
     quotes("reg-68"),
@@ -250,6 +252,8 @@ IN_CONTAINER: tuple[Situation, ...] = (
         environment={"STANDIN_REQUESTS_FAIL": "1"},
         reasons=("completion_failed",),
         says=("HTTP 500", "EngineCore encountered an issue"),
+        # No line that is known decides. The time runs from the order, and the NIM has to load its model and become ready
+        # (1 s) before anybody can ask it.
         seconds=6,
     ),
 )
@@ -281,7 +285,6 @@ WITH_KEY: tuple[Situation, ...] = (
         environment={"STANDIN_LOAD_SECONDS": "60"},
         # A program that has only just been started hears no signal yet.
         order="until docker logs nim-@NAME 2>&1 | grep -q Initializing; do sleep 0.2; done; docker stop nim-@NAME",
-        seconds=6,
     ),
     quotes("nim-18a", environment={"STANDIN_FAIL_END": "1", "STANDIN_FAIL_TEXT": "Captured NIM_LLM_PID: 0"}),
     quotes(
@@ -294,7 +297,8 @@ WITH_KEY: tuple[Situation, ...] = (
         mend="systemctl stop stranger",
         reasons=("wrong_server",),
         says=("python3",),
-        # Nobody decides by a single answer: the container may be about to publish its port.
+        # No line decides: the stranger says nothing in any log. The time runs from the order, and before its answers count
+        # it has to start (1 s), and must answer in four looks in a row, for the container may be about to publish its port.
         seconds=8,
     ),
 )
@@ -479,9 +483,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("other-machine", "host-58b", SPARK, "architecture", ("arm64",)),
 )
 
-#: Failures of the reference that have no text to recognise: one that only a person may call harmless in one version, and a
-#: status of the registry, which is a reason of its own (REFUSALS).
-WITHOUT_SIGNATURE = {"nim-20", "reg-65"}
+#: Failures of the reference that have no text to recognise: one that only a person may call harmless in one version.
+WITHOUT_SIGNATURE = {"nim-20"}
 
 #: In the order in which they are played.
 SITUATIONS = (*IN_CONTAINER, *WITH_KEY, *(situation for table in ON_HOST.values() for situation in table), *LAST)

@@ -10,12 +10,15 @@ import pathlib
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_causes import SignatureBook
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._failure_signatures import SIGNATURES, Signature
 
+#: The reference quotes one text for both places; in a log it is the container's, with the same cause and remedy.
+SAME_TEXT = {"nim-16b": "nim-16a"}
+
 
 def test_every_signature_matches_its_sample(fixtures: pathlib.Path) -> None:
     samples = json.loads((fixtures / "failure-samples.json").read_text())
     known = {signature.id: signature for signature in SIGNATURES}
-    # No text of NVLS is recorded; the words are a guess.
-    assert set(known) - set(samples) == {"eng-35"}
+    # Recorded is neither a text of NVLS, whose words are a guess, nor one that goes with HTTP 451.
+    assert set(known) - set(samples) == {"eng-35", "reg-65"}
     assert set(samples) <= set(known)
     for name, sample in samples.items():
         found = SignatureBook().find("before\n%s\nafter" % sample)
@@ -23,10 +26,24 @@ def test_every_signature_matches_its_sample(fixtures: pathlib.Path) -> None:
             assert found is None
             continue
         assert found is not None, name
-        assert known[name].cause
-        assert known[name].remedy
-        # Rows of one kind quote each other's texts, so the family must fit, not the letter.
-        assert found.signature.cause == known[name].cause or found.signature.id[:3] == name[:3]
+        assert found.signature.id == SAME_TEXT.get(name, name)
+        assert (found.signature.cause, found.signature.remedy) == (known[name].cause, known[name].remedy)
+
+
+def test_the_banner_alone_names_no_reason() -> None:
+    """NIM's banner stands there for every reason that CUDA has; only error 802 is about the Fabric Manager."""
+    banner = (
+        "ERROR: The NVIDIA Driver is present, but CUDA failed to initialize.  GPU functionality will not be available."
+    )
+    other = SignatureBook().find(banner + "\n   [[ No CUDA-capable device is detected (error 100) ]]")
+    assert other is not None
+    assert other.signature.id == "host-50b"
+    assert "Fabric Manager" not in other.signature.cause + other.signature.remedy
+    assert "[[ ]]" in other.signature.remedy
+    fabric = SignatureBook().find(banner + "\n   [[ System not yet initialized (error 802) ]]")
+    assert fabric is not None
+    assert fabric.signature.id == "host-50a"
+    assert "Fabric Manager" in fabric.signature.cause
 
 
 def test_first_cause_counts_and_umbrellas_only_alone() -> None:

@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import pathlib
+import re
 import typing as t
+import xml.etree.ElementTree as ET
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._disk_space import mount_of, mount_points
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import normalise_bdf, parse_smi
@@ -87,50 +91,103 @@ KERNEL = """\
 MOUNTS = "36 35 98:0 /mnt1 /var/lib/docker rw,noatime master:1 - ext3 /dev/root rw\n29 1 8:1 / /srv\\040x rw - ext4 /dev/sda1 rw\n"
 
 
+#: What nvidia-smi 580 prints of memory: a number and its unit.
+_SIZE = re.compile(r"([0-9]{1,18})\s*([KMGT])i?B")
+_PER_MIB = {"K": 1024, "M": 1}
+_MIB_PER = {"M": 1, "G": 1024, "T": 1024 * 1024}
+
+
+def _told_mib(text: str) -> int | None:
+    """MiB that a text says, by another way than the parser's; None where it says no size."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, unit = int(found.group(1)), found.group(2)
+    return number // _PER_MIB[unit] if unit in _PER_MIB else number * _MIB_PER[unit]
+
+
+def _told_number(text: str) -> int | None:
+    return int(text.strip()) if re.fullmatch(r"\s*[0-9]{1,18}\s*", text) else None
+
+
+def _told_text(text: str) -> str:
+    plain = text.strip()
+    none = plain.lower() in (
+        "n/a",
+        "[n/a]",
+        "unknown error",
+        "[unknown error]",
+        "gpu requires reset",
+        "[gpu requires reset]",
+    )
+    return "" if none or plain.startswith(("Requested functionality", "ERR!", "[Not Supported]")) else plain
+
+
 @given(damaged(SMI, 6))
 def test_nvidia_smi_xml(xml: str) -> None:
-    try:
+    """What is read of a damaged document stands in it; the rest is unknown."""
+    with only_told():
+        try:
+            cuda, driver, gpus = parse_smi(xml)
+        except ValueError:
+            return
+    plain = " ".join(html.unescape(xml).split())
+    sizes = {None, *(_told_mib(found.group()) for found in _SIZE.finditer(plain))}
+    numbers = {None, *map(_told_number, re.findall(r"[0-9]+", plain))}
+    assert len(gpus) <= xml.count("<gpu")
+    for text in (cuda, driver, *(text for gpu in gpus for text in (gpu.uuid, gpu.name, gpu.mig, gpu.compute_mode))):
+        assert " ".join(text.split()) in plain
+    for gpu in gpus:
+        assert {gpu.memory_total_mib, gpu.memory_used_mib, gpu.memory_free_mib} <= sizes
+        assert gpu.minor in numbers
+
+
+#: Path in the XML, field of the GPU, and what a text there must give.
+_FIELDS: dict[str, tuple[str, t.Callable[[str], t.Any]]] = {
+    "uuid": ("uuid", _told_text),
+    "product_name": ("name", _told_text),
+    "mig_mode/current_mig": ("mig", _told_text),
+    "compute_mode": ("compute_mode", _told_text),
+    "minor_number": ("minor", _told_number),
+    "fb_memory_usage/total": ("memory_total_mib", _told_mib),
+    "fb_memory_usage/used": ("memory_used_mib", _told_mib),
+    "fb_memory_usage/free": ("memory_free_mib", _told_mib),
+}
+_sizes = st.builds("{}{}{}".format, st.integers(0, 10**18 - 1), st.sampled_from(("", " ")), st.sampled_from(("KiB", "MiB", "GiB", "TiB", "MB")))  # fmt: skip
+_values = st.one_of(texts, _sizes, _sizes.flatmap(damaged), st.integers(0, 10**18 - 1).map(str), st.uuids().map("GPU-{}".format))  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(sorted(_FIELDS)), _values, max_size=6))
+@example({"minor_number": "1,5"})
+@example({"minor_number": "-1"})
+@example({"fb_memory_usage/total": "143771"})
+@example({"fb_memory_usage/total": "143.771 MiB", "fb_memory_usage/free": "[N/A]"})
+def test_nvidia_smi_values(changes: dict[str, str]) -> None:
+    """A value is exactly what its text says, and None or empty where it says none; nothing else has changed."""
+    changes = {path: _in_xml(value) for path, value in changes.items()}
+    root = ET.fromstring(SMI)  # noqa: S314 - a fixture
+    for path, value in changes.items():
+        changed = root.find("gpu/" + path)
+        assert changed is not None
+        changed.text = value
+    xml = ET.tostring(root, encoding="unicode")
+    before = parse_smi(SMI)
+    with only_told():
         cuda, driver, gpus = parse_smi(xml)
-    except ValueError:
-        return
-    assert isinstance(cuda, str)
-    assert isinstance(driver, str)
-    for gpu in gpus:
-        for field in ("memory_total_mib", "memory_used_mib", "memory_free_mib", "minor"):
-            value = getattr(gpu, field)
-            assert value is None or isinstance(value, int)
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(
-                ("uuid", "fb_memory_usage/total", "fb_memory_usage/used", "minor_number", "product_name", "mig_mode")
-            ),
-            texts,
-        ),
-        max_size=6,
-    )
-)
-def test_nvidia_smi_values(changes: list[tuple[str, str]]) -> None:
-    """XML of the right form, with values that nobody has seen yet: an unknown number is None and never a guess."""
-    xml = SMI
-    for path, value in changes:
-        tag = path.rpartition("/")[2]
-        safe = "".join(char for char in value if char.isprintable() and not 0xD800 <= ord(char) <= 0xDFFF)
-        safe = safe.replace("&", "").replace("<", "").replace(">", "")
-        first, opening, rest = xml.partition("<%s>" % tag)
-        dummy, closing, last = rest.partition("</%s>" % tag)
-        xml = first + opening + safe + closing + last
-    dummy, dummy, gpus = parse_smi(xml)
-    assert len(gpus) == 2
-    for gpu in gpus:
-        assert gpu.memory_total_mib is None or gpu.memory_total_mib >= 0
+    expected = {_FIELDS[path][0]: _FIELDS[path][1](value) for path, value in changes.items()}
+    # A GPU that says so anywhere is lost, and that is told beside its values.
+    first = dataclasses.replace(before[2][0], telemetry=gpus[0].telemetry, **expected)
+    assert (cuda, driver, gpus) == (*before[:2], (first, *before[2][1:]))
     with only_told():
         place([Wish("a", 1), Wish("b", "all")], gpus)
     host = _gpu_host(xml)
     with only_told():
         gpu_health(observe_gpus(host), [KernelLine(0.0, line) for line in KERNEL.splitlines()])
+
+
+def _in_xml(value: str) -> str:
+    """What may stand in XML of a text."""
+    return "".join(char for char in value if char.isprintable() and ord(char) not in (0xFFFE, 0xFFFF))
 
 
 def _gpu_host(xml: str) -> FakeHost:

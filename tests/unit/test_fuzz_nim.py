@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
@@ -31,8 +32,10 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_log import (
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_process_state import read_word, wanted_spec
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_listing import parse_listing
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profile_listing import parse_listing, plain
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import (
+    COMPATIBLE,
+    Profile,
     match_profile,
     parse_manifest,
 )
@@ -95,11 +98,18 @@ def test_log_lines(given_lines: list[str]) -> None:
             phase_of(message)
             percent = percent_of(message)
             assert percent is None or 0 <= percent <= 100
+            named = {int(number) for number in re.findall(r"([0-9]{1,9})\s*%", message)}
+            shares = {(int(a), int(b)) for a, b in re.findall(r"(?=\b([0-9]{1,9}) ?/ ?([0-9]{1,9}))", message)}
+            assert percent in {None, *named, *(100 * done // total for done, total in shares if total)}, message
         text = "\n".join(messages)
         for deciding in (False, True):
             for source in (DOCKER, KERNEL, "container"):
                 found = BOOK.find(text, source=source, deciding=deciding)
-                assert found is None or found.signature.cause
+                if found is not None:
+                    # The text is there, and the line is one of the log.
+                    assert re.search(found.signature.pattern, text)
+                    assert found.line in (line.strip() for line in text.split("\n"))
+                    assert not found.signature.harmless
         watch = Watch.load(HealthTarget("a"), None, 0.0)
         watch.take_lines(given_lines, 1.0, Redactor(["secret-secret"]))
         assert sum(map(len, watch.window)) <= 1_000_000
@@ -174,15 +184,103 @@ def test_answers_of_a_service(status: int, body: t.Any) -> None:
 # -- profiles ---------------------------------------------------------------------------------------------
 
 
+def _is_told(profile: Profile, text: str) -> None:
+    """Everything that is said of a profile stands in the text that it was read from."""
+    lowered = text.lower()
+    assert profile.id in text
+    assert profile.gpus is None or profile.gpus > 0
+    for degree in (profile.tp, profile.pp):
+        assert degree is None or str(degree) in {number.lstrip("0") for number in re.findall(r"[0-9]+", text)}
+    for word in (profile.backend, profile.precision, profile.gpu, profile.gpu_device, profile.description):
+        assert not word or word.lower() in lowered
+    for memory in (profile.memory_gb, profile.reduced_memory_gb):
+        units = {"m": 1e-3, "g": 1.0, "t": 1e3}
+        sizes = re.findall(r"(?=(?<![0-9])([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*([gmt])i?b)", lowered)
+        sizes += [(number, "g") for number in re.findall(r"-([0-9]{1,4}\.[0-9]{1,2})", text)]
+        assert memory in {None, *(float(number) * units[unit] for number, unit in sizes)}
+    length = profile.reduced_model_length
+    assert length is None or ("--max-model-len" in text and str(length) in text)
+    assert not profile.lora or "lora" in lowered
+
+
 @given(damaged(LISTING, 6))
 def test_listings(text: str) -> None:
+    """What a damaged listing is taken to say stands in it; what no longer stands there is unknown."""
     with only_told():
         listing = parse_listing(text)
-        for profile in listing.profiles:
-            assert profile.gpus is None or profile.gpus > 0
-            str(profile)
-        match_profile(A, listing.profiles)
-        match_profile("vllm-bf16-tp2", listing.profiles)
+    for wanted in (A, "vllm-bf16-tp2"):
+        with only_told():
+            match_profile(wanted, listing.profiles)
+    text = plain(text)
+    for profile in listing.profiles:
+        _is_told(profile, text)
+        assert profile.verdict is None or "ompatible" in text or "ompilable" in text
+        assert str(profile)
+    for gpu in listing.gpus:
+        assert gpu.name in text
+        assert gpu.device in text.lower()
+        assert gpu.utilization is None or str(gpu.utilization) in text
+
+
+@given(
+    st.sampled_from(("vllm", "sglang")),
+    st.sampled_from(("bf16", "fp8", "nvfp4")),
+    st.integers(1, 999),
+    st.integers(1, 999),
+    st.booleans(),
+    st.none() | st.integers(1, 9999),
+    texts,
+)
+def test_values_of_a_listing(
+    backend: str, precision: str, tp: int, pp: int, lora: bool, memory: int | None, words: str
+) -> None:
+    """Exactly what stands there; and of a line with other words in the place of the memory, the memory is unknown."""
+    description = "%s-%s-tp%d-pp%d%s" % (backend, precision, tp, pp, "-feat_lora" if lora else "")
+    entry = "MODEL PROFILES\n- Compatible with system and runnable:\n  - %s (%s%s)%s\n"
+    expected = (backend, precision, tp, pp, lora, COMPATIBLE)
+
+    def read(at_end: str, behind: str) -> tuple[t.Any, ...]:
+        [one] = parse_listing(entry % (A, description, at_end, behind)).profiles
+        return (one.backend, one.precision, one.tp, one.pp, one.lora, one.verdict), one.memory_gb
+
+    with only_told():
+        if memory is not None:
+            assert read("", " [requires >=%d GB/gpu]" % memory) == (expected, memory)
+            assert read("-%d.0" % memory, "") == (expected, memory)
+        # In one line and inside its brackets, whatever it is.
+        other = re.sub(r"[^\w .,%-]", "", words)
+        if not re.match(r"\s*[0-9]", other):
+            assert read("", " [requires >=%s GB/gpu]" % other) == (expected, None)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "tp": st.integers(-5, 2000).map(str) | texts,
+            "pp": st.integers(-5, 2000).map(str) | texts,
+            "llm_engine": st.just("vllm") | texts,
+            "precision": st.just("fp8") | texts,
+            "gpu": st.just("H200") | texts,
+            "feat_lora": st.sampled_from(("true", "false")) | texts,
+        },
+    )
+)
+def test_values_of_a_manifest(tags: dict[str, str]) -> None:
+    """A tag is exactly what stands there; a number that is none, or that nothing can have, is unknown."""
+    with only_told():
+        [profile] = parse_manifest(json_text({"schema_version": "2.0.0", "profiles": [{"id": A, "tags": tags}]})) or ()
+    for name in ("tp", "pp"):
+        said = tags.get(name, "").strip()
+        assert getattr(profile, name) == (
+            int(said) if re.fullmatch("0*[1-9][0-9]{0,2}", said) and len(said) < 4 else None
+        )
+    assert profile.gpu == (tags.get("gpu", "").strip() or None)
+    assert profile.backend == (tags.get("llm_engine", "").strip().lower() or None)
+    assert profile.precision == (tags.get("precision", "").strip().lower() or None)
+    if tags.get("feat_lora") in ("true", "false"):
+        assert profile.lora is (tags["feat_lora"] == "true")
+    assert profile.memory_gb is None
 
 
 @given(
@@ -192,8 +290,11 @@ def test_listings(text: str) -> None:
 def test_manifests(text: str) -> None:
     with only_told():
         profiles = parse_manifest(text)
-        for profile in profiles or ():
-            assert profile.gpus is None or profile.gpus > 0
+    with contextlib.suppress(ValueError, RecursionError):
+        text += json.dumps(json.loads(text), ensure_ascii=False)
+    for profile in profiles or ():
+        _is_told(profile, text)
+    with only_told():
         match_profile(A[:60], profiles)
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 import pytest
@@ -67,14 +68,20 @@ def _rows() -> list[tuple[dict[str, t.Any], str]]:
 ROWS = _rows()
 
 
+#: With what a remedy begins.
+VERBS = ("choose", "copy", "correct", "create", "did", "give", "leave", "make", "name")
+VERBS += ("put", "remove", "set", "start", "store", "use", "write")
+
+
 def _check(problem: Problem) -> None:
     assert problem.message.startswith(problem.variable + " = "), problem.message
     shown, colon, rest = problem.message[len(problem.variable) + 3 :].partition(": ")
     assert shown
     # Under a name that tells a secret the mask covers what follows up to the next blank.
     assert colon or shown.startswith(MASK)
-    # What is wrong, and what to do about it.
-    assert ";" in (rest or shown) or "did you mean" in rest, problem.message
+    # What is wrong, and what to do about it: a sentence in the imperative.
+    remedies = [part.split() for part in (rest or shown).split("; ")[1:]]
+    assert [words for words in remedies if words and words[0] in VERBS and len(words) > 1], problem.message
     assert problem.message.endswith(".")
     assert "\n" not in problem.message
     assert "SECRET" not in problem.message
@@ -94,6 +101,20 @@ def test_refused(variables: dict[str, t.Any], variable: str) -> None:
             assert problem.message.endswith("; correct the template or set what it needs.")
         else:
             _check(problem)
+    for name, value in _harmless(variables):
+        [problem] = [problem for problem in problems if problem.variable == name]
+        assert problem.message.startswith("%s = %s: " % (name, value))
+
+
+def _harmless(variables: dict[str, t.Any]) -> t.Iterator[tuple[str, t.Any]]:
+    """Numbers and switches, which are shown as they are, but for those of secrets."""
+    entries = dict(variables)
+    models = entries.get("nim_models")
+    if isinstance(models, list) and models and isinstance(models[0], dict):
+        entries = {"nim_models[0]." + key: value for key, value in models[0].items() if key not in ("name", "image")}
+    for name, value in entries.items():
+        if isinstance(value, (bool, int, float)) and not re.search("key|secret|certificate", name):
+            yield name, value
 
 
 def test_there_are_enough() -> None:

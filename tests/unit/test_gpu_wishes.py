@@ -122,6 +122,20 @@ def test_what_cannot_run_is_refused(machine: Machine, options: dict[str, t.Any],
     assert machine.host.files == before
 
 
+def test_the_memory_that_a_description_names_is_looked_for(machine: Machine) -> None:
+    small = dataclasses.replace(EIGHT[0], memory_total_mib=46068)
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(small, EIGHT[1]))
+    machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0"))
+    assert indices(machine, "nemo") == [1]
+    error = failure(machine, nemo(profile="vllm-bf16-tp2-pp1-63.0"))
+    assert error.reason == "gpus_unavailable"
+    assert "profile vllm-bf16-tp2-pp1-63.0 with 2 GPUs" in error.message
+    assert "name another profile or max_model_length" in error.message
+    # With a shorter context it takes less, and nobody knows how much.
+    machine.converge(nemo(profile="vllm-bf16-tp2-pp1-63.0", max_model_length=4096))
+    assert indices(machine, "nemo") == [0, 1]
+
+
 def test_what_runs_is_left_alone(machine: Machine) -> None:
     machine.converge(llama(profile=TP4))
     machine.host.files[LAYER + "/opt/nim/etc/default/model_manifest.yaml"] = MANIFEST.replace(TP4, "e" * 64).encode()

@@ -573,7 +573,18 @@ def test_profiles_of_an_image_that_is_not_there_yet(serving: Machine, monkeypatc
         wanted = dict(models(model), nim_image={"images": wanted_images([model])})
         return one(judge(serving.host, wanted, serving.api), "profile", NEMO)
 
-    assert profile(profile="%064x" % 7).verdict == OK
+    by_id = profile(profile="%064x" % 7)
+    assert by_id.verdict == OK
+    # A manifest does not say it, and an id neither.
+    assert "The memory that the profile needs is not known." in by_id.message
+    named = profile(profile="vllm-bf16-tp1-pp1-30.0")
+    assert (named.verdict, "not known" in named.message) == (OK, False)
+    large = profile(profile="vllm-bf16-tp1-pp1-300.0")
+    assert large.reason == "profile_unsuitable"
+    assert "It needs 300 GB on each of 1 GPU, and the largest here has 151 GB" in large.message
+    assert "set max_model_length to a shorter context" in large.remedy
+    shorter = profile(profile="vllm-bf16-tp1-pp1-300.0", max_model_length=4096)
+    assert (shorter.verdict, "memory that the profile needs is not known" in shorter.message) == (OK, True)
     assert profile(profile="%064x" % 8).reason == "no_such_profile"
     refused = profile(profile="%064x" % 7, lora_directory="/srv/lora")
     assert refused.reason == "profile_unsuitable" and "LoRA" in refused.message

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import runpy
 import typing as t
 
 import pytest
@@ -254,6 +256,51 @@ def test_dockers_own_error_is_explained(world: World, starting: t.Any) -> None:
     outcome, dummy = starting()
     assert outcome.failures[0][1].signature == "host-45a"
     assert "reload the driver" in outcome.failures[0][1].sentence
+
+
+def _texts_of_docker() -> list[tuple[str, str]]:
+    """Identifier and literal text of all that Docker, the toolkit or the registry say; the sandbox has longer ones."""
+    folder = pathlib.Path(__file__).parent
+    samples = json.loads((folder / "fixtures" / "failure-samples.json").read_text())
+    standin = runpy.run_path(str(folder.parent / "sandbox/world/standin/failures.py"))["FAILURES"]
+    said = {**samples, **{name: text for name, (_phase, _end, text) in standin.items() if text}}
+    # Docker is written in Go, whose errors begin with a small letter; the sample's capital is the container's text too.
+    said["nim-16b"] = "write /var/lib/docker/containers/config.v2.json: no space left on device"
+    # NVML's own words, which the toolkit hands on.
+    elsewhere = ("host-45b",)
+    return [(one.id, said[one.id]) for one in SIGNATURES if one.where in ("docker", "registry") or one.id in elsewhere]
+
+
+@pytest.mark.parametrize("way", ["container", "wrapper"])
+@pytest.mark.parametrize(("identifier", "text"), _texts_of_docker(), ids=lambda value: str(value)[:9])
+def test_every_text_of_docker_and_the_registry_is_known_in_dockers_own_error(
+    world: World, nim: Nim, identifier: str, text: str, way: str
+) -> None:
+    """Where a start fails, Docker's error stands in the container's state, or in what the unit's wrapper was told."""
+    nim.ready = 503
+    world.unit("a")
+    if way == "container":
+        world.box("a", "exited", ExitCode=128, Error=text)
+    else:
+        word(world, "back_off", 1, "docker create: Error response from daemon: %s" % text, age=3)
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    failure = outcome.failures[0][1]
+    [meant] = [one for one in SIGNATURES if one.id == identifier]
+    assert failure.signature == identifier
+    assert failure.match is not None
+    assert failure.match.source == "docker"
+    assert "%s; %s" % (meant.cause, meant.remedy) in failure.sentence
+    # The container itself has said nothing.
+    assert failure.lines == ()
+
+
+def test_the_wrappers_words_are_kept_when_the_journal_is_read_too(world: World, nim: Nim) -> None:
+    nim.ready = 503
+    world.unit("a")
+    word(world, "back_off", 1, "docker create: HTTP 401: Invalid API key.", age=3)
+    world.journal["_SYSTEMD_UNIT=nim-a.service"] = ["starting"]
+    outcome, dummy = check(world, [{"name": "a", "port": nim.port}])
+    assert outcome.failures[0][1].signature == "reg-69"
 
 
 def test_a_taken_port_is_explained_with_its_holder(world: World, nim: Nim) -> None:

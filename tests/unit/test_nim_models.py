@@ -71,7 +71,7 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
 @pytest.mark.parametrize(
     ("options", "path", "words"),
     [
-        ({"prot": 1}, "nim_models[0].prot", "known options are"),
+        ({"prot": 1}, "nim_models[0].prot = 1", "use one of bind_address"),
         ({"name": "a b"}, "nim_models[0].name = 'a b'", "letters, digits"),
         ({"name": "-x"}, "nim_models[0].name", "letter or digit"),
         ({"name": "x" * 61}, "nim_models[0].name", "at most 60"),
@@ -214,7 +214,8 @@ def test_refused(options: dict[str, t.Any], path: str, words: str) -> None:
 def test_not_a_list_and_not_a_dictionary() -> None:
     with pytest.raises(FleetError, match=r"nim_models = \.\.\.: must be a list"):
         parse_models({"name": "a"})
-    assert "nim_models[0] = ...: must be a dictionary" in refuse("llama")
+    assert "nim_models[0] = 'llama': must be a dictionary" in refuse("llama")
+    assert "nim_models[0] = ...: must be a dictionary" in refuse("HF_TOKEN=abc")
 
 
 def test_secrets_are_in_no_representation() -> None:

@@ -252,6 +252,21 @@ def test_module(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 # -- before a pull --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "takes"),
+    [
+        ({}, True),
+        ({"environment": {"NIM_KVCACHE_PERCENT": "0.8"}}, True),
+        ({"max_model_length": 4096}, False),
+        ({"engine_arguments": ["--kv-cache-dtype=fp8"]}, False),
+        ({"environment": {"NIM_RELAX_MEM_CONSTRAINTS": "1"}}, False),
+    ],
+)
+def test_when_a_model_takes_the_memory_that_its_profile_names(options: dict[str, t.Any], takes: bool) -> None:
+    [entry] = wanted_images([{"image": LLAMA, "name": "a", "profile": B, **options}])
+    assert entry["profile_memory"] is takes
+
+
 def test_what_models_want_of_their_images() -> None:
     base = {"image": LLAMA}
     models = [
@@ -289,6 +304,7 @@ def images(host: FakeHost, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         (A, {}, "profile_unsuitable", "It needs 16 GPUs, and there are 8"),
         (C, {}, "profile_unsuitable", "It was built for H100"),
         (B, {"gpus": 0}, "profile_unsuitable", "gpus gives the model 0"),
+        ("vllm-bf16-tp1-pp1-lora-200.0", {}, "profile_unsuitable", "It needs 200 GB on each of 1 GPU"),
         ("f" * 64, {}, "no_such_profile", "Model llama: profile = ffff"),
     ],
 )
@@ -307,6 +323,10 @@ def test_pulled_when_it_can_run_or_nobody_knows(images: ImageWorld, monkeypatch:
 
     entry = {"image": LLAMA, "model": "llama", "profile": B, "lora": True}
     images.run([entry])
+    assert images.jobs.started
+    images.jobs.started.clear()
+    images.docker.images.clear()
+    images.run([dict(entry, profile="vllm-bf16-tp1-pp1-lora-200.0", profile_memory=False)])
     assert images.jobs.started
     images.jobs.started.clear()
     images.docker.images.clear()

@@ -135,6 +135,59 @@ MODEL PROFILES
 """ % (A, B, C, D)
 
 
+@pytest.mark.parametrize(
+    ("description", "memory"),
+    [
+        # With "[requires >=34 GB/gpu]", 12 and 65 behind them in listings of NIM 2.x.
+        ("vllm-fp8-tp1-pp1-34.0", 34),
+        ("vllm-fp8-tp1-pp1-feat_lora-34.0", 34),
+        ("vllm-fp8-tp4-pp1-12.0", 12),
+        ("vllm-fp8-tp2-pp1-65.0", 65),
+        ("sglang-bf16-tp1-pp1-16.5", 16.5),
+        # Without it, of an older form, or with more than anybody has explained.
+        ("vllm-bf16-tp1-pp1", None),
+        ("vllm-bf16-tp1-pp1-lora", None),
+        ("vllm-bf16-tp1-34.0", None),
+        ("tensorrt_llm-h100-fp8-tp1-pp1-34.0", None),
+        ("vllm-bf16-tp1-pp1-34", None),
+        ("vllm-bf16-tp1-pp1-0.0", None),
+        ("vllm-bf16-tp1-pp1-34.0-x", None),
+        ("vllm-bf16-tp1-pp1-latency-34.0", None),
+        ("vllm-bf16-tp1-pp1-b84343a5f020", None),
+        ("vllm-34.0", None),
+    ],
+)
+def test_memory_at_the_end_of_a_description(description: str, memory: float | None) -> None:
+    assert parse_description(description).memory_gb == memory
+    # What the listing says itself counts.
+    text = "MODEL PROFILES\n- Compatible with system and runnable:\n  - %s (%s) [requires >=7 GB/gpu]\n" % (
+        A,
+        description,
+    )
+    assert by_id(text)[A].memory_gb == 7
+
+
+def test_a_manifest_has_the_memory_of_the_description_that_names_its_profile() -> None:
+    text = (
+        "schema_version: 2.0.0\nprofiles:\n- id: %s\n  tags: {llm_engine: vllm, precision: fp8, tp: '1', pp: '1'}\n" % A
+    )
+    profiles = parse_manifest(text)
+    assert profiles is not None
+    named = match_profile("vllm-fp8-tp1-pp1-34.0", profiles)
+    assert named.profile is not None
+    assert (named.profile.id, named.profile.memory_gb) == (A, 34)
+    by_its_id = match_profile(A, profiles)
+    assert by_its_id.profile is not None
+    assert by_its_id.profile.memory_gb is None
+
+
+def test_what_is_no_text_is_no_id_and_no_tag() -> None:
+    entries = [{"id": [A], "tags": {"tp": "1"}}, {"id": 5}, {"id": B, "tags": {"llm_engine": ["vllm"], "tp": 2}}]
+    found = parse_manifest(json.dumps({"schema_version": "2.0.0", "profiles": entries}))
+    assert found is not None
+    assert [(one.id, one.backend, one.tp) for one in found] == [(B, None, 2)]
+
+
 def test_layout_of_2() -> None:
     found = by_id(SECOND)
     assert [found[one].verdict for one in (A, B, C, D)] == [COMPATIBLE, COMPATIBLE, LOW_MEMORY, INCOMPATIBLE]

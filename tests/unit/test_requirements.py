@@ -17,6 +17,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._requirements import
     requirements_of,
     satisfied,
 )
+from fuzzing import only_told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,12 +227,24 @@ def test_more_gpus_never_satisfy_more(condition: str, driver: str, minor: int) -
 @settings(deadline=None)
 @given(st.text(alphabet="cudabrniveh=!<>,. 0189", max_size=60))
 def test_any_text_is_judged_or_refused(expression: str) -> None:
-    try:
-        satisfied(expression, "535.183.01", "12.2", TESLA)
-    except InvalidExpressionError:
+    with only_told():
         verdict = evaluate({"NVIDIA_REQUIRE_CUDA": expression}, "535.183.01", "12.2", TESLA)
-        assert verdict.reason == "invalid_requirement"
-        assert not verdict.ok
+        try:
+            held = satisfied(expression, "535.183.01", "12.2", TESLA)
+        except InvalidExpressionError:
+            assert verdict.reason == "invalid_requirement"
+            assert not verdict.ok
+        else:
+            assert verdict.ok is held
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(("cuda>=12.2", "brand=tesla,driver<471", "=", ",", " ", "1", ".", "!", "x")), st.integers(1, 5000)
+)
+def test_no_text_takes_for_ever(piece: str, times: int) -> None:
+    with only_told():
+        evaluate({"NVIDIA_REQUIRE_CUDA": piece * times}, "535.183.01", "12.2", TESLA)
 
 
 def test_the_message_names_the_smallest_branch() -> None:

@@ -23,8 +23,7 @@ HOST = FLEET.host("gpu01")
 WORD = "Pq7-database/word%9"
 OTHER_LOGIN = "robot:other+registry-password"
 OPTIONS = ["-e", "database_password=" + WORD]
-#: Seconds within which the line that decides ends the wait, and what the end itself takes: the last slice of the module,
-#: Ansible's own work, and a sandbox that runs beside others.
+#: Seconds within which the line that decides ends the wait, as the controller sees it.
 AT_ONCE = 5.0
 QUOTA = "lease refused: quota of team blue is used up"
 
@@ -96,7 +95,7 @@ def test_the_line_that_decides_ends_the_wait(served: None) -> None:
     assert "the team's quota on the model store is used up; ask the storage team" in message
     line = HOST.run("journalctl -q -o json CONTAINER_NAME=nim-second --grep 'quota of team' -n 1")
     said_at = int(json.loads(line)["__REALTIME_TIMESTAMP"]) / 1e6
-    assert 0 < failed_at - said_at < AT_ONCE + 2, "%.1f s after the line" % (failed_at - said_at)
+    assert 0 < failed_at - said_at < AT_ONCE, "%.1f s after the line" % (failed_at - said_at)
     state = HOST.container_state("second")
     assert state is not None
     assert state["Running"]

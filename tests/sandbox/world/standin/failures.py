@@ -194,6 +194,7 @@ FAILURES = {
     "reg-62b": ("download", 1, "failed to fetch anonymous token: unexpected status: 401 Unauthorized"),
     "reg-63": ("download", 1, 'denied: {"errors": [{"code": "DENIED", "message": "Access Denied"}]}'),
     "reg-64": ("download", 1, "unexpected status from HEAD request: 402 Payment Required"),
+    "reg-65": ("download", 1, "unexpected status from HEAD request: 451 Unavailable For Legal Reasons"),
     "reg-66": ("download", 1, "manifest unknown: manifest unknown"),
     "reg-67": (
         "download",
