@@ -398,6 +398,29 @@ def test_expired_key(own_key: str, tmp_path: pathlib.Path) -> None:
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") not in (stored, renewed)
 
 
+def test_expired_key_and_files_still_to_be_fetched(own_key: str, tmp_path: pathlib.Path) -> None:
+    options = ("--limit", ONE.name, "--tags", "ngc,nim")
+    FLEET.nim(host="gpu01")
+    before = ONE.identity()
+    assert FLEET.site(*options, environment={"NGC_API_KEY": own_key}).restarts(ONE.name) == set()
+    World(SANDBOX).set_key(own_key, "expired")
+    # The same image, for which nobody has to ask the registry; but its files for this are not on the host.
+    changed = FLEET.changed("gpu01", "llama", profile="vllm-bf16-tp1-pp1", cache_directory="/srv/models/other-profile")
+    with ONE.client(8000) as client:
+        run = FLEET.site(*options, inventory=changed, environment={"NGC_API_KEY": own_key}, succeeds=False)
+    message = run.failure(ONE.name)
+    assert "key" in message and ("llama" in message or "nvcr.io" in message), message
+    assert own_key not in run.output
+    assert ONE.identity() == before
+    assert client.failures == []
+
+    run = FLEET.site(*options, *in_vault(tmp_path, KEY_VALID), inventory=changed, environment=WITHOUT_KEY)
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    assert ONE.get(8000, "/v1/metadata")[1]["selectedModelProfileId"] == profile_id("vllm-bf16-tp1-pp1")
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+    FLEET.nim(host="gpu01")
+
+
 # -- fine-tuned -----------------------------------------------------------------------------------
 
 
