@@ -122,7 +122,7 @@ molecule: install ## Molecule scenarios; one with S=name
 	@tests/molecule.sh $(S)
 
 .PHONY: test-full
-test-full: install fuzz ## The long tables: drifts, fuzzing, interruptions, every known failure, upgrades under load, a real dnf on RPM look-alikes, slow starts
+test-full: install fuzz ## The long tables: every driver branch, drifts, fuzzing, interruptions, every known failure, upgrades under load, a real dnf on RPM look-alikes, slow starts
 	@tests/tools.sh mmdebstrap=mmdebstrap
 	@$(BIN)/pytest -n 2 tests/sandbox/rpm
 	@TEST_FULL=1 tests/molecule.sh lifecycle multi_model upgrade

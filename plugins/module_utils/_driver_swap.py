@@ -65,11 +65,32 @@ def start_clients(host: Host) -> list[str]:
         FleetError: ``client_not_started`` with the unit's own words.
     """
     units = read_record(host)
-    for unit in [*(unit for unit in idle_daemons(host) if unit not in units), *reversed(units)]:
+    for unit in _stopped(host):
         start_client(host, unit)
     if units:
         host.remove(RECORD)
     return list(units)
+
+
+def start_clients_that_can(host: Host) -> None:
+    """The same where the old module stays loaded until a reboot: what is of the new driver already may refuse it.
+
+    That is no failure of its own, as the reboot starts it; until then the record stays.
+    """
+    refused = False
+    for unit in _stopped(host):
+        try:
+            start_client(host, unit)
+        except FleetError:
+            refused = True
+    if not refused:
+        host.remove(RECORD)
+
+
+def _stopped(host: Host) -> list[str]:
+    """What does not run and should, in the order in which it is started."""
+    units = read_record(host)
+    return [*(unit for unit in idle_daemons(host) if unit not in units), *reversed(units)]
 
 
 def start_client(host: Host, unit: str) -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 import json
 
 from ._driver_clients import UNLOAD_ORDER, foreign_holders, in_use_error
-from ._driver_swap import LOAD_TIMEOUT, load_failure, start_clients, stop_clients, unload_modules
+from ._driver_swap import (
+    LOAD_TIMEOUT,
+    load_failure,
+    start_clients,
+    start_clients_that_can,
+    stop_clients,
+    unload_modules,
+)
 from ._errors import FleetError
 from ._gpu_holders import driver_holders
 from ._gpu_inventory import observe_gpus
@@ -53,7 +60,7 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
                 raise in_use_error(late, "Reloading the driver")
             self.tried = unload_modules(host)
             if self.tried:
-                start_clients(host)
+                start_clients_that_can(host)
                 return
         if state.nouveau_loaded:
             result = host.run(["rmmod", "nouveau"], timeout=LOAD_TIMEOUT)

@@ -208,6 +208,30 @@ def test_a_module_that_stays(world: DriverWorld, module: str, setup: dict[str, b
         assert "modprobe " + earlier.split()[1] in world.ran("^modprobe")
 
 
+def test_a_module_that_stays_while_a_service_is_of_the_new_driver_already(world: DriverWorld) -> None:
+    outdated(world)
+    world.refuses["nvidia"] = "Module nvidia is in use"
+    real = world._systemctl
+
+    def systemctl(host: object, argv: tuple[str, ...], stdin: object, env: object) -> object:
+        if tuple(argv[1:]) == ("start", "nvidia-persistenced.service") and world.refuses:
+            return (1, "", "Job for nvidia-persistenced.service failed.")
+        return real(host, argv, stdin, env)
+
+    world.commands["systemctl *"] = systemctl
+    outcome, resource = run(world)
+    answer = resource.result(outcome.state)
+    # That it does not run with the old module is no news: the reboot starts it.
+    assert answer["reboot_required"] and "cannot be unloaded" in answer["reboot_reason"]
+    states = {unit: state for unit, (state, _enabled) in world.unit_state.items()}
+    assert (states["nvidia-dcgm.service"], states["nvidia-persistenced.service"]) == ("active", "inactive")
+    # Not forgotten either, should the old module go without one.
+    world.refuses = {}
+    assert run(world)[0].state.loaded_version == "580.95.05"
+    assert world.unit_state["nvidia-persistenced.service"][0] == "active"
+    assert RECORD not in world.files
+
+
 def test_nouveau(world: DriverWorld) -> None:
     world.remove("/proc/driver/nvidia")
     world.remove("/sys/module")

@@ -15,6 +15,7 @@ import re
 import time
 
 from control import World
+from fleet_sandbox.common import WORLD_ADDRESS
 from fleet_testing import SANDBOX, Fleet, Host, Json, wait_until
 
 FLEET = Fleet("driver_requirement")
@@ -45,7 +46,7 @@ def loaded(host: Host) -> str:
 def layers(repository: str, tag: str) -> list[str]:
     """Digests of the layers of an image, asked of the registry behind nvcr.io."""
     kinds = ("vnd.oci.image.manifest.v1", "vnd.docker.distribution.manifest.v2")
-    registry = http.client.HTTPConnection("172.30.0.2", 5000, timeout=10)
+    registry = http.client.HTTPConnection(WORLD_ADDRESS, 5000, timeout=10)
     with contextlib.closing(registry):
         accepted = ", ".join("application/%s+json" % kind for kind in kinds)
         registry.request("GET", "/v2/%s/manifests/%s" % (repository, tag), headers={"Accept": accepted})
@@ -207,5 +208,16 @@ def test_secure_boot_is_found_out_before_anything_is_installed() -> None:
     run = FLEET.site("--limit", SECURE.name, inventory=wanted(SECURE), succeeds=False)
     message = run.failure(SECURE.name)
     assert "Secure Boot is on" in message and "nothing was installed" in message and "mokutil --import" in message
+    assert run.changed() == []
+    assert packages(SECURE) == before and "nvidia" not in before
+
+
+def test_a_flavour_that_the_gpu_cannot_take_is_found_out_before_anything_is_installed() -> None:
+    before = packages(SECURE)
+    run = FLEET.site("--limit", SECURE.name, inventory=wanted(SECURE, nvidia_driver_flavour="open"), succeeds=False)
+    message = run.failure(SECURE.name)
+    # The variable, what is wrong with its value, and what would do.
+    assert "nvidia_driver_flavour = 'open': the Pascal GPU" in message, message
+    assert "set nvidia_driver_flavour to auto or proprietary" in message, message
     assert run.changed() == []
     assert packages(SECURE) == before and "nvidia" not in before

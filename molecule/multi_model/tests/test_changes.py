@@ -9,12 +9,14 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 import readme
-from control import KEY_EXPIRED, KEY_VALID, World
+from control import KEY_EXPIRED, KEY_SECOND, KEY_VALID, World
 from fleet_testing import SANDBOX, Fleet, Host, Json, wait_until
 
 FLEET = Fleet("multi_model", readme.inventory_of("multi_model"))
@@ -332,6 +334,8 @@ def test_a_model_leaves_the_list() -> None:
 
 # -- the key --------------------------------------------------------------------------------------
 
+WITHOUT_KEY = {"NGC_API_KEY": ""}
+
 
 @pytest.fixture
 def own_key() -> Iterator[str]:
@@ -342,7 +346,18 @@ def own_key() -> Iterator[str]:
     world.remove_key(key)
 
 
-def test_expired_key(own_key: str) -> None:
+def in_vault(folder: pathlib.Path, key: str) -> tuple[str, ...]:
+    """Options of a run whose key is in an encrypted file of variables."""
+    password, variables = folder / "password", folder / "vault.yml"
+    password.write_text("correct horse battery staple\n")
+    variables.write_text("ngc_api_key: %s\n" % key)
+    vault = pathlib.Path(sys.executable).parent / "ansible-vault"
+    subprocess.run([vault, "encrypt", "--vault-password-file", password, variables], check=True, capture_output=True)
+    assert key not in variables.read_text()
+    return ("-e", "@%s" % variables, "--vault-password-file", str(password))
+
+
+def test_expired_key(own_key: str, tmp_path: pathlib.Path) -> None:
     before = ONE.identity()
     options = ("--limit", ONE.name, "--tags", "ngc,nim")
     # A new key is stored and restarts nothing.
@@ -365,10 +380,45 @@ def test_expired_key(own_key: str) -> None:
     assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") == stored
     assert ONE.identity() == before
 
-    run = FLEET.site(*options, environment={"NGC_API_KEY": KEY_VALID})
-    assert run.restarts(ONE.name) == set()
+    # A new one, in the vault.
+    run = FLEET.site(*options, *in_vault(tmp_path, KEY_SECOND), environment=WITHOUT_KEY)
+    assert run.restarts(ONE.name) == set() and len(run.changed()) > 0
     assert ONE.identity() == before
-    assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") != stored
+    renewed = ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json")
+    assert renewed != stored
+    # The same one, in a file, is nothing new; another one is stored like any.
+    file = tmp_path / "key"
+    in_file = ("-e", "ngc_api_key_file=%s" % file)
+    file.write_text(KEY_SECOND + "\n")
+    assert FLEET.site(*options, *in_file, environment=WITHOUT_KEY).changed() == []
+    file.write_text(KEY_VALID + "\n")
+    run = FLEET.site(*options, *in_file, environment=WITHOUT_KEY)
+    assert run.restarts(ONE.name) == set() and len(run.changed()) > 0
+    assert ONE.identity() == before
+    assert ONE.run("sha256sum /etc/nim/ngc.env /root/.docker/config.json") not in (stored, renewed)
+
+
+def test_expired_key_and_files_still_to_be_fetched(own_key: str, tmp_path: pathlib.Path) -> None:
+    options = ("--limit", ONE.name, "--tags", "ngc,nim")
+    FLEET.nim(host="gpu01")
+    before = ONE.identity()
+    assert FLEET.site(*options, environment={"NGC_API_KEY": own_key}).restarts(ONE.name) == set()
+    World(SANDBOX).set_key(own_key, "expired")
+    # The same image, for which nobody has to ask the registry; but its files for this are not on the host.
+    changed = FLEET.changed("gpu01", "llama", profile="vllm-bf16-tp1-pp1", cache_directory="/srv/models/other-profile")
+    with ONE.client(8000) as client:
+        run = FLEET.site(*options, inventory=changed, environment={"NGC_API_KEY": own_key}, succeeds=False)
+    message = run.failure(ONE.name)
+    assert "key" in message and ("llama" in message or "nvcr.io" in message), message
+    assert own_key not in run.output
+    assert ONE.identity() == before
+    assert client.failures == []
+
+    run = FLEET.site(*options, *in_vault(tmp_path, KEY_VALID), inventory=changed, environment=WITHOUT_KEY)
+    assert run.restarts(ONE.name) == {"nim-llama.service"}
+    assert ONE.get(8000, "/v1/metadata")[1]["selectedModelProfileId"] == profile_id("vllm-bf16-tp1-pp1")
+    assert ONE.identity("mistral")["mistral"] == before["mistral"]
+    FLEET.nim(host="gpu01")
 
 
 # -- fine-tuned -----------------------------------------------------------------------------------
@@ -383,11 +433,13 @@ def test_fine_tuned_weights() -> None:
     TWO.write(weights + "/model.safetensors", "weights")
     tuned = {
         "name": "tuned",
-        "image": "nvcr.io/nim/nvidia/llm-nim:1.12.0",
+        # The base model's: its prebuilt engines, one for this very GPU among them, hold other weights.
+        "image": "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4",
         "gpus": 1,
         "port": 8000,
         "weights_directory": weights,
-        "custom_model_name": "house-style",
+        "served_model_name": "house-style",
+        "custom_model_name": "house-style-engine",
         "environment": {"STANDIN_BUILD_SECONDS": str(BUILD_SECONDS)},
     }
     changed = FLEET.changed("gpu02", "nemotron", state="absent", add=tuned)
@@ -397,15 +449,21 @@ def test_fine_tuned_weights() -> None:
     health = run.of(TWO.name, "Every model answers")[0]["result"]["models"][0]
     assert health["ready"] and health["seconds_to_ready"] >= BUILD_SECONDS
     assert health["completion"]["kind"] == "completion" and "chat template" in health["completion"]["note"]
+    chosen = TWO.get(8000, "/v1/metadata")[1]["selectedModelProfileId"]
+    assert chosen == profile_id("tensorrt_llm-trtllm_buildable-bf16-tp1-pp1")
     assert TWO.model_names(8000) == ["house-style"]
-    assert TWO.complete(8000)[0] == 200
+    assert TWO.complete(8000, "house-style")[0] == 200
     chat = {"model": "house-style", "messages": [{"role": "user", "content": "Hello"}]}
     assert TWO.get(8000, "/v1/chat/completions", chat)[0] == 400
     assert ONE.identity() == before
+    assert FLEET.site(inventory=changed).changed() == []
 
-    # The engine is kept.
+    # The engine is kept, under the name that it was given.
+    engine = "/var/lib/nim/cache/tuned/local_cache/house-style-engine/rank0.engine"
+    built = TWO.run("stat --format '%i %Y' " + engine)
     TWO.run("systemctl restart nim-tuned")
     TWO.wait_ready(8000, seconds=max(9, BUILD_SECONDS - 20))
+    assert TWO.run("stat --format '%i %Y' " + engine) == built
     FLEET.nim(FLEET.changed("gpu02", add={"name": "tuned", "image": tuned["image"], "port": 8009, "state": "absent"}))
     assert TWO.model_names(8000) != ["house-style"]
 

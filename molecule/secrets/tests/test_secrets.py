@@ -19,7 +19,7 @@ import re
 import secrets
 import threading
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import pytest
 from control import World
@@ -27,6 +27,8 @@ from fleet_testing import CHECKOUT, SANDBOX, Fleet, Run
 
 FLEET = Fleet("secrets")
 HOST = FLEET.host("gpu01")
+#: Where Ansible and the tests keep files from run to run.
+KEPT = (CHECKOUT / ".build/ansible", SANDBOX / "ansible", SANDBOX / "run")
 ALLOWED = {"key /root/.docker/config.json": "600", "key /etc/nim/ngc.env": "600", "token /etc/nim/llama.env": "600"}
 #: What Docker and containerd write down about containers: their variables are in there, the key is not.
 CONTAINERD = "/var/lib/containerd"
@@ -78,6 +80,7 @@ class Evidence:
     watched: dict[str, Any] = dataclasses.field(default_factory=dict)
     searched: dict[str, Any] = dataclasses.field(default_factory=dict)
     controller: set[str] = dataclasses.field(default_factory=set)
+    kept: set[str] = dataclasses.field(default_factory=set)
     controller_rounds: int = 0
 
     def ids(self, container: str) -> list[str]:
@@ -90,19 +93,31 @@ class Evidence:
         return {"key": needles(self.key), "token": needles(self.token)}
 
 
+def _files(*directories: Path) -> Iterator[Path]:
+    """Everything below, but no sockets and pipes: nobody may write to those."""
+    for directory in directories:
+        for top, dummy, names in os.walk(directory):
+            yield from (Path(top) / name for name in names if (Path(top) / name).is_file())
+
+
+def _with_secrets(evidence: Evidence, paths: Iterable[Path]) -> set[str]:
+    wanted = [needle.encode() for texts in evidence.needles.values() for needle in texts]
+    found = set()
+    for path in paths:
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        if any(needle in data for needle in wanted):
+            found.add(str(path))
+    return found
+
+
 def _watch_controller(evidence: Evidence, directory: Path, stop: threading.Event) -> None:
     """Argument lists on this machine, and Ansible's temporary files."""
-    wanted = [needle.encode() for texts in evidence.needles.values() for needle in texts]
     while not stop.wait(0.05):
         evidence.controller_rounds += 1
-        temporary = (Path(top) / name for top, dummy, names in os.walk(directory) for name in names)
-        for path in [*Path("/proc").glob("[0-9]*/cmdline"), *temporary]:
-            try:
-                data = path.read_bytes()
-            except OSError:
-                continue
-            if any(needle in data for needle in wanted):
-                evidence.controller.add(str(path))
+        evidence.controller |= _with_secrets(evidence, [*Path("/proc").glob("[0-9]*/cmdline"), *_files(directory)])
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +128,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
     variables = tmp_path_factory.mktemp("vault") / "key.json"
     variables.touch(mode=0o600)
     variables.write_text(json.dumps({"ngc_api_key": found.key, "hf_token": found.token}), encoding="utf-8")
-    environment = {"ANSIBLE_LOCAL_TEMP": str(temporary), "NGC_API_KEY": ""}
+    environment = {"ANSIBLE_HOME": str(KEPT[0]), "ANSIBLE_LOCAL_TEMP": str(temporary), "NGC_API_KEY": ""}
     loud = ["-vvvv", "--diff", "-e", "@%s" % variables]
     world.set_key(found.key)
     stop = threading.Event()
@@ -123,11 +138,16 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
         with HOST.start_program("watch_host.py", request) as watcher:
             on_controller.start()
 
+            def done(name: str, run: Run) -> None:
+                found.runs[name] = run
+                # The next run writes over some of it.
+                found.kept |= _with_secrets(found, _files(*KEPT))
+
             def run(name: str, *options: str, succeeds: bool = True) -> None:
-                found.runs[name] = FLEET.site(*loud, *options, succeeds=succeeds, environment=environment)
+                done(name, FLEET.site(*loud, *options, succeeds=succeeds, environment=environment))
 
             def interrupted(name: str, moment: str, after: float) -> None:
-                found.runs[name] = FLEET.play_until(moment, "site", *loud, after=after, environment=environment)
+                done(name, FLEET.play_until(moment, "site", *loud, after=after, environment=environment))
 
             run("check mode", "--check")
             interrupted("killed while packages are installed", r"TASK \[.*Install the NVIDIA driver", 5)
@@ -135,10 +155,10 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
             run("finished")
             run("again")
             for playbook, options in OTHERS.items():
-                found.runs[playbook] = FLEET.play(playbook, *loud, *options, environment=environment)
+                done(playbook, FLEET.play(playbook, *loud, *options, environment=environment))
             asked = tmp_path_factory.mktemp("play") / "ask.yml"
             asked.write_text(json.dumps(ASK), encoding="utf-8")
-            found.runs["modules that ask"] = FLEET.play(asked, *loud, environment=environment)
+            done("modules that ask", FLEET.play(asked, *loud, environment=environment))
             world.set_key(found.key, "expired")
             run("expired", "-e", "ngc_validate=always", succeeds=False)
             found.watched = json.loads(watcher.communicate()[0])
@@ -181,6 +201,12 @@ def test_ansible_prints_no_key(evidence: Evidence) -> None:
 def test_no_key_on_the_controller(evidence: Evidence) -> None:
     assert evidence.controller_rounds > 50
     assert evidence.controller == set()
+    # What is kept was found, and read: the packages of modules, and what the last run said.
+    names = {path.name for path in _files(*KEPT)}
+    assert {"output", "results.jsonl"} < names and any(
+        name.startswith("ansible_collections.gpu_fleet") for name in names
+    )
+    assert evidence.kept == set()
 
 
 def without_containers(files: dict[str, str]) -> dict[str, str]:
