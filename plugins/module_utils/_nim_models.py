@@ -469,7 +469,8 @@ class _Entry:
         found = {}
         for key, value, path in self._entries("environment", "write NAME: value pairs"):
             if not isinstance(key, str) or not _ENVIRONMENT_NAME.match(key):
-                shown = value if is_plain(value) and not _telling(key) else "..."
+                # A text may be a secret under a name that is written wrong.
+                shown = "..." if isinstance(value, str) or _telling(key) or not is_plain(value) else value
                 raise _refuse(path, shown, "is no name of a variable", "use letters, digits and underscores")
             if key in OWNED_ENVIRONMENT:
                 shown = value if is_plain(value) and not _telling(key) else "..."

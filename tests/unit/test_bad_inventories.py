@@ -316,7 +316,7 @@ TABLE: list[tuple[dict[str, t.Any], str, str, str]] = [
         "remove it",
     ),
     (model(environment={"A": True}), M + ".environment.A", "True", "put it in quotes"),
-    (model(environment={"A-B": "x"}), M + ".environment.A-B", "'x'", "letters, digits and underscores"),
+    (model(environment={"A-B": "x"}), M + ".environment.A-B", "...", "letters, digits and underscores"),
     (model(environment={"A": "x\ny"}), M + ".environment.A", "'x\\ny'", "remove it"),
     (model(profile="fast"), M + ".profile", "'fast'", "list-model-profiles"),
     (model(profile=PROFILE[:-1]), M + ".profile", PROFILE[:20], "copy all 64"),
