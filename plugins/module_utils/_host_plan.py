@@ -307,8 +307,9 @@ class _Walk:
         pending = next((change for change in changes if change.action in ("packages", "build")), None)
         if pending is not None:
             self.driver_keeps_module = driver.keeps_module(state)
-            # Packages that are put back leave the module alone.
-            self.driver_packages = None if pending.data.get("adds") else pending
+            # Packages that are put back leave the module alone, and so does a build of the one in memory.
+            leaves = pending.data.get("adds") or (pending.action == "build" and self.driver_keeps_module)
+            self.driver_packages = None if leaves else pending
         if "nvidia_driver_reload" not in self.wanted and driver.kernel_module:
             self._without_reload(driver, state)
 
@@ -357,7 +358,7 @@ class _Walk:
         except FleetError as error:
             if error.reason not in ("no_kernel_module", "driver_mismatch") or not self._unsettled("nvidia_driver"):
                 raise
-            changes, waits = [], True
+            changes, waits = [], waits or not self.driver_keeps_module
         stuck = reload.stuck(state)
         if stuck and self.driver_keeps_module:
             # Nothing is unloaded for the packages, and nothing differs after them.
