@@ -227,6 +227,8 @@ class _Walk:
         self.driver_packages: Change | None = None
         #: Whether these packages bring the module that is loaded already.
         self.driver_keeps_module = False
+        #: Version of the module that is to be loaded in the place of another one; empty when none is, or not known.
+        self.driver_next = ""
 
     def run(self) -> HostPlan:
         if not observe_gpus(self.host, with_smi=False).pci:
@@ -364,6 +366,8 @@ class _Walk:
             # Nothing is unloaded for the packages, and nothing differs after them.
             changes, waits = [change for change in changes if change.action != "reload"], False
         self._add(changes)
+        if any(change.action == "reload" and not change.blocked for change in changes):
+            self.driver_next = state.on_disk
         # Also where the version stays: the module is unloaded before packages change.
         if not changes and waits:
             blocked = "a reboot is needed: %s" % stuck if stuck else None
@@ -404,6 +408,9 @@ class _Walk:
         if self.daemon_file is not None and self.daemon_file[0] == state.daemon.path:
             # Whether Docker may be restarted hangs on live-restore, which docker_daemon switches on before.
             state = dataclasses.replace(state, daemon=dataclasses.replace(state.daemon, text=self.daemon_file[1]))
+        if self.driver_next and state.driver_version:
+            # What is made for the driver that goes is not made anew for it.
+            state = dataclasses.replace(state, driver_version=self.driver_next)
         self._add(toolkit.plan(state))
 
     def _login(self, options: Options) -> None:

@@ -358,6 +358,17 @@ def test_a_kernel_without_module_unloading_reboots_for_what_is_installed(bare: D
     assert "built without module unloading" in answer["changes"][0]["blocked"]
 
 
+def test_a_cdi_specification_for_the_driver_that_comes_stays(bare: DriverWorld) -> None:
+    bare.install_driver("580.95.05", loaded=False)
+    bare.load("580.65.06")
+    bare.packages["nvidia-container-toolkit"] = ["1.19.1-1", "hi"]
+    for version, made in (("580.95.05", []), ("580.65.06", [("/var/run/cdi/nvidia.yaml", None)])):
+        bare.files["/var/run/cdi/nvidia.yaml"] = b"hostPath: /usr/lib/libcuda.so.%s\n" % version.encode()
+        answer = plan(bare, **driver_only("580", reload=True), nvidia_container_toolkit={"cdi": True})
+        assert of_the_module(answer)[0][:4] == ("nvidia_driver_reload", "unload_driver", "580.65.06", "580.95.05")
+        assert [one for one in found(answer, "nvidia_container_toolkit") if "cdi" in one[0]] == made
+
+
 def test_converged_services_have_an_empty_plan(serving: Machine) -> None:
     wanted = services(llama(), nemo(), ngc_api_key=KEY)
     answer = plan(serving.host, serving.api, **wanted)
