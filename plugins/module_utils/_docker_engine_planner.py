@@ -33,6 +33,7 @@ from ._systemd import unit_properties
 from ._untrusted import json_object
 
 SERVICE = "docker.service"
+SOCKET = "docker.socket"
 CONTAINERD = "containerd.service"
 
 _CE_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io")
@@ -43,6 +44,17 @@ _RPM_DISTRIBUTION = {"fedora": "moby-engine", "amzn": "docker"}
 #: Engine 29.5.x answers "error from registry: Incorrect Repository Format" to every pull from nvcr.io as long as it keeps
 #: images in containerd's store (NVIDIA/dcgm-exporter#659).
 _REFUSED = re.compile(r"29\.5(\.|\Z)")
+
+
+def containerd_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str]) -> t.Mapping[str, str]:
+    """Properties of containerd.service where dockerd is told to use it; without the flag it may keep one of its own.
+
+    Args:
+        service: ExecStart of docker.service.
+        argv: Command line of the running dockerd; empty where none runs.
+    """
+    told = flag_values(argv).get("containerd") if argv else "--containerd" in service.get("ExecStart", "")
+    return unit_properties(host, CONTAINERD, "LoadState", "UnitFileState", "ActiveState") if told else {}
 
 
 def cannot_pull(version: str) -> bool:
@@ -58,8 +70,9 @@ class EngineState:
         packages: Installed engine packages of either source, the SDK, and podman's imitation.
         offers: Versions on offer, as far as package lists are on the host.
         service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState.
-        socket_masked: Whether docker.socket, which the service needs, is masked.
-        containerd: LoadState and ActiveState of the containerd.service that dockerd was told to use; empty when it was not.
+        socket: LoadState and UnitFileState of docker.socket, which the service needs.
+        containerd: LoadState, UnitFileState and ActiveState of the containerd.service that dockerd is told to use; empty when
+            it is not.
         client: Path of the ``docker`` program.
         daemon: The running daemon.
         containerd_store_off: Whether daemon.json turns containerd's image store off.
@@ -70,7 +83,7 @@ class EngineState:
     offers: t.Mapping[str, t.Sequence[Available]] = field(default_factory=dict)
     repository: RepositoryState = field(default_factory=RepositoryState)
     service: t.Mapping[str, str] = field(default_factory=dict)
-    socket_masked: bool = False
+    socket: t.Mapping[str, str] = field(default_factory=dict)
     containerd: t.Mapping[str, str] = field(default_factory=dict)
     client: t.Optional[str] = None
     daemon: DaemonState = field(default_factory=DaemonState)
@@ -198,9 +211,7 @@ class EnginePlanner(Planner[EngineState]):
         manager = package_manager(host, release)
         names = [*_CE_PACKAGES, "docker.io", "docker-cli", "containerd", "podman-docker", SDK]
         names += list(_RPM_DISTRIBUTION.values())
-        service = unit_properties(host, SERVICE, "LoadState", "UnitFileState", "ActiveState")
-        socket = unit_properties(host, "docker.socket", "LoadState")
-        containerd = unit_properties(host, CONTAINERD, "LoadState", "ActiveState")
+        service = unit_properties(host, SERVICE, "LoadState", "UnitFileState", "ActiveState", "ExecStart")
         daemon = self.daemon.observe(host)
         packages = manager.installed(*names)
         state = EngineState(
@@ -212,9 +223,8 @@ class EnginePlanner(Planner[EngineState]):
                 else RepositoryState()
             ),
             service=service,
-            socket_masked=socket.get("LoadState") == "masked",
-            # Without the flag, dockerd may keep a containerd of its own.
-            containerd=containerd if flag_values(daemon.argv).get("containerd") else {},
+            socket=unit_properties(host, SOCKET, "LoadState", "UnitFileState"),
+            containerd=containerd_of(host, service, daemon.argv),
             client=host.which("docker"),
             daemon=daemon,
             containerd_store_off=_containerd_store_off(daemon),
@@ -273,7 +283,7 @@ class EnginePlanner(Planner[EngineState]):
             )
         for unit, masked in (
             (SERVICE, state.service.get("LoadState") == "masked"),
-            ("docker.socket", state.socket_masked),
+            (SOCKET, state.socket.get("LoadState") == "masked"),
             (CONTAINERD, state.containerd.get("LoadState") == "masked"),
         ):
             if masked:
@@ -412,6 +422,19 @@ class EnginePlanner(Planner[EngineState]):
                     action="enable",
                 )
             )
+        for unit, shown in ((SOCKET, state.socket), (CONTAINERD, state.containerd)):
+            if shown.get("UnitFileState") == "disabled":
+                changes.append(
+                    Change(
+                        self.name,
+                        "%s at boot" % unit,
+                        "disabled",
+                        "enabled",
+                        "%s needs it after a reboot" % SERVICE,
+                        action="enable_also",
+                        data={"unit": unit},
+                    )
+                )
         runs = state.service.get("ActiveState") in ("active", "reloading")
         # Docker brings it along where it has to be started itself.
         if runs and state.containerd and state.containerd.get("ActiveState") not in ("active", "reloading"):

@@ -227,6 +227,8 @@ class _Walk:
         self.driver_packages: Change | None = None
         #: Whether these packages bring the module that is loaded already.
         self.driver_keeps_module = False
+        #: Version of the module that is to be loaded in the place of another one; empty when none is, or not known.
+        self.driver_next = ""
 
     def run(self) -> HostPlan:
         if not observe_gpus(self.host, with_smi=False).pci:
@@ -307,8 +309,9 @@ class _Walk:
         pending = next((change for change in changes if change.action in ("packages", "build")), None)
         if pending is not None:
             self.driver_keeps_module = driver.keeps_module(state)
-            # Packages that are put back leave the module alone.
-            self.driver_packages = None if pending.data.get("adds") else pending
+            # Packages that are put back leave the module alone, and so does a build of the one in memory.
+            leaves = pending.data.get("adds") or (pending.action == "build" and self.driver_keeps_module)
+            self.driver_packages = None if leaves else pending
         if "nvidia_driver_reload" not in self.wanted and driver.kernel_module:
             self._without_reload(driver, state)
 
@@ -357,12 +360,14 @@ class _Walk:
         except FleetError as error:
             if error.reason not in ("no_kernel_module", "driver_mismatch") or not self._unsettled("nvidia_driver"):
                 raise
-            changes, waits = [], True
+            changes, waits = [], waits or not self.driver_keeps_module
         stuck = reload.stuck(state)
         if stuck and self.driver_keeps_module:
             # Nothing is unloaded for the packages, and nothing differs after them.
             changes, waits = [change for change in changes if change.action != "reload"], False
         self._add(changes)
+        if any(change.action == "reload" and not change.blocked for change in changes):
+            self.driver_next = state.on_disk
         # Also where the version stays: the module is unloaded before packages change.
         if not changes and waits:
             blocked = "a reboot is needed: %s" % stuck if stuck else None
@@ -403,6 +408,9 @@ class _Walk:
         if self.daemon_file is not None and self.daemon_file[0] == state.daemon.path:
             # Whether Docker may be restarted hangs on live-restore, which docker_daemon switches on before.
             state = dataclasses.replace(state, daemon=dataclasses.replace(state.daemon, text=self.daemon_file[1]))
+        if self.driver_next and state.driver_version:
+            # What is made for the driver that goes is not made anew for it.
+            state = dataclasses.replace(state, driver_version=self.driver_next)
         self._add(toolkit.plan(state))
 
     def _login(self, options: Options) -> None:

@@ -148,8 +148,12 @@ def due_starts(
             found.append(Start(model.name, "start", why))
         elif service.paused:
             continue
-        elif service.phase == "ready" and not service.container:
-            found.append(Start(model.name, "restart", "its container is gone"))
+        elif service.phase == "ready":
+            # The unit's main process would have said another phase within moments.
+            why = (
+                "its container has ended, which its unit has not seen" if service.container else "its container is gone"
+            )
+            found.append(Start(model.name, "restart", why))
         elif service.started_spec != spec:
             found.append(Start(model.name, "restart", "the unit is starting something else"))
         elif new_key and service.failures:

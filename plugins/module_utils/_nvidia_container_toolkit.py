@@ -68,6 +68,12 @@ class NvidiaContainerToolkit(ToolkitPlanner, Resource[ToolkitState]):
                 reason="cdi_refresh_failed",
                 doing="Enabling %s.path" % REFRESH,
             )
+        elif change.action == "refresh_service":
+            host.check(
+                ["systemctl", "enable", "%s.service" % REFRESH],
+                reason="cdi_refresh_failed",
+                doing="Enabling %s.service" % REFRESH,
+            )
         elif change.action == "refresh":
             refresh_spec(host)
         else:

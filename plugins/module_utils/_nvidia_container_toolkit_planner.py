@@ -54,6 +54,7 @@ class RefreshUnits:
     present: bool = False
     path_enabled: bool = False
     path_active: bool = False
+    service_enabled: bool = True
     failed: bool = False
     masked: str = ""
 
@@ -386,6 +387,17 @@ class ToolkitPlanner(Planner[ToolkitState]):
                     action="refresh_path",
                 )
             )
+        if self.cdi and state.refresh.present and not state.refresh.service_enabled:
+            changes.append(
+                Change(
+                    self.name,
+                    "%s.service" % REFRESH,
+                    "disabled",
+                    "enabled",
+                    "a boot begins without a CDI specification",
+                    action="refresh_service",
+                )
+            )
         outdated = state.cdi_spec is None or not spec_is_for(state.cdi_spec, state.driver_version)
         wanted = self.cdi or (state.refresh.present and state.refresh.path_active)
         if state.refresh.failed or (wanted and outdated and (self.cdi or state.cdi_spec is not None)):
@@ -480,11 +492,12 @@ def outdates_proof(change: Change) -> bool:
 
 def observe_refresh(host: Host) -> RefreshUnits:
     path = unit_properties(host, "%s.path" % REFRESH, "LoadState", "UnitFileState", "ActiveState")
-    service = unit_properties(host, "%s.service" % REFRESH, "LoadState", "ActiveState")
+    service = unit_properties(host, "%s.service" % REFRESH, "LoadState", "UnitFileState", "ActiveState")
     return RefreshUnits(
         present=service.get("LoadState") == "loaded",
         path_enabled=path.get("UnitFileState") == "enabled",
         path_active=path.get("ActiveState") == "active",
+        service_enabled=service.get("UnitFileState") != "disabled",
         failed=service.get("ActiveState") == "failed",
         masked=" ".join(
             "%s.%s" % (REFRESH, kind)

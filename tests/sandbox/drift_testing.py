@@ -10,11 +10,51 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drifts import DAEMON_JSON, DRIFTS, Drift
-from fleet_testing import Fleet, Host, Json, Run, wait_until
+from drifts import DAEMON_JSON, DRIFTS, FABRIC, Drift
+from fleet_testing import Fleet, Host, Json, Run, difference, wait_until
 
 #: The order of disruptions, least first.
 DISRUPTIONS = ("none", "reload", "restart_docker", "restart_nim", "unload_driver", "reboot")
+
+#: Not compared before and after, wherever they come from: notes of the system and of programs to themselves.
+VOLATILE = (
+    # What was there before the last change of the tables of users, of packages' states, of certificates.
+    "/etc/group-",
+    "/etc/gshadow-",
+    "/etc/passwd-",
+    "/etc/shadow-",
+    "/etc/ld.so.cache",
+    "/var/backups",
+    # Packages, their versions, states and holds are asked of dpkg.
+    "/var/lib/dpkg",
+    "/var/lib/apt",
+    "/var/cache",
+    # Images and containers are asked of Docker.
+    "/var/lib/docker",
+    "/var/lib/containerd",
+    "/var/lib/systemd",
+    "/root/.cache",
+    # The test's own.
+    "/var/lib/gpu_fleet/daemon.json.good",
+)
+#: Large, and nobody's repair may write there but a package's.
+BY_SIZE = ("/usr", "/boot", "/opt", "/var/lib/nim/cache", "/var/lib/dkms")
+#: Beginnings of units that come and go by themselves.
+RESTLESS = (
+    "apt-",
+    "dpkg-db-backup",
+    "e2scrub",
+    "fstrim",
+    "logrotate",
+    "man-db",
+    "session-",
+    "systemd-",
+    "user@",
+    "user-",
+    "run-",
+    "var-lib-docker",
+    "ssh",
+)
 
 _IDENTITY = r"""
 import json, os, subprocess
@@ -50,7 +90,7 @@ class Plan:
         changes = [entry for entry in self.changes if entry["what"] != "GPU container"]
         return (
             [(entry["resource"], entry["what"], entry["disruption"]) for entry in changes]
-            + [(entry["resource"], entry["what"], "later") for entry in self.later]
+            + [(entry["resource"], entry["what"], "later " + entry["disruption"]) for entry in self.later]
             + [(entry["resource"], entry["reason"], "error") for entry in self.errors]
         )
 
@@ -83,6 +123,8 @@ class Patient:
         self.host = host
         self.models = models
         self.healthy = False
+        #: The host as it was when the last line was over.
+        self.known: dict[str, str] = {}
 
     def converge(self) -> None:
         """As wanted, everything serving; the state from which every line begins."""
@@ -93,6 +135,7 @@ class Patient:
             assert self.plan().lines() == [], "not as wanted to begin with"
         self.serves()
         self.host.run("cp -p %s /var/lib/gpu_fleet/daemon.json.good" % DAEMON_JSON)
+        self.known = self.snapshot()
         self.healthy = True
 
     def serves(self) -> None:
@@ -120,8 +163,17 @@ class Patient:
         found: dict[str, str] = json.loads(self.host.run("python3 -", stdin=program))
         return found
 
+    def snapshot(self) -> dict[str, str]:
+        """Everything that a repair could have changed beside what it was for."""
+        found = self.host.snapshot(VOLATILE, by_size=BY_SIZE, live=True)
+        return {
+            what: state
+            for what, state in found.items()
+            if not what.startswith(tuple("running " + name for name in RESTLESS)) and "/__pycache__" not in what
+        }
+
     def suffer(self, drift: Drift) -> dict[str, float]:
-        """Break, plan, repair, plan.
+        """Break, plan, repair, plan, repair.
 
         Returns:
             Seconds of each part.
@@ -140,6 +192,13 @@ class Patient:
         allowed = {*drift.restarts, *("%s.unit" % name for name in drift.restarts)}
         assert changed <= allowed, "other processes than before: %s" % sorted(changed - allowed)
         assert drift.restarts <= {*changed}, "not restarted: %s" % sorted(drift.restarts - changed)
+        began = time.monotonic()
+        known, self.known = self.known, self.snapshot()
+        other = {what: how for what, how in difference(known, self.known).items() if not what.startswith(drift.leaves)}
+        assert other == {}, "other than before: %s" % json.dumps(
+            {what: (how, known.get(what), self.known.get(what)) for what, how in other.items()}, indent=1
+        )
+        times["snapshot"] = time.monotonic() - began
         self.healthy = True
         return times
 
@@ -168,6 +227,8 @@ class Patient:
             self.fleet.site()
         left = self.plan()
         assert left.lines() == [], "a second look: %s" % left
+        again = self.fleet.site()
+        assert again.changed() == [], "a second run: %s" % again.changed()
         self.serves()
         lap("look again")
         return times
@@ -210,7 +271,7 @@ class Patient:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of what was tried, wherever lines of it were."""
-    known = {drift.name: drift for drift in DRIFTS}
+    known = {drift.name: drift for drift in (*DRIFTS, *FABRIC)}
     rows = []
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, ()):
@@ -218,7 +279,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if report.when == "call" and said.get("drift") in known:
                 rows.append((known[said["drift"]], report.passed, report.duration))
     if rows:
-        rows.sort(key=lambda row: DRIFTS.index(row[0]))
+        rows.sort(key=lambda row: list(known).index(row[0].name))
         terminalreporter.section("drifts")
         terminalreporter.write_line(render(rows))
 

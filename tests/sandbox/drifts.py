@@ -53,12 +53,15 @@ class Drift:
     Attributes:
         name: What has happened to the host, in a few words.
         breaks: Shell commands that do it.
-        plan: All changes that the plan must show, each as "resource, part of what, disruption"; ``later`` in the place of
-            the disruption where it must say that it waits for another resource, ``error`` where it must give the reason.
+        plan: All changes that the plan must show, each as "resource, part of what, disruption"; ``later`` before the
+            disruption, the worst that it may come to, where it must say that it waits for another resource, and ``error``
+            in the place of it where it must give the reason.
         restarts: Who may be another process when all is over: ``docker``, ``persistenced``, ``driver`` (loaded anew),
             names of models. Everybody else must be the same as before.
         refused: The run must refuse to repair it, with the plan's own words, and change nothing; ``undo`` ends it then.
         undo: Shell commands.
+        leaves: What is other on the host than before when all is over, as beginnings of what ``Host.snapshot`` names; with
+            the reason beside it in the table.
         notes: What the plan must say besides.
         first: Belongs to the few that are tried with every change of the collection.
     """
@@ -69,6 +72,7 @@ class Drift:
     restarts: frozenset[str] = frozenset()
     refused: bool = False
     undo: str = ""
+    leaves: tuple[str, ...] = ()
     notes: str = ""
     first: bool = False
 
@@ -93,10 +97,11 @@ def _drift(
     restarts: str = "",
     refused: bool = False,
     undo: str = "",
+    leaves: str = "",
     notes: str = "",
     first: bool = False,
 ) -> Drift:
-    return Drift(name, breaks, plan, frozenset(restarts.split()), refused, undo, notes, first)
+    return Drift(name, breaks, plan, frozenset(restarts.split()), refused, undo, tuple(leaves.split()), notes, first)
 
 
 #: What heals by itself has done so when the command ends; an end soon after another one is forgotten, too.
@@ -199,7 +204,6 @@ _DRIVER = (
         "module of the running kernel gone",
         "dkms remove nvidia/580.95.05 -k $(uname -r) || dkms uninstall nvidia/580.95.05 -k $(uname -r)",
         "nvidia_driver, kernel module nvidia, none",
-        "nvidia_driver_reload, kernel module nvidia, later",
     ),
     _drift(
         "nvidia-persistenced stopped",
@@ -232,8 +236,23 @@ _DRIVER = (
         "for each in nvidia_uvm nvidia_drm nvidia_modeset nvidia; do rmmod $each 2>/dev/null || true; done\n"
         "test ! -e /sys/module/nvidia",
         "nvidia_driver_reload, kernel module nvidia, none",
-        "nim_service, nim-llama.service, later",
-        "nim_service, nim-mistral.service, later",
+        "nim_service, nim-llama.service, later none",
+        "nim_service, nim-mistral.service, later none",
+        restarts="driver persistenced llama mistral",
+    ),
+    _drift(
+        "another version of the module loaded than the packages have",
+        "systemctl stop nim.target nvidia-persistenced\n"
+        "for each in nvidia_uvm nvidia_drm nvidia_modeset nvidia; do rmmod $each 2>/dev/null || true; done\n"
+        "cp -a /lib/modules/$(uname -r)/updates/dkms /tmp/modules\n"
+        "sed -i s/580[.]95[.]05/580.65.06/ /lib/modules/$(uname -r)/updates/dkms/nvidia*.ko\n"
+        "modprobe nvidia; modprobe nvidia-uvm\n"
+        "cp -a /tmp/modules/. /lib/modules/$(uname -r)/updates/dkms; rm -r /tmp/modules\n"
+        "grep -q 580.65.06 /proc/driver/nvidia/version",
+        "nvidia_driver_reload, kernel module nvidia, unload_driver",
+        "nim_service, nim-llama.service, none",
+        "nim_service, nim-mistral.service, none",
+        "nim_service, nim.target, none",
         restarts="driver persistenced llama mistral",
     ),
     _drift(
@@ -245,7 +264,7 @@ _DRIVER = (
         "systemctl start nvidia-cdi-refresh.path",
         "nvidia_driver, driver packages, unload_driver",
         "nvidia_driver, package holds, none",
-        "nvidia_driver_reload, kernel module nvidia, later",
+        "nvidia_driver_reload, kernel module nvidia, later unload_driver",
         refused=True,
         undo="systemctl stop nim.target",
         restarts="driver persistenced llama mistral",
@@ -257,10 +276,10 @@ _DOCKER = (
         "docker.service stopped",
         "systemctl stop docker.service docker.socket",
         "docker_engine, docker.service, none",
-        "nim_image, image %s, later" % LLAMA,
-        "nim_image, image %s, later" % MISTRAL,
-        "nim_service, nim-llama.service, later",
-        "nim_service, nim-mistral.service, later",
+        "nim_image, image %s, later none" % LLAMA,
+        "nim_image, image %s, later none" % MISTRAL,
+        "nim_service, nim-llama.service, later restart_nim",
+        "nim_service, nim-mistral.service, later restart_nim",
         restarts="docker",
     ),
     _drift(
@@ -283,7 +302,24 @@ _DOCKER = (
         refused=True,
         undo="systemctl unmask docker.socket",
     ),
+    _drift(
+        "docker.socket not started at boot",
+        "systemctl disable docker.socket",
+        "docker_engine, docker.socket at boot, none",
+    ),
     _drift("containerd stopped", "systemctl stop containerd", "docker_engine, containerd.service, none"),
+    _drift(
+        "containerd not started at boot",
+        "systemctl disable containerd",
+        "docker_engine, containerd.service at boot, none",
+    ),
+    _drift(
+        "containerd masked",
+        "systemctl mask containerd",
+        "docker_engine, unit_masked, error",
+        refused=True,
+        undo="systemctl unmask containerd",
+    ),
     _drift(
         "Docker's socket open to everybody",
         "chmod 0666 /run/docker.sock",
@@ -294,6 +330,11 @@ _DOCKER = (
     _drift(
         "Docker's repository gone",
         "rm /etc/apt/sources.list.d/docker.sources",
+        "docker_engine, repository docker, none",
+    ),
+    _drift(
+        "Docker's repository at another address",
+        "sed -i 's|^URIs: .*|URIs: https://mirror.example/docker|' /etc/apt/sources.list.d/docker.sources",
         "docker_engine, repository docker, none",
     ),
     _drift("Docker's keyring broken", "echo > /etc/apt/keyrings/docker.gpg", "docker_engine, repository docker, none"),
@@ -394,8 +435,8 @@ _TOOLKIT = (
         "daemon.json: runtime nvidia gone, in the file and live",
         _json(DAEMON_JSON, "d['runtimes'] = {}; d['default-runtime'] = 'runc'") + _RELOAD,
         "nvidia_container_toolkit, %s, reload" % DAEMON_JSON,
-        "nim_service, nim-llama.service, later",
-        "nim_service, nim-mistral.service, later",
+        "nim_service, nim-llama.service, later restart_nim",
+        "nim_service, nim-mistral.service, later restart_nim",
     ),
     _drift(
         "daemon.json: runtime nvidia is another program",
@@ -420,8 +461,8 @@ _TOOLKIT = (
             DAEMON_JSON, _json(DAEMON_JSON, "d['runtimes'] = {}; d['default-runtime'] = 'runc'"), _RELOAD
         ),
         "nvidia_container_toolkit, running daemon, reload",
-        "nim_service, nim-llama.service, later",
-        "nim_service, nim-mistral.service, later",
+        "nim_service, nim-llama.service, later restart_nim",
+        "nim_service, nim-mistral.service, later restart_nim",
     ),
     _drift(
         "daemon.json: CDI off, daemon not told",
@@ -431,6 +472,16 @@ _TOOLKIT = (
     _drift(
         "toolkit's repository gone",
         "rm /etc/apt/sources.list.d/nvidia-container-toolkit.sources",
+        "nvidia_container_toolkit, repository nvidia-container-toolkit, none",
+    ),
+    _drift(
+        "toolkit's repository switched off",
+        "sed -i '1i Enabled: no' /etc/apt/sources.list.d/nvidia-container-toolkit.sources",
+        "nvidia_container_toolkit, repository nvidia-container-toolkit, none",
+    ),
+    _drift(
+        "toolkit's keyring holds another key",
+        "cp /usr/share/keyrings/debian-archive-keyring.gpg /etc/apt/keyrings/nvidia-container-toolkit.gpg",
         "nvidia_container_toolkit, repository nvidia-container-toolkit, none",
     ),
     _drift(
@@ -517,6 +568,20 @@ _TOOLKIT = (
         undo="systemctl unmask nvidia-cdi-refresh.path; mv /tmp/nvidia-cdi-refresh.path /etc/systemd/system\n"
         "systemctl daemon-reload; systemctl enable --now nvidia-cdi-refresh.path",
     ),
+    _drift(
+        "nvidia-cdi-refresh.service not started at boot",
+        "systemctl disable nvidia-cdi-refresh.service",
+        "nvidia_container_toolkit, nvidia-cdi-refresh.service, none",
+    ),
+    _drift(
+        "nvidia-cdi-refresh.service masked",
+        "mv /etc/systemd/system/nvidia-cdi-refresh.service /tmp; systemctl mask nvidia-cdi-refresh.service",
+        "nvidia_container_toolkit, unit_masked, error",
+        refused=True,
+        undo="systemctl unmask nvidia-cdi-refresh.service\n"
+        "mv /tmp/nvidia-cdi-refresh.service /etc/systemd/system\n"
+        "systemctl daemon-reload; systemctl enable nvidia-cdi-refresh.service",
+    ),
     _drift("record of the last proof gone", "rm -r /run/gpu_fleet/validations"),
 )
 
@@ -537,6 +602,12 @@ _LOGIN = (
         "ngc_login, credential_helper, error",
         refused=True,
         undo="cat /tmp/c > %s; rm /tmp/c" % _CONFIG_JSON,
+    ),
+    _drift(
+        # A memory and no wish: what is not known to be stored by the collection is taken for somebody else's.
+        "record of our logins edited",
+        "cp -p /var/lib/gpu_fleet/logins /tmp/logins; sed -i 's/root nvcr.io/nobody nvcr.io/' /var/lib/gpu_fleet/logins",
+        undo="mv /tmp/logins /var/lib/gpu_fleet/logins",
     ),
     _drift(
         "somebody's login elsewhere",
@@ -610,6 +681,12 @@ _MODELS = (
         "nim_service, systemd, reload",
     ),
     _drift(
+        "nim.slice edited",
+        "echo MemoryMax=1G >> /etc/systemd/system/nim.slice",
+        "nim_service, /etc/systemd/system/nim.slice, none",
+        "nim_service, systemd, reload",
+    ),
+    _drift(
         "nim.slice gone",
         "rm /etc/systemd/system/nim.slice",
         "nim_service, /etc/systemd/system/nim.slice, none",
@@ -674,6 +751,18 @@ _MODELS = (
     _drift("a wrapper killed", "systemctl kill -s KILL --kill-whom=main nim-llama" + _READY, restarts="llama.unit"),
     _drift("a container killed", "docker kill nim-llama" + _READY, restarts="llama"),
     _drift("a container removed", "docker rm -f nim-llama" + _READY, restarts="llama"),
+    _drift(
+        "a container killed, its wrapper hangs",
+        "systemctl kill -s STOP --kill-whom=main nim-llama; docker kill nim-llama",
+        "nim_service, nim-llama.service, none",
+        restarts="llama",
+    ),
+    _drift(
+        "a container removed, its wrapper hangs",
+        "systemctl kill -s STOP --kill-whom=main nim-llama; docker rm -f nim-llama",
+        "nim_service, nim-llama.service, none",
+        restarts="llama",
+    ),
     _drift("a container paused", "docker pause nim-llama", "nim_service, nim-llama.service, none"),
     _drift(
         "a container made by hand, without label",
@@ -745,7 +834,7 @@ _MODELS = (
         "systemctl stop nim-llama; docker rm nim-llama\n"
         "docker rmi --force $(docker image inspect --format '{{.Id}}' %s)" % LLAMA,
         "nim_image, image %s, none" % LLAMA,
-        "nim_service, nim-llama.service, later",
+        "nim_service, nim-llama.service, later none",
         restarts="llama",
     ),
     _drift(
@@ -828,6 +917,27 @@ _MODELS = (
         "nim_service, nim-llama.service, none",
         undo="rm /var/lib/nim/maintenance; systemctl start nim-llama" + _READY,
         restarts="llama",
+    ),
+)
+
+#: On a host with NVSwitches, where the driver brings the Fabric Manager along.
+FABRIC: tuple[Drift, ...] = (
+    _drift(
+        "nvidia-fabricmanager stopped",
+        "systemctl stop nvidia-fabricmanager",
+        "nvidia_driver_reload, services of the driver, none",
+    ),
+    _drift(
+        "nvidia-fabricmanager not started at boot",
+        "systemctl disable nvidia-fabricmanager",
+        "nvidia_driver, services of the driver, none",
+    ),
+    _drift(
+        "nvidia-fabricmanager masked",
+        "systemctl mask nvidia-fabricmanager",
+        "nvidia_driver, unit_masked, error",
+        refused=True,
+        undo="systemctl unmask nvidia-fabricmanager; systemctl enable nvidia-fabricmanager",
     ),
 )
 

@@ -189,9 +189,16 @@ class Host:
         assert process.returncode == 0, "%s: %s: %d" % (self.name, name, process.returncode)
         return json.loads(answer)
 
-    def snapshot(self, skip: Sequence[str] = ()) -> dict[str, str]:
-        """Every file (mode, owner, content), package, unit file and kernel module, for ``difference``."""
-        found: dict[str, str] = self.run_program("snapshot_host.py", {"skip": list(skip)})
+    def snapshot(self, skip: Sequence[str] = (), *, by_size: Sequence[str] = (), live: bool = False) -> dict[str, str]:
+        """Every file (mode, owner, content), package, unit file and kernel module, for ``difference``.
+
+        Args:
+            skip: Paths that are left out with all that is below them.
+            by_size: Folders whose files are told by their size, which is much faster.
+            live: Whether to add units' states, Docker's settings, images and containers.
+        """
+        request: Json = {"skip": list(skip), "by_size": list(by_size), "live": live}
+        found: dict[str, str] = self.run_program("snapshot_host.py", request)
         return found
 
     def write(self, path: str, text: str, mode: str = "0644") -> None:

@@ -254,3 +254,69 @@ def test_containerd_stopped_under_a_docker_that_runs(machine: Machine) -> None:
     machine.host.commands["systemctl show *containerd.service"] = "LoadState=masked\nActiveState=inactive\n"
     with pytest.raises(FleetError, match=r"containerd\.service is masked"):
         machine.run()
+
+
+def test_what_docker_needs_is_started_at_boot_too(machine: Machine) -> None:
+    installed(machine)
+    machine.host.files["/proc/%d/cmdline" % PID] = b"/usr/bin/dockerd\0--containerd=/run/containerd/containerd.sock\0"
+    enabled = {"docker.socket": "enabled", "containerd.service": "enabled"}
+
+    def show(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
+        return "LoadState=loaded\nActiveState=active\nUnitFileState=%s\n" % enabled[argv[-1]]
+
+    def enable(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
+        enabled[argv[-1]] = "enabled"
+        return ""
+
+    machine.host.commands = {
+        "systemctl show *docker.socket": show,
+        "systemctl show *containerd.service": show,
+        "systemctl enable docker.socket": enable,
+        "systemctl enable containerd.service": enable,
+        **{pattern: answer for pattern, answer in machine.host.commands.items() if "docker.socket" not in pattern},
+    }
+    for unit in enabled:
+        enabled[unit] = "disabled"
+        (change,) = machine.run().changes
+        assert (change.what, change.before, change.after) == (unit + " at boot", "disabled", "enabled")
+        assert change.disruption is Disruption.NONE
+        assert not machine.run().changed
+    # Units that are not for boot, or that a distribution starts in another way, stay as they are.
+    for state in ("static", "generated", "enabled-runtime", ""):
+        enabled.update(dict.fromkeys(enabled, state))
+        assert not machine.run().changed
+
+
+def test_packages_that_enable_nothing(machine: Machine) -> None:
+    """As those of Red Hat's family: all of it is done with the first run, and not a part with the next one."""
+    installed(machine)
+    machine.dockerd.active = machine.dockerd.enabled = False
+    show = machine.host.commands["systemctl show *docker.service"]
+    assert callable(show)
+    # Nothing is there yet when the first run looks.
+    enabled = {"docker.socket": "", "containerd.service": ""}
+
+    def enable(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
+        if argv[-1] == "docker.service":
+            machine.dockerd.enabled = True
+            enabled.update(dict.fromkeys(enabled, "disabled"))
+            return ""
+        enabled[argv[-1]] = "enabled"
+        return ""
+
+    def of_docker(*arguments: t.Any) -> str:
+        path = "{ path=/usr/bin/dockerd ; argv[]=/usr/bin/dockerd --containerd=/run/containerd/containerd.sock ; }"
+        return "%sExecStart=%s\n" % (show(*arguments), path)
+
+    def of_others(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
+        return "LoadState=loaded\nUnitFileState=%s\n" % enabled[argv[-1]]
+
+    machine.host.commands = {
+        "systemctl show *docker.service": of_docker,
+        "systemctl show *docker.socket": of_others,
+        "systemctl show *containerd.service": of_others,
+        "systemctl enable *": enable,
+        **{pattern: answer for pattern, answer in machine.host.commands.items() if "systemctl show" not in pattern},
+    }
+    machine.run()
+    assert set(enabled.values()) == {"enabled"}

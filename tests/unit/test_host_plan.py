@@ -268,8 +268,7 @@ def test_a_module_that_is_as_wanted_needs_no_reboot_for_packages_beside_it(
     del bare.packages["libnvidia-gl-570"]
     bare.module = ""
     found = of_the_module(plan(bare, **driver_only("580", reload=reload)))
-    assert found[0][:2] == ("nvidia_driver", "none")
-    assert [one[:2] for one in found[1:]] == ([("nvidia_driver_reload", gone)] if reload and can_unload else [])
+    assert [one[:2] for one in found] == [("nvidia_driver", "none")]
 
 
 def reboots(world: DriverWorld, wanted: dict[str, t.Any]) -> bool:
@@ -357,6 +356,17 @@ def test_a_kernel_without_module_unloading_reboots_for_what_is_installed(bare: D
     answer = plan(bare, **driver_only("580", reload=True))
     assert of_the_module(answer) == [("nvidia_driver_reload", "reboot", "580.65.06", "580.95.05", None)]
     assert "built without module unloading" in answer["changes"][0]["blocked"]
+
+
+def test_a_cdi_specification_for_the_driver_that_comes_stays(bare: DriverWorld) -> None:
+    bare.install_driver("580.95.05", loaded=False)
+    bare.load("580.65.06")
+    bare.packages["nvidia-container-toolkit"] = ["1.19.1-1", "hi"]
+    for version, made in (("580.95.05", []), ("580.65.06", [("/var/run/cdi/nvidia.yaml", None)])):
+        bare.files["/var/run/cdi/nvidia.yaml"] = b"hostPath: /usr/lib/libcuda.so.%s\n" % version.encode()
+        answer = plan(bare, **driver_only("580", reload=True), nvidia_container_toolkit={"cdi": True})
+        assert of_the_module(answer)[0][:4] == ("nvidia_driver_reload", "unload_driver", "580.65.06", "580.95.05")
+        assert [one for one in found(answer, "nvidia_container_toolkit") if "cdi" in one[0]] == made
 
 
 def test_converged_services_have_an_empty_plan(serving: Machine) -> None:

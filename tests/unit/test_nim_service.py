@@ -617,6 +617,19 @@ def test_a_container_that_is_gone_while_its_unit_believes_in_it(machine: Machine
     assert (change.what, change.why) == ("nim-llama.service", "its container is gone")
 
 
+def test_a_container_that_has_ended_while_its_unit_hangs(machine: Machine) -> None:
+    machine.converge(llama())
+    spec = json.loads(machine.host.files["/run/nim/llama.json"])["spec"]
+    machine.host.files["/run/nim/llama.json"] = json.dumps({"spec": spec, "phase": "ready"}).encode()
+    machine.api.list["nim-llama"]["State"] = "exited"
+    (change,) = machine.plan(llama())
+    assert (change.what, change.why) == ("nim-llama.service", "its container has ended, which its unit has not seen")
+    assert change.disruption is Disruption.NONE
+    # Whoever has seen it is about to start another one.
+    machine.host.files["/run/nim/llama.json"] = json.dumps({"spec": spec, "phase": "ended"}).encode()
+    assert machine.plan(llama()) == []
+
+
 def test_files_of_others_in_the_cache(machine: Machine) -> None:
     machine.converge(llama())
     machine.foreign.add("/var/lib/nim/cache/llama")

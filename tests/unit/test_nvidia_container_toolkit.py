@@ -9,6 +9,7 @@ import io
 import json
 import pathlib
 import tarfile
+import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils import _nvidia_container_toolkit as tk
@@ -322,6 +323,29 @@ def test_masked_refresh_units_count_only_where_they_are_needed(machine: Machine)
         machine.run(cdi=True)
     assert caught.value.reason == "unit_masked"
     assert "systemctl unmask nvidia-cdi-refresh.path" in caught.value.message
+
+
+def test_refresh_service_that_is_not_started_at_boot(machine: Machine) -> None:
+    machine.ready()
+    machine.run(cdi=True)
+    state = {"UnitFileState": "disabled"}
+
+    def enable(*_: t.Any) -> str:
+        state["UnitFileState"] = "enabled"
+        return ""
+
+    machine.host.commands = {
+        "systemctl show *nvidia-cdi-refresh.service": lambda *_: (
+            "LoadState=loaded\nActiveState=inactive\nUnitFileState=%s\n" % state["UnitFileState"]
+        ),
+        "systemctl enable nvidia-cdi-refresh.service": enable,
+        **machine.host.commands,
+    }
+    # Where nobody wants a specification, whoever disabled it knows why.
+    assert not machine.run().changed
+    (change,) = machine.run(cdi=True).changes
+    assert (change.what, change.before, change.after) == ("nvidia-cdi-refresh.service", "disabled", "enabled")
+    assert not machine.run(cdi=True).changed
 
 
 def test_specification_of_an_older_driver(machine: Machine) -> None:
