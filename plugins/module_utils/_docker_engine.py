@@ -9,7 +9,16 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
-from ._docker_engine_planner import CONTAINERD, SDK, SERVICE, SOCKET, EnginePlanner, EngineState, containerd_of
+from ._docker_engine_planner import (
+    CONTAINERD,
+    SDK,
+    SERVICE,
+    SOCKET,
+    EnginePlanner,
+    EngineState,
+    containerd_of,
+    socket_of,
+)
 from ._docker_restart import start_docker
 from ._errors import FleetError
 from ._host import Host
@@ -65,9 +74,8 @@ class DockerEngine(EnginePlanner, Resource[EngineState]):
     @staticmethod
     def _disabled_beside(host: Host) -> t.List[str]:
         """Units that docker.service needs and that are not started at boot."""
-        socket = unit_properties(host, SOCKET, "UnitFileState")
-        containerd = containerd_of(host, unit_properties(host, SERVICE, "ExecStart"), ())
-        found = ((SOCKET, socket), (CONTAINERD, containerd))
+        service = unit_properties(host, SERVICE, "ExecStart")
+        found = ((SOCKET, socket_of(host, service, ())), (CONTAINERD, containerd_of(host, service, ())))
         return [unit for unit, shown in found if shown.get("UnitFileState") == "disabled"]
 
     def _install(self, host: Host, manager: PackageManager, release: OsRelease) -> None:

@@ -57,6 +57,17 @@ def containerd_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str
     return unit_properties(host, CONTAINERD, "LoadState", "UnitFileState", "ActiveState") if told else {}
 
 
+def socket_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str]) -> t.Mapping[str, str]:
+    """Properties of docker.socket; whether it is started at boot matters only to a dockerd that gets its socket from systemd.
+
+    Args:
+        service, argv: As for :func:`containerd_of`.
+    """
+    shown = unit_properties(host, SOCKET, "LoadState", "UnitFileState")
+    handed = "fd://" in " ".join(argv or [service.get("ExecStart", "")])
+    return shown if handed else {"LoadState": shown.get("LoadState", "")}
+
+
 def cannot_pull(version: str) -> bool:
     """Whether an engine version cannot pull from nvcr.io."""
     return _REFUSED.match(version) is not None
@@ -70,7 +81,7 @@ class EngineState:
         packages: Installed engine packages of either source, the SDK, and podman's imitation.
         offers: Versions on offer, as far as package lists are on the host.
         service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState.
-        socket: LoadState and UnitFileState of docker.socket, which the service needs.
+        socket: LoadState of docker.socket, which the service needs, and UnitFileState, where dockerd gets its socket from it.
         containerd: LoadState, UnitFileState and ActiveState of the containerd.service that dockerd is told to use; empty when
             it is not.
         client: Path of the ``docker`` program.
@@ -223,7 +234,7 @@ class EnginePlanner(Planner[EngineState]):
                 else RepositoryState()
             ),
             service=service,
-            socket=unit_properties(host, SOCKET, "LoadState", "UnitFileState"),
+            socket=socket_of(host, service, daemon.argv),
             containerd=containerd_of(host, service, daemon.argv),
             client=host.which("docker"),
             daemon=daemon,

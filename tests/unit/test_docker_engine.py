@@ -258,7 +258,9 @@ def test_containerd_stopped_under_a_docker_that_runs(machine: Machine) -> None:
 
 def test_what_docker_needs_is_started_at_boot_too(machine: Machine) -> None:
     installed(machine)
-    machine.host.files["/proc/%d/cmdline" % PID] = b"/usr/bin/dockerd\0--containerd=/run/containerd/containerd.sock\0"
+    machine.host.files["/proc/%d/cmdline" % PID] = (
+        b"/usr/bin/dockerd\0-H\0fd://\0--containerd=/run/containerd/containerd.sock\0"
+    )
     enabled = {"docker.socket": "enabled", "containerd.service": "enabled"}
 
     def show(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
@@ -281,6 +283,10 @@ def test_what_docker_needs_is_started_at_boot_too(machine: Machine) -> None:
         assert (change.what, change.before, change.after) == (unit + " at boot", "disabled", "enabled")
         assert change.disruption is Disruption.NONE
         assert not machine.run().changed
+    # A dockerd that opens its sockets itself has no use for that one.
+    machine.host.files["/proc/%d/cmdline" % PID] = b"/usr/bin/dockerd\0-H\0unix:///run/docker.sock\0"
+    enabled.update(dict.fromkeys(enabled, "disabled"))
+    assert not machine.run().changed
     # Units that are not for boot, or that a distribution starts in another way, stay as they are.
     for state in ("static", "generated", "enabled-runtime", ""):
         enabled.update(dict.fromkeys(enabled, state))
@@ -305,7 +311,7 @@ def test_packages_that_enable_nothing(machine: Machine) -> None:
         return ""
 
     def of_docker(*arguments: t.Any) -> str:
-        path = "{ path=/usr/bin/dockerd ; argv[]=/usr/bin/dockerd --containerd=/run/containerd/containerd.sock ; }"
+        path = "{ path=/usr/bin/dockerd ; argv[]=/usr/bin/dockerd -H fd:// --containerd=/run/containerd/containerd.sock ; }"
         return "%sExecStart=%s\n" % (show(*arguments), path)
 
     def of_others(_host: t.Any, argv: tuple[str, ...], *_: t.Any) -> str:
