@@ -34,6 +34,8 @@ VOLATILE = (
     "/var/lib/containerd",
     "/var/lib/systemd",
     "/root/.cache",
+    # What daemon.json was before it was last changed, for an operator to look at.
+    "/var/lib/gpu_fleet/daemon.json.before",
     # The test's own.
     "/var/lib/gpu_fleet/daemon.json.good",
 )

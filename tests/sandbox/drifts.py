@@ -534,6 +534,8 @@ _TOOLKIT = (
         "mode of the runtime taken out",
         "sed -i '/^ *mode *=/d' " + CONFIG_TOML,
         "nvidia_container_toolkit, config.toml: mode, none",
+        # nvidia-ctk puts a key that is missing at another place of its section.
+        leaves=CONFIG_TOML,
     ),
     _drift(
         "CDI specification gone",
@@ -549,6 +551,8 @@ _TOOLKIT = (
         "CDI specification made by hand",
         "mkdir -p /etc/cdi; cp /var/run/cdi/nvidia.yaml /etc/cdi/nvidia.yaml",
         "nvidia_container_toolkit, /etc/cdi/nvidia.yaml, none",
+        # The directory that the drift has made; and nothing that somebody wrote is lost.
+        leaves="/etc/cdi /var/lib/gpu_fleet/cdi-nvidia.yaml.before",
     ),
     _drift(
         "nvidia-cdi-refresh.path stopped",
