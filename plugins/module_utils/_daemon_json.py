@@ -270,7 +270,7 @@ def taken_out(text: str, own: t.Mapping[str, t.Any], path: str = DEFAULT_CONFIG)
     if default == "nvidia" or (default == "runc" and own.get("default-runtime") == "nvidia"):
         changes = [edit for edit in changes if edit[0] != ("default-runtime",)] + [(("default-runtime",), ABSENT)]
     # Objects in which nothing is left; removing the runtime leaves an empty one.
-    for found in [found for found, dummy in changes] + [runtime]:
+    for found in [found for found, dummy in changes] + ([runtime] if changes else []):
         for length in range(len(found) - 1, 0, -1):
             if get_value(parse(merge(text, changes), path), found[:length]) == {}:
                 changes.append((found[:length], ABSENT))

@@ -9,16 +9,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
-from ._docker_engine_planner import (
-    CONTAINERD,
-    SDK,
-    SERVICE,
-    SOCKET,
-    EnginePlanner,
-    EngineState,
-    containerd_of,
-    socket_of,
-)
+from ._docker_engine_planner import CONTAINERD, SDK, SERVICE, EnginePlanner, EngineState
 from ._docker_restart import start_docker
 from ._errors import FleetError
 from ._host import Host
@@ -50,11 +41,11 @@ class DockerEngine(EnginePlanner, Resource[EngineState]):
             else:
                 manager.unhold(*(name for name, package in present.items() if package.held))
         elif change.action == "enable":
-            # Where the packages leave it to the operator, they leave all of these to him.
-            self._enable(host, SERVICE)
-            self._enable(host, *self._disabled_beside(host))
-        elif change.action == "enable_also":
-            self._enable(host, str(change.data["unit"]))
+            host.check(
+                ["systemctl", "enable", SERVICE],
+                reason="docker_start_failed",
+                doing="Enabling %s" % SERVICE,
+            )
         elif change.action == "start":
             self._start(host)
         elif change.action == "containerd":
@@ -65,18 +56,6 @@ class DockerEngine(EnginePlanner, Resource[EngineState]):
                 remedy="See 'journalctl -u containerd'.",
                 timeout=120,
             )
-
-    @staticmethod
-    def _enable(host: Host, *units: str) -> None:
-        for unit in units:
-            host.check(["systemctl", "enable", unit], reason="docker_start_failed", doing="Enabling %s" % unit)
-
-    @staticmethod
-    def _disabled_beside(host: Host) -> t.List[str]:
-        """Units that docker.service needs and that are not started at boot."""
-        service = unit_properties(host, SERVICE, "ExecStart")
-        found = ((SOCKET, socket_of(host, service, ())), (CONTAINERD, containerd_of(host, service, ())))
-        return [unit for unit, shown in found if shown.get("UnitFileState") == "disabled"]
 
     def _install(self, host: Host, manager: PackageManager, release: OsRelease) -> None:
         manager.repair()

@@ -54,18 +54,7 @@ def containerd_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str
         argv: Command line of the running dockerd; empty where none runs.
     """
     told = flag_values(argv).get("containerd") if argv else "--containerd" in service.get("ExecStart", "")
-    return unit_properties(host, CONTAINERD, "LoadState", "UnitFileState", "ActiveState") if told else {}
-
-
-def socket_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str]) -> t.Mapping[str, str]:
-    """Properties of docker.socket; whether it is started at boot matters only to a dockerd that gets its socket from systemd.
-
-    Args:
-        service, argv: As for :func:`containerd_of`.
-    """
-    shown = unit_properties(host, SOCKET, "LoadState", "UnitFileState")
-    handed = "fd://" in " ".join(argv or [service.get("ExecStart", "")])
-    return shown if handed else {"LoadState": shown.get("LoadState", "")}
+    return unit_properties(host, CONTAINERD, "LoadState", "ActiveState") if told else {}
 
 
 def cannot_pull(version: str) -> bool:
@@ -81,9 +70,8 @@ class EngineState:
         packages: Installed engine packages of either source, the SDK, and podman's imitation.
         offers: Versions on offer, as far as package lists are on the host.
         service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState.
-        socket: LoadState of docker.socket, which the service needs, and UnitFileState, where dockerd gets its socket from it.
-        containerd: LoadState, UnitFileState and ActiveState of the containerd.service that dockerd is told to use; empty when
-            it is not.
+        socket_masked: Whether docker.socket, which the service needs, is masked.
+        containerd: LoadState and ActiveState of the containerd.service that dockerd is told to use; empty when it is not.
         client: Path of the ``docker`` program.
         daemon: The running daemon.
         containerd_store_off: Whether daemon.json turns containerd's image store off.
@@ -94,7 +82,7 @@ class EngineState:
     offers: t.Mapping[str, t.Sequence[Available]] = field(default_factory=dict)
     repository: RepositoryState = field(default_factory=RepositoryState)
     service: t.Mapping[str, str] = field(default_factory=dict)
-    socket: t.Mapping[str, str] = field(default_factory=dict)
+    socket_masked: bool = False
     containerd: t.Mapping[str, str] = field(default_factory=dict)
     client: t.Optional[str] = None
     daemon: DaemonState = field(default_factory=DaemonState)
@@ -234,7 +222,8 @@ class EnginePlanner(Planner[EngineState]):
                 else RepositoryState()
             ),
             service=service,
-            socket=socket_of(host, service, daemon.argv),
+            # Whether it and containerd are started at boot does not matter: docker.service requires the one and wants the other.
+            socket_masked=unit_properties(host, SOCKET, "LoadState").get("LoadState") == "masked",
             containerd=containerd_of(host, service, daemon.argv),
             client=host.which("docker"),
             daemon=daemon,
@@ -294,7 +283,7 @@ class EnginePlanner(Planner[EngineState]):
             )
         for unit, masked in (
             (SERVICE, state.service.get("LoadState") == "masked"),
-            (SOCKET, state.socket.get("LoadState") == "masked"),
+            (SOCKET, state.socket_masked),
             (CONTAINERD, state.containerd.get("LoadState") == "masked"),
         ):
             if masked:
@@ -433,19 +422,6 @@ class EnginePlanner(Planner[EngineState]):
                     action="enable",
                 )
             )
-        for unit, shown in ((SOCKET, state.socket), (CONTAINERD, state.containerd)):
-            if shown.get("UnitFileState") == "disabled":
-                changes.append(
-                    Change(
-                        self.name,
-                        "%s at boot" % unit,
-                        "disabled",
-                        "enabled",
-                        "%s needs it after a reboot" % SERVICE,
-                        action="enable_also",
-                        data={"unit": unit},
-                    )
-                )
         runs = state.service.get("ActiveState") in ("active", "reloading")
         # Docker brings it along where it has to be started itself.
         if runs and state.containerd and state.containerd.get("ActiveState") not in ("active", "reloading"):

@@ -49,7 +49,7 @@ def stop_clients(host: Host) -> list[str]:
     for unit in running:
         result = host.run(["systemctl", "stop", unit], timeout=_STOP_TIMEOUT)
         if not result.ok:
-            start_clients(host)
+            start_clients_that_can(host)
             raise FleetError(
                 "client_not_stopped",
                 "Stopping %s, which uses the driver, failed: %s. The driver was left loaded; stop the unit by hand "

@@ -72,7 +72,9 @@ def wish_of(
         match = None
     profile = match.profile if match is not None else None
     memory, option = model.gpu_memory_mib, "gpu_memory"
-    if profile is not None and profile.memory_gb is not None and takes_profile_memory(model):
+    # What serves on its GPUs, or was given them by name, is judged before a start, by as many of them as the profile needs.
+    counted = not stays and (model.gpus is None or isinstance(model.gpus, int))
+    if counted and profile is not None and profile.memory_gb is not None and takes_profile_memory(model):
         from ._nim_profile_checks import memory_mib
 
         if memory_mib(profile.memory_gb) > (memory or 0):

@@ -226,6 +226,7 @@ class HostCleanup(Resource[CleanupState]):
         if state.target:
             changes.append(self._gone("nim.target", "groups services that are gone", "target", TARGET))
         changes += [self._gone(path, "was asked for", "path", path) for path in state.paths if path in self.caches]
+        free = []
         for part in self.parts:
             blocked = None
             disruption = Disruption.NONE
@@ -250,20 +251,12 @@ class HostCleanup(Resource[CleanupState]):
                         blocked=blocked,
                     )
                 )
+            if not blocked:
+                free.append(part)
             if part == "docker" and state.own_keys and not blocked:
                 changes.append(
                     self._gone("own keys in %s" % DEFAULT_CONFIG, "were set by this collection", "daemon_keys", "")
                 )
-            # While there is a repository: dnf looks the module up.
-            if part == "driver" and state.stream and not blocked:
-                changes.append(
-                    Change(self.name, "module stream %s" % MODULE, state.stream, None, "was asked for", action="stream")
-                )
-            changes += [
-                self._gone(path, "names the repository of %s" % part, "repository", path)
-                for path in state.repositories.get(part, ())
-                if not blocked
-            ]
         drivers = {change.what: change.blocked for change in changes}
         changes += [
             self._gone(path, "was written by this collection", "path", path)
@@ -271,6 +264,16 @@ class HostCleanup(Resource[CleanupState]):
             if path not in self.caches and not (path in DRIVER_FILES and drivers.get("packages of driver"))
         ]
         changes += [self._gone(path, "nothing is left in it", "empty", path) for path in state.empty]
+        # Last, as dnf may need a repository that is away; and while there is one, as it looks the module up.
+        if "driver" in free and state.stream:
+            changes.append(
+                Change(self.name, "module stream %s" % MODULE, state.stream, None, "was asked for", action="stream")
+            )
+        changes += [
+            self._gone(path, "names the repository of %s" % part, "repository", path)
+            for part in free
+            for path in state.repositories.get(part, ())
+        ]
         return changes
 
     def _gone(self, what: str, why: str, action: str, path: str) -> Change:

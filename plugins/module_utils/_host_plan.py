@@ -366,7 +366,8 @@ class _Walk:
             # Nothing is unloaded for the packages, and nothing differs after them.
             changes, waits = [change for change in changes if change.action != "reload"], False
         self._add(changes)
-        if any(change.action == "reload" and not change.blocked for change in changes):
+        # Which version packages will bring is not known yet.
+        if self.driver_packages is None and any(one.action == "reload" and not one.blocked for one in changes):
             self.driver_next = state.on_disk
         # Also where the version stays: the module is unloaded before packages change.
         if not changes and waits:

@@ -249,7 +249,7 @@ class _Entry:
                 raise _refuse(
                     "%s.%s" % (path, key),
                     # A text under an unknown key may be a secret that was put in the wrong place.
-                    "..." if isinstance(raw[key], str) or _telling(key) or not is_plain(raw[key]) else raw[key],
+                    "..." if _telling(key) or not is_plain(raw[key]) else raw[key],
                     "no such option",
                     "use one of " + ", ".join(sorted(NIM_MODEL_OPTIONS)),
                 )
@@ -470,10 +470,10 @@ class _Entry:
         for key, value, path in self._entries("environment", "write NAME: value pairs"):
             if not isinstance(key, str) or not _ENVIRONMENT_NAME.match(key):
                 # A text may be a secret under a name that is written wrong.
-                shown = "..." if isinstance(value, str) or _telling(key) or not is_plain(value) else value
+                shown = "..." if _telling(key) or not is_plain(value) else value
                 raise _refuse(path, shown, "is no name of a variable", "use letters, digits and underscores")
             if key in OWNED_ENVIRONMENT:
-                shown = value if is_plain(value) and not _telling(key) else "..."
+                shown = "..." if _telling(key) or not is_plain(value) else value
                 raise _refuse(path, shown, "is set by this collection", OWNED_ENVIRONMENT[key])
             telling = is_name_of_secret(key) and not _NO_SECRET.match(str(value))
             if telling or _SECRET_NAME.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):

@@ -237,6 +237,8 @@ class NimService(Resource[HostState]):
             if model.name in starting
             and configurations[model.name]["download"]
             and not fetched(model, configurations, state)
+            # Where nothing was fetched so far, files that came by other means are tried without a key.
+            and state.service(model.name).fetched.get("status")
             # Where files come from elsewhere, a key for NGC proves nothing.
             and not model.environment.get("NIM_REPOSITORY_OVERRIDE")
         ]

@@ -13,7 +13,7 @@ from ._apt_sources import debian_source
 from ._dkms import BUILD_SIGNS, build_error, build_module
 from ._driver_branches import upstream_version
 from ._driver_clients import foreign_holders, in_use_error
-from ._driver_swap import start_clients, stop_clients, unload_modules
+from ._driver_swap import start_clients_that_can, stop_clients, unload_modules
 from ._driver_transaction import (
     download_packages,
     finish_interrupted,
@@ -220,11 +220,11 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
                 stopped = True
                 late = foreign_holders(driver_holders(host))
                 if late:
-                    start_clients(host)
+                    start_clients_that_can(host)
                     raise in_use_error(late, "Changing the driver packages")
                 if unload_modules(host):
                     # It stays until the next boot; the reload says so. The clients go on with the old module.
-                    start_clients(host)
+                    start_clients_that_can(host)
                     stopped = False
         try:
             manager.unhold(*held)

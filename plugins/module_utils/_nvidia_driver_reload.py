@@ -56,7 +56,7 @@ class DriverReload(ReloadPlanner, Resource[ReloadState]):
             stop_clients(host)
             late = foreign_holders(driver_holders(host))
             if late:
-                start_clients(host)
+                start_clients_that_can(host)
                 raise in_use_error(late, "Reloading the driver")
             self.tried = unload_modules(host)
             if self.tried:

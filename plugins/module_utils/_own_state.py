@@ -30,12 +30,18 @@ def read_own_state(host: Host, path: str, shape: t.Any, remedy: str) -> t.Option
         found = parse_json(raw)
     except ValueError as error:
         raise unreadable(path, "it is not JSON: %s" % error, remedy) from None
-    wrong = misfit(found, shape) if found is not None else "it is null where an object belongs"
+    wrong = "it has a null where a value belongs" if _has_null(found) else misfit(found, shape)
     if not wrong and isinstance(shape, dict):
         wrong = next(("%s is missing" % key for key in shape if found.get(key) is None), "")
     if wrong:
         raise unreadable(path, wrong, remedy)
     return t.cast(Json, found)
+
+
+def _has_null(found: t.Any) -> bool:
+    """Whether anything in it is null, which no record of ours holds."""
+    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    return found is None or any(map(_has_null, inner))
 
 
 def unreadable(path: str, wrong: str, remedy: str) -> FleetError:

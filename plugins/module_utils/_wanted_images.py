@@ -15,6 +15,14 @@ from ._nim_downloads import needs_download
 from ._nim_models import NimModel, parse_models, parse_size
 from ._untrusted import GO_TRUE
 
+#: Variables of NIM with which a profile takes another amount of memory on each GPU, or as much as there is.
+_CHANGE_MEMORY = (
+    "NIM_LOW_MEMORY_MODE",
+    "NIM_PIPELINE_PARALLEL_SIZE",
+    "NIM_RELAX_MEM_CONSTRAINTS",
+    "NIM_TENSOR_PARALLEL_SIZE",
+)
+
 
 @dataclass(frozen=True)
 class WantedProfile:
@@ -73,11 +81,11 @@ class WantedImage:
 def takes_profile_memory(model: NimModel) -> bool:
     """Whether a model takes the memory that the description of its profile names: that is for NIM's own settings.
 
-    A shorter context takes less, arguments of the engine may change it to either side, and the operator may have told NIM not
-    to insist.
+    A shorter context takes less, more GPUs share it, arguments of the engine may change it to either side, and the operator may
+    have told NIM not to insist.
     """
-    insists = "NIM_RELAX_MEM_CONSTRAINTS" not in model.environment and "NIM_LOW_MEMORY_MODE" not in model.environment
-    return model.max_model_length is None and not model.engine_arguments and insists
+    settled = model.max_model_length is None and not model.engine_arguments
+    return settled and not any(name in model.environment for name in _CHANGE_MEMORY)
 
 
 def parse_images(raw: t.Any, option: str = "images") -> t.List[WantedImage]:

@@ -302,17 +302,10 @@ _DOCKER = (
         refused=True,
         undo="systemctl unmask docker.socket",
     ),
-    _drift(
-        "docker.socket not started at boot",
-        "systemctl disable docker.socket",
-        "docker_engine, docker.socket at boot, none",
-    ),
+    # docker.service, which is started at boot, requires the one and wants the other.
+    _drift("docker.socket not enabled", "systemctl disable docker.socket", undo="systemctl enable docker.socket"),
     _drift("containerd stopped", "systemctl stop containerd", "docker_engine, containerd.service, none"),
-    _drift(
-        "containerd not started at boot",
-        "systemctl disable containerd",
-        "docker_engine, containerd.service at boot, none",
-    ),
+    _drift("containerd not enabled", "systemctl disable containerd", undo="systemctl enable containerd"),
     _drift(
         "containerd masked",
         "systemctl mask containerd",

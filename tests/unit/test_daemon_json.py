@@ -161,6 +161,7 @@ OWN = {"live-restore": True, "features": {"cdi": True}, "log-opts": {"max-size":
         # No container would start with a default runtime that is not defined.
         ('{"runtimes": {"nvidia": {"path": "x"}}, "default-runtime": "nvidia", "debug": true}', {}, '{"debug": true}'),
         # Nothing to take out: every character stays, a file that was empty before too.
+        ('{"debug": true, "runtimes": {}}', OWN, '{"debug": true, "runtimes": {}}'),
         ("{ }\n", OWN, "{ }\n"),
         ("", OWN, ""),
     ],

@@ -125,12 +125,25 @@ def test_what_cannot_run_is_refused(machine: Machine, options: dict[str, t.Any],
 def test_the_memory_that_a_description_names_is_looked_for(machine: Machine) -> None:
     small = dataclasses.replace(EIGHT[0], memory_total_mib=46068)
     machine.inventory = dataclasses.replace(machine.inventory, gpus=(small, EIGHT[1]))
-    machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0"))
-    assert indices(machine, "nemo") == [1]
     error = failure(machine, nemo(profile="vllm-bf16-tp2-pp1-63.0"))
     assert error.reason == "gpus_unavailable"
     assert "profile vllm-bf16-tp2-pp1-63.0 with 2 GPUs" in error.message
     assert "name another profile or max_model_length" in error.message
+    # More GPUs than it needs, by name: one of them may be small.
+    machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0", gpus="all"))
+    assert indices(machine, "nemo") == [0, 1]
+    machine.converge(nemo(state="absent"))
+    machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0"))
+    assert indices(machine, "nemo") == [1]
+    # What serves is left alone, whatever its description says.
+    smaller = dataclasses.replace(EIGHT[1], memory_total_mib=46068)
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(small, smaller))
+    assert machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0")).changes == []
+    machine.inventory = dataclasses.replace(machine.inventory, gpus=(small, EIGHT[1]))
+    # Several GPUs share it.
+    environment = {"NIM_TENSOR_PARALLEL_SIZE": "2"}
+    machine.converge(nemo(profile="vllm-bf16-tp1-pp1-63.0", gpus=2, environment=environment))
+    assert failure(machine, nemo(profile="vllm-bf16-tp2-pp1-63.0")).reason == "profile_unsuitable"
     # With a shorter context it takes less, and nobody knows how much.
     machine.converge(nemo(profile="vllm-bf16-tp2-pp1-63.0", max_model_length=4096))
     assert indices(machine, "nemo") == [0, 1]

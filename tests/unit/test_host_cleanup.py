@@ -229,9 +229,9 @@ def test_the_module_stream_goes_with_the_driver() -> None:
     assert path in host.files and not any("module" in call for call in host.calls)
     outcome = converge(host, cleanup(parts=["driver"]), check_mode=False)
     assert [change.what for change in outcome.changes] == [
+        "/etc/modprobe.d/gpu-fleet-nouveau.conf",
         "module stream nvidia-driver",
         repository,
-        "/etc/modprobe.d/gpu-fleet-nouveau.conf",
     ]
     assert ("dracut", "--force", "--regenerate-all") in host.calls
     assert not converge(host, cleanup(parts=["driver"]), check_mode=False).changed

@@ -421,6 +421,9 @@ def test_a_key_that_expired_before_other_files_are_fetched(serving: Machine) -> 
     serving.converge(llama(), nemo(), key=bad_key)
     assert bad(judge(serving.host, models(llama(), nemo(), ngc_api_key=bad_key), serving.api)) == []
     other = models(llama(profile="vllm-bf16-tp1"), nemo(), ngc_api_key=bad_key)
+    # Files that came by other means are tried without a key.
+    assert bad(judge(serving.host, other, serving.api)) == []
+    serving.host.files["/var/lib/nim/state/llama.download.json"] = b'{"status": "complete", "key": "00"}'
     refused = one(judge(serving.host, other, serving.api), "key", "llama")
     assert (refused.verdict, refused.reason) == (REFUSED, "bad_key")
     assert refused.message == "llama has to fetch files, but nvcr.io does not take the key."
@@ -446,6 +449,7 @@ def test_a_key_that_nobody_can_judge_now_is_no_refusal(serving: Machine, monkeyp
 
     monkeypatch.setattr(Client, "check_credentials", away)
     serving.converge(llama(), key=KEY)
+    serving.host.files["/var/lib/nim/state/llama.download.json"] = b'{"status": "complete", "key": "00"}'
     found = judge(serving.host, models(llama(profile="vllm-bf16-tp1")), serving.api)
     assert one(found, "key", "llama").verdict == UNKNOWN
     assert bad(found) == []

@@ -467,6 +467,8 @@ def test_registries_and_users_are_told_apart(host: FakeHost) -> None:
         b'{"key": "xx", "logins": {}}',
         b'{"key": 5, "logins": []}',
         b'{"key": "ab", "logins": {"root nvcr.io": 5}}',
+        b'{"key": "ab", "logins": {"root nvcr.io": null}}',
+        b'{"key": "ab", "logins": {"root nvcr.io": [null]}}',
     ],
 )
 def test_a_broken_record_is_told_and_left(host: FakeHost, content: bytes) -> None:

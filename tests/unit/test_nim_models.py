@@ -214,7 +214,8 @@ def test_refused(options: dict[str, t.Any], path: str, words: str) -> None:
 def test_not_a_list_and_not_a_dictionary() -> None:
     with pytest.raises(FleetError, match=r"nim_models = \.\.\.: must be a list"):
         parse_models({"name": "a"})
-    assert "nim_models[0] = 'llama': must be a dictionary" in refuse("llama")
+    assert "nim_models[0] = 8000: must be a dictionary" in refuse(8000)
+    assert "nim_models[0] = ...: must be a dictionary" in refuse(12345678)
     assert "nim_models[0] = ...: must be a dictionary" in refuse("HF_TOKEN=abc")
 
 

@@ -141,6 +141,23 @@ def test_somebody_arrives_while_the_services_stop(world: DriverWorld) -> None:
     assert world.ran("rmmod") == []
 
 
+def test_who_arrived_is_named_also_where_a_service_refuses_the_old_module(world: DriverWorld) -> None:
+    outdated(world)
+    real = world._systemctl
+
+    def systemctl(host: object, argv: tuple[str, ...], stdin: object, env: object) -> object:
+        if argv[1] == "stop":
+            world.hold_gpu(812, "late.service")
+        if tuple(argv[1:]) == ("start", "nvidia-persistenced.service"):
+            return (1, "", "Job for nvidia-persistenced.service failed.")
+        return real(host, argv, stdin, env)
+
+    world.commands["systemctl *"] = systemctl
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "gpu_in_use" and "late.service" in caught.value.message
+
+
 def test_a_service_that_does_not_stop(world: DriverWorld) -> None:
     outdated(world)
     world.refuses["nvidia-persistenced.service"] = "Job canceled."
