@@ -86,8 +86,8 @@ LEFT = (
     r"/usr/(bin|sbin|lib|share|src|include)/",
     r"/(lib|bin|sbin)/",
     r"/var/lib/dkms$",
-    r"package (dkms|linux-headers-\S+|python3-\S+) \S+ ii ",
-    r"package (docker-ce\S*|containerd\.io) \S+ rc ",  # purging an engine can take /var/lib/docker with it
+    r"package (dkms|linux-headers-\S+|python3-\S+) \S+ ii$",
+    r"package (docker-ce\S*|containerd\.io) \S+ rc$",  # purging an engine can take /var/lib/docker with it
     r"unit (docker|containerd)\S* ",
     r"module nvidia",  # in memory until the next boot
 )
