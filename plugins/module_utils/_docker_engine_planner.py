@@ -69,7 +69,7 @@ class EngineState:
     Attributes:
         packages: Installed engine packages of either source, the SDK, and podman's imitation.
         offers: Versions on offer, as far as package lists are on the host.
-        service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState.
+        service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState, ExecStart.
         socket_masked: Whether docker.socket, which the service needs, is masked.
         containerd: LoadState and ActiveState of the containerd.service that dockerd is told to use; empty when it is not.
         client: Path of the ``docker`` program.
