@@ -107,12 +107,10 @@ def _condition(text: str) -> str:
 _EXPRESSIONS = Expressions()
 # As the documentation gives the key.
 _EXPRESSIONS.learn("{{ lookup('ansible.builtin.env', 'NGC_API_KEY') }}")
-for _part in parts().values():
-    for _text in (*map(_condition, _part.when), *_part.options.values()):
-        _EXPRESSIONS.learn(_text)
-for _kind in ("defaults", "vars"):
-    for _text in role_variables(_kind).values():
-        _EXPRESSIONS.learn(_text)
+_EXPRESSIONS.learn_reached(
+    (_text for _part in parts().values() for _text in (*map(_condition, _part.when), *_part.options.values())),
+    {**role_variables("defaults"), **role_variables("vars")},
+)
 
 
 def role_options(

@@ -5,7 +5,8 @@
 """Everything in an inventory that is wrong whatever the host looks like, found on the controller before any contact.
 
 The roles' argument specifications say which variables there are and of which type; what the types cannot say is checked
-here with the same functions that the modules use, so that the two cannot disagree.
+here with the same functions that the modules use, so that the two cannot disagree. They are imported where a variable is
+set that needs them: ansible-core compiles every file of a collection anew in every run, and every run begins here.
 """
 
 from __future__ import annotations
@@ -16,20 +17,12 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ._docker_daemon_planner import DaemonPlanner
-from ._docker_engine_planner import EnginePlanner
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
-from ._gateway_settings import OPTION_CHECKS, check_pem
 from ._image_reference import ImageReference, check_mirrors, port_exists
 from ._ngc_key import USERNAME, check_api_key, check_password
-from ._ngc_login_planner import LoginPlanner
 from ._nim_models import parse_models
-from ._nvidia_container_toolkit_planner import ToolkitPlanner
-from ._nvidia_driver_packages import check_architecture
 from ._options import MINIMUM_DOCKER_VERSION
-from ._own_signatures import parse_signatures
-from ._packages import check_url
 from ._redaction import is_name_of_secret, is_plain, scrub, scrub_given
 
 #: Role name -> option name -> specification, as in ``argument_specs.main.options``.
@@ -176,6 +169,8 @@ class _Check:
         return "" if isinstance(value, (dict, list)) else str(value)
 
     def _failure_signatures(self, entries: t.Any) -> None:
+        from ._own_signatures import parse_signatures
+
         sound = True
         for index, entry in enumerate(entries):
             try:
@@ -303,6 +298,8 @@ class _Check:
                 "write it with scheme and host, for example https://%s" % (value.lstrip("/") or "mirror.example.org"),
             )
         else:
+            from ._packages import check_url
+
             self.take(lambda: check_url(name, value))
 
     def _file(self, name: str, needed: bool = True) -> str | None:
@@ -344,13 +341,17 @@ class _Check:
         self._number("nvidia_driver_reboot_timeout", 60, 86400, "seconds")
         architecture = self.text("nvidia_driver_repository_architecture")
         if architecture:
+            from ._nvidia_driver_packages import check_architecture
+
             self.take(lambda: check_architecture(architecture))
 
     def _docker(self) -> None:
         self._url("docker_repository_url")
         version = self._version("docker_version")
         minimum = self._version("docker_minimum_version")
-        if version and minimum:
+        if version and minimum and (self.text("docker_version") or self.text("docker_minimum_version")):
+            from ._docker_engine_planner import EnginePlanner
+
             # The two checked against each other and against what engines are known for.
             self.take(
                 lambda: EnginePlanner(
@@ -370,6 +371,8 @@ class _Check:
         options = self.get("docker_daemon_options", {})
         absent = self.get("docker_daemon_absent", [])
         if options or absent:
+            from ._docker_daemon_planner import DaemonPlanner
+
             live_restore = self.get("docker_live_restore", True)
             self.take(
                 lambda: DaemonPlanner(options, [str(key) for key in absent], live_restore=_truth(live_restore)),
@@ -381,11 +384,13 @@ class _Check:
     def _toolkit(self) -> None:
         self._url("nvidia_container_toolkit_repository_url")
         mode = "nvidia_container_toolkit_mode"
-        if self._version("nvidia_container_toolkit_version") and mode not in self.broken:
+        sound = self._version("nvidia_container_toolkit_version") and mode not in self.broken
+        version = self.text("nvidia_container_toolkit_version")
+        if sound and (version or self.text(mode)):
+            from ._nvidia_container_toolkit_planner import ToolkitPlanner
+
             self.take(
-                lambda: ToolkitPlanner(
-                    version=self.text("nvidia_container_toolkit_version"), mode=self.text(mode) or "auto"
-                ),
+                lambda: ToolkitPlanner(version=version, mode=self.text(mode) or "auto"),
                 lambda message: "nvidia_container_toolkit_" + message,
             )
 
@@ -401,7 +406,9 @@ class _Check:
         check = check_api_key if username == USERNAME else check_password
         if key and not absent:
             self.take(lambda: check(key, source))
-        if "ngc_username" not in self.broken:
+        if "ngc_username" in self.variables and "ngc_username" not in self.broken:
+            from ._ngc_login_planner import LoginPlanner
+
             self.take(lambda: LoginPlanner(None, username=username), lambda message: "ngc_" + message)
         content = self._file("ngc_api_key_file", needed=not key and not absent)
         if content is not None:
@@ -422,6 +429,11 @@ class _Check:
             self.take(lambda: ImageReference.parse(repository, option="ngc_check_repository"))
 
     def _gateway(self) -> None:
+        if not any(str(name).startswith("nim_gateway_") for name in self.variables):
+            return
+
+        from ._gateway_settings import OPTION_CHECKS, check_pem
+
         def of_role(message: str) -> str:
             return "nim_gateway_" + message
 

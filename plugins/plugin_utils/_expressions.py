@@ -11,7 +11,7 @@ import re
 import typing as t
 
 import jinja2
-import jinja2.meta
+import jinja2.nodes
 from ansible.errors import AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible_collections.gpu_fleet.nim.plugins.filter.wanted_images import wanted_images
@@ -50,6 +50,25 @@ class Expressions:
         self.names: dict[str, str] = {}
         self.known: dict[str, tuple[frozenset[str], t.Callable[..., t.Any]] | None] = {}
 
+    def learn_reached(self, templates: t.Iterable[t.Any], variables: t.Mapping[str, t.Any]) -> None:
+        """Learn templates, and those among the values of variables that they lead to; compiling is what costs here."""
+        waiting, seen = list(templates), set()
+        while waiting:
+            template = waiting.pop()
+            self.learn(template)
+            for name in self.read_by(template) - seen:
+                seen.add(name)
+                waiting.append(variables.get(name))
+
+    def read_by(self, template: t.Any) -> frozenset[str]:
+        """Names of the variables that a learnt template reads."""
+        if not isinstance(template, str):
+            return frozenset()
+        if template in self.names:
+            return frozenset([self.names[template]])
+        known = self.known.get(template)
+        return known[0] if known else frozenset()
+
     def learn(self, template: t.Any) -> None:
         if not isinstance(template, str) or template in self.known or template in self.names:
             return
@@ -61,7 +80,9 @@ class Expressions:
         self.known[template] = None
         if found and "{{" not in found.group(1):
             try:
-                names = jinja2.meta.find_undeclared_variables(self.environment.parse(template)) - {"lookup"}
+                # No name is made within one expression: all that are read come from outside.
+                nodes = self.environment.parse(template).find_all(jinja2.nodes.Name)
+                names = {node.name for node in nodes} - {"lookup"}
                 expression = self.environment.compile_expression(found.group(1), undefined_to_none=False)
             except jinja2.TemplateError:
                 return

@@ -53,6 +53,24 @@ def test_the_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         assert action._EXPRESSIONS.render("{{ nim_ngc_api_key }}", value) == "nvapi-1"
 
 
+def test_templates_that_variables_lead_to_are_learnt_and_no_others() -> None:
+    found = Expressions()
+    found.learn_reached(
+        ["{{ a }}", 1], {"a": "{{ b | bool }}", "b": "{{ c or d }}", "d": [], "other": "{{ c and d }}", "c": "{{ a }}"}
+    )
+    assert found.render("{{ a }}", {"a": "{{ b | bool }}", "b": "{{ c or d }}", "c": "yes", "d": ""}) is True
+    with pytest.raises(NotPlainError):
+        found.render("{{ c and d }}", {"c": True, "d": True})
+
+
+def test_whatever_the_plan_renders_of_the_roles_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NGC_API_KEY", "nvapi-1")
+    variables = {**action.role_variables("defaults"), **action.role_variables("vars")}
+    variables |= {"docker_users": ["ops"], "nim_models": [{"name": "a", "image": "nvcr.io/nim/meta/a:1"}]}
+    for template in [*templates(), "{{ __nim_images }}", "{{ __ngc_api_key }}"]:
+        action._EXPRESSIONS.render(template, variables)
+
+
 def test_what_an_inventory_gives_as_a_template_is_left_to_ansible_core() -> None:
     found = expressions("{{ a }}")
     assert found.render("{{ a }}", {"a": [1, {"b": "c"}]}) == [1, {"b": "c"}]
