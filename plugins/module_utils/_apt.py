@@ -17,7 +17,7 @@ from ._apt_sources import without_repository
 from ._errors import FleetError
 from ._host import CommandResult
 from ._own_state import read_own_state
-from ._package_versions import compare_debian
+from ._package_versions import DPKG_QUERY, compare_debian
 from ._packages import (
     TRANSACTION_TIMEOUT,
     Available,
@@ -66,8 +66,7 @@ class Apt(PackageManager):
 
         Never by name: resources that ask for different packages ask the same then, and a plan asks once.
         """
-        fields = "${Package}\\t${Version}\\t${Architecture}\\t${db:Status-Abbrev}\\n"
-        for line in self.host.run(["dpkg-query", "-W", "-f=" + fields]).stdout.splitlines():
+        for line in self.host.run(DPKG_QUERY).stdout.splitlines():
             found = line.split("\t")
             if len(found) == 4 and len(found[3]) >= 2:
                 yield found

@@ -10,6 +10,7 @@ Only GET and HEAD requests are made here.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -23,6 +24,10 @@ from ._untrusted import MapOf, misfit, parse_json
 SOCKET = "/var/run/docker.sock"
 #: Seconds until an unanswered request counts as "the daemon hangs".
 TIMEOUT = 20.0
+
+#: The two questions that take the daemon longest.
+VERSION = "/version"
+INFO = "/info"
 
 Json = t.Dict[str, t.Any]
 
@@ -112,11 +117,10 @@ class DockerApi:
         """Parsed JSON of one GET request (text where the answer is no JSON); None for 404."""
         if parameters:
             path += "?" + urllib.parse.urlencode(parameters, errors="replace")
-        connection = _UnixConnection(self.socket_path, self.timeout)
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            body = response.read().decode("utf-8", "replace")
+            with contextlib.closing(self._ask(path)) as connection:
+                response = connection.getresponse()
+                body = response.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as error:
             raise FleetError(
                 "docker_unavailable",
@@ -124,8 +128,6 @@ class DockerApi:
                 % (self.socket_path, path.split("?")[0], _describe(error)),
                 socket=self.socket_path,
             ) from error
-        finally:
-            connection.close()
         if response.status == 404:
             return None
         if response.status >= 400:
@@ -140,6 +142,16 @@ class DockerApi:
         except ValueError:
             # Plain text (/_ping), or several documents one after the other (/events).
             return body
+
+    def _ask(self, path: str) -> http.client.HTTPConnection:
+        """A connection over which a GET request was sent and whose answer is to be read."""
+        connection = _UnixConnection(self.socket_path, self.timeout)
+        try:
+            connection.request("GET", path)
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+        return connection
 
     def forget(self) -> None:
         """Ask anew from now on; here nothing is remembered anyway."""
@@ -166,11 +178,11 @@ class DockerApi:
 
     def version(self) -> Json:
         """``GET /version``: Version, ApiVersion, Components, …"""
-        return t.cast(Json, self._expect("/version", {"Version": str}) or {})
+        return t.cast(Json, self._expect(VERSION, {"Version": str}) or {})
 
     def info(self) -> Json:
         """``GET /info``: Runtimes, DefaultRuntime, LiveRestoreEnabled, CgroupDriver, …"""
-        return t.cast(Json, self._expect("/info", _INFO) or {})
+        return t.cast(Json, self._expect(INFO, _INFO) or {})
 
     def containers(self, all: bool = True, labels: t.Sequence[str] = ()) -> t.List[Json]:
         """``GET /containers/json``; ``labels`` are ``key`` or ``key=value``, all of which must match."""

@@ -11,6 +11,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
+from ._nim_paths import unit_name
 
 COMPLETIONS = ("auto", "chat", "completion", "none")
 
@@ -39,7 +40,7 @@ class HealthTarget:
 
     @property
     def unit(self) -> str:
-        return "nim-%s.service" % self.name
+        return unit_name(self.name)
 
     @property
     def container(self) -> str:

@@ -57,6 +57,33 @@ class FileStat:
     is_dir: bool
 
 
+class RunningCommand:
+    """A program that was started and whose end is waited for later; see :meth:`Host.start`."""
+
+    def __init__(self, argv: t.Sequence[str], process: subprocess.Popen[str]) -> None:
+        self._argv = tuple(argv)
+        self._process = process
+
+    def result(self, timeout: float | None = None) -> CommandResult:
+        """What it leaves behind, as :meth:`Host.run` tells it; ``timeout`` counts from now."""
+        try:
+            stdout, stderr = self._process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return _unfinished(self._argv, timeout)
+        return CommandResult(self._argv, self._process.returncode, stdout, stderr)
+
+
+def _unfinished(argv: t.Sequence[str], timeout: float | None) -> CommandResult:
+    return CommandResult(tuple(argv), 124, "", "%s: no end after %s seconds" % (argv[0], timeout))
+
+
+def _environment(env: t.Mapping[str, str] | None = None) -> dict[str, str]:
+    path = _SYSTEM_PATH + ":" + os.environ.get("PATH", "")
+    return {**os.environ, **_C_LOCALE, "PATH": path, **(env or {})}
+
+
 class Host:
     """The managed host as the collection sees it: files, commands, time. Reads never raise for absence."""
 
@@ -75,9 +102,6 @@ class Host:
         Args:
             timeout: Seconds after which the program is killed and rc 124 returned.
         """
-        full_env = dict(os.environ, **_C_LOCALE)
-        full_env["PATH"] = _SYSTEM_PATH + ":" + os.environ.get("PATH", "")
-        full_env.update(env or {})
         try:
             done = subprocess.run(
                 list(argv),
@@ -87,7 +111,7 @@ class Host:
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
-                env=full_env,
+                env=_environment(env),
                 timeout=timeout,
                 check=False,
             )
@@ -96,8 +120,24 @@ class Host:
         except PermissionError as error:
             return CommandResult(tuple(argv), 126, "", str(error))
         except subprocess.TimeoutExpired:
-            return CommandResult(tuple(argv), 124, "", "%s: no end after %s seconds" % (argv[0], timeout))
+            return _unfinished(argv, timeout)
         return CommandResult(tuple(argv), done.returncode, done.stdout, done.stderr)
+
+    def start(self, argv: t.Sequence[str]) -> RunningCommand | None:
+        """Start a program without a shell and without input; None where it cannot be started, which :meth:`run` explains."""
+        try:
+            process = subprocess.Popen(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                env=_environment(),
+            )
+        except OSError:
+            return None
+        return RunningCommand(argv, process)
 
     def check(
         self,

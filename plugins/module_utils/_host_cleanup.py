@@ -31,6 +31,7 @@ from ._nim_paths import (
     RUNTIME_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    configured_services,
 )
 from ._nouveau import BLACKLIST, remove_blacklist
 from ._nvidia_container_toolkit_planner import CONFIG as TOOLKIT_CONFIG
@@ -163,9 +164,7 @@ class HostCleanup(Resource[CleanupState]):
         if "toolkit" in self.parts:
             paths.append(TOOLKIT_CONFIG)
         return CleanupState(
-            services=tuple(
-                entry[: -len(".json")] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(".json")
-            ),
+            services=tuple(configured_services(host)),
             target=host.exists(TARGET),
             paths=tuple(path for path in paths if host.exists(path)),
             empty=tuple(path for path in EMPTY_PATHS if host.exists(path) and not self._remains(host, path)),

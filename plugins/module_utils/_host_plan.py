@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import typing as t
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from ._docker_group import DockerGroup
 from ._errors import FleetError
 from ._gpu_inventory import observe_gpus
 from ._health_target import parse_targets
-from ._host import CommandResult, FileStat, Host
+from ._host import Host
 from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner
 from ._nim_image_planner import PULL_NEWER, ImagesPlanner
 from ._nim_models import parse_models
@@ -31,9 +30,9 @@ from ._nvidia_driver_planner import DriverPlanner
 from ._nvidia_driver_reload_planner import ReloadPlanner
 from ._nvidia_driver_state import DriverState
 from ._options import CHAIN
+from ._read_only_host import DockerLook, ReadOnlyHost
 from ._resource import Change, Disruption, Planner
 from ._sleeping_docker import SleepingDocker, sleeps
-from ._systemd import LookedAtOnce, UnitTable
 
 Options = t.Mapping[str, t.Any]
 S = t.TypeVar("S")
@@ -50,91 +49,6 @@ _SERVICE_NEEDS = {
 
 #: Resources that load the driver anew.
 DRIVER = ("nvidia_driver", "nvidia_driver_reload")
-
-
-class ReadOnlyHost(LookedAtOnce):
-    """A host for looking only: writes are refused, and a command that several resources ask for is run once.
-
-    A command is remembered because nothing changes between two looks of one plan.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self.units = UnitTable(self)
-        self._ran: dict[tuple[tuple[str, ...], str | None, tuple[tuple[str, str], ...]], CommandResult] = {}
-
-    def run(
-        self,
-        argv: t.Sequence[str],
-        *,
-        stdin: str | None = None,
-        env: t.Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> CommandResult:
-        key = (tuple(argv), stdin, tuple(sorted((env or {}).items())))
-        if key not in self._ran:
-            self._ran[key] = self._host.run(argv, stdin=stdin, env=env, timeout=timeout)
-        return self._ran[key]
-
-    def which(self, program: str) -> str | None:
-        return self._host.which(program)
-
-    def read_bytes(self, path: str) -> bytes | None:
-        return self._host.read_bytes(path)
-
-    def list_dir(self, path: str) -> list[str]:
-        return self._host.list_dir(path)
-
-    def read_link(self, path: str) -> str | None:
-        return self._host.read_link(path)
-
-    def stat(self, path: str) -> FileStat | None:
-        return self._host.stat(path)
-
-    def free_bytes(self, path: str) -> int:
-        return self._host.free_bytes(path)
-
-    def write_file(self, path: str, content: str | bytes, *, mode: int, uid: int = 0, gid: int = 0) -> None:
-        raise AssertionError("a plan writes nothing: %s" % path)
-
-    def make_dir(self, path: str, *, mode: int, uid: int = 0, gid: int = 0) -> None:
-        raise AssertionError("a plan writes nothing: %s" % path)
-
-    def remove(self, path: str) -> None:
-        raise AssertionError("a plan removes nothing: %s" % path)
-
-    def kernel_release(self) -> str:
-        return self._host.kernel_release()
-
-    def machine(self) -> str:
-        return self._host.machine()
-
-    def monotonic(self) -> float:
-        return self._host.monotonic()
-
-    def time(self) -> float:
-        return self._host.time()
-
-    def sleep(self, seconds: float) -> None:
-        self._host.sleep(seconds)
-
-
-class DockerLook(DockerApi):
-    """Docker that is only looked at: what several resources ask for is asked once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._answers: dict[tuple[str, str], t.Any] = {}
-
-    def get(self, path: str, parameters: t.Mapping[str, str] | None = None) -> t.Any:
-        key = (path, repr(sorted((parameters or {}).items())))
-        if key not in self._answers:
-            self._answers[key] = super().get(path, parameters)
-        # Nobody may change what another one is given.
-        return copy.deepcopy(self._answers[key])
-
-    def forget(self) -> None:
-        self._answers.clear()
 
 
 @dataclass(frozen=True)
@@ -204,13 +118,15 @@ def plan_host(host: Host, wanted: t.Mapping[str, Options | None], api: DockerApi
     """The plan of one host.
 
     Args:
+        host: One that is read-only already is looked at as it is, with what it remembers.
         wanted: Resource -> options of the module of the same name; what is missing or None is not planned.
         api: Docker of the host.
 
     Returns:
         The plan; what is wrong with one resource is a finding of it and hides no other one.
     """
-    return _Walk(ReadOnlyHost(host), wanted, api or DockerLook()).run()
+    host = host if isinstance(host, ReadOnlyHost) else ReadOnlyHost(host)
+    return _Walk(host, wanted, api or DockerLook()).run()
 
 
 class _Walk:

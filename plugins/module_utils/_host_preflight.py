@@ -22,7 +22,7 @@ from ._gpu_health import KERNEL_LINES, gpu_health
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_wishes import gpus_of
 from ._host import Host
-from ._host_plan import DRIVER, HostPlan, ReadOnlyHost, plan_host
+from ._host_plan import DRIVER, HostPlan, plan_host
 from ._kernel_log import read_kernel_log
 from ._ngc_key import REGISTRY, USERNAME, key_in_environment
 from ._ngc_login import NgcLogin
@@ -34,6 +34,7 @@ from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_checks import cdi_problem
 from ._nvidia_driver_planner import DriverPlanner
 from ._options import CHAIN
+from ._read_only_host import ReadOnlyHost
 from ._registry import RegistryClient
 from ._sleeping_docker import SleepingDocker, sleeps
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict, refusal, worst

@@ -16,7 +16,8 @@ from ._host import Host
 from ._listeners import listening_sockets
 from ._nim_health import HealthCheck
 from ._nim_log import PHASE_WORDS
-from ._nim_process_state import CONFIGURATION_DIRECTORY, read_word
+from ._nim_paths import CONFIGURATION_DIRECTORY, configured_services
+from ._nim_process_state import read_word
 from ._nvidia_container_toolkit_planner import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
 from ._package_versions import upstream_version
@@ -107,16 +108,14 @@ def services(host: Host, api: DockerApi) -> list[Json]:
     """Every NIM service that this collection has put on the host, as it is now; waits for nothing."""
     entries: list[Json] = []
     targets: list[HealthTarget] = []
-    for name in host.list_dir(CONFIGURATION_DIRECTORY):
-        if not name.endswith(".json"):
-            continue
-        found = json_object(host.read_text("%s/%s" % (CONFIGURATION_DIRECTORY, name)))
+    for name in configured_services(host):
+        found = json_object(host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name)))
         url = _parts(found.get("ready_url"))
         if not found or url is None:
-            entries.append({"name": name[: -len(".json")], "ready": False, "state": "broken configuration"})
+            entries.append({"name": name, "ready": False, "state": "broken configuration"})
             continue
         target = HealthTarget(
-            name=str(found.get("name") or name[: -len(".json")]),
+            name=str(found.get("name") or name),
             address=url[1],
             port=url[2],
             scheme=url[0],

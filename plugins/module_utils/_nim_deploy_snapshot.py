@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._host import Host
-from ._nim_models import unit_name
 from ._nim_paths import (
     CONFIGURATION_DIRECTORY,
     KEY_FILE,
@@ -24,6 +23,7 @@ from ._nim_paths import (
     UNIT_DIRECTORY,
     WRAPPER,
     secret_path,
+    unit_name,
 )
 from ._untrusted import json_object
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError
 from ._image_reference import ImageReference
+from ._nim_paths import unit_name
 from ._options import NIM_MODEL_OPTIONS
 from ._redaction import is_name_of_secret, is_plain, scrub_given
 from ._untrusted import is_digits
@@ -151,10 +152,6 @@ class NimModel:
         """Base URL at which the host itself reaches the service."""
         address = probe_address(self.bind_address)
         return "http://%s:%d" % ("[%s]" % address if ":" in address else address, self.port)
-
-
-def unit_name(name: str) -> str:
-    return "nim-%s.service" % name
 
 
 def container_name(name: str) -> str:

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""Where the files of NIM services lie on a host."""
+"""Where the files of NIM services lie on a host, and which services they tell of."""
 
 from __future__ import annotations
 
+from ._host import Host
 from ._nim_unit_key import KEY_PIPES
 
 UNIT_DIRECTORY = "/etc/systemd/system"
@@ -16,6 +17,16 @@ BASE_DIRECTORY = "/var/lib/nim"
 STATE_DIRECTORY = BASE_DIRECTORY + "/state"
 MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
 RUNTIME_DIRECTORY = "/run/nim"
+
+
+def unit_name(name: str) -> str:
+    return "nim-%s.service" % name
+
+
+def configured_services(host: Host) -> list[str]:
+    """Names of the services that the collection has put on a host, sorted."""
+    suffix = ".json"
+    return [entry[: -len(suffix)] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(suffix)]
 
 
 def secret_path(name: str) -> str:

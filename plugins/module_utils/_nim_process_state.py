@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._gpu_holders import parse_cgroup
 from ._host import Host
+from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY
 from ._nim_unit_docker import SPEC_LABEL
 from ._untrusted import json_object, real_number, whole_number
 
 Json = t.Dict[str, t.Any]
-
-#: What the units' main process says about the start, and what the containers are meant to run (see _nim_unit).
-WORD_DIRECTORY = "/run/nim"
-CONFIGURATION_DIRECTORY = "/etc/nim"
 
 #: Ends in a row after which "ready" has to last before it is believed; the wrapper counts, and forgets after 30 s of service.
 UNSTEADY_ENDS = 2
@@ -159,7 +156,7 @@ class Word:
 
 def read_word(host: Host, name: str) -> Word:
     """The word of a unit's main process; empty when there is none or it is broken."""
-    found = _read_object(host, "%s/%s.json" % (WORD_DIRECTORY, name))
+    found = _read_object(host, "%s/%s.json" % (RUNTIME_DIRECTORY, name))
     failures, unsteady, since = found.get("failures"), found.get("unsteady"), found.get("since")
     return Word(
         phase=str(found.get("phase") or ""),

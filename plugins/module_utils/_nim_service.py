@@ -19,8 +19,8 @@ from ._gpu_wishes import gpu_kinds
 from ._host import Host
 from ._ngc_key import check_api_key
 from ._nim_configuration import Secrets, build_configuration
-from ._nim_models import NimModel, unit_name
-from ._nim_paths import MAINTENANCE_FILE
+from ._nim_models import NimModel
+from ._nim_paths import MAINTENANCE_FILE, unit_name
 from ._nim_service_checks import (
     check_backend_ports,
     check_mask,

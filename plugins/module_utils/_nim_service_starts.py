@@ -12,8 +12,8 @@ from functools import partial
 
 from ._gpu_wishes import check_profile_of, given_gpus, requested_count
 from ._nim_container import differences, restart_policy
-from ._nim_models import NimModel, unit_name
-from ._nim_paths import MAINTENANCE_FILE, key_pipe
+from ._nim_models import NimModel
+from ._nim_paths import MAINTENANCE_FILE, key_pipe, unit_name
 from ._nim_service_checks import (
     check_address,
     check_disk,

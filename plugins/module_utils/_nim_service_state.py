@@ -29,7 +29,7 @@ from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment, printable
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
-from ._nim_models import NAME_LABEL, NimModel, container_name, unit_name
+from ._nim_models import NAME_LABEL, NimModel, container_name
 from ._nim_paths import (
     BASE_DIRECTORY,
     CONFIGURATION_DIRECTORY,
@@ -39,13 +39,16 @@ from ._nim_paths import (
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    configured_services,
     secret_path,
+    unit_name,
 )
 from ._nim_process_state import parse_time
 from ._nim_silence import why_silent
 from ._nim_unit_docker import SPEC_LABEL
 from ._own_state import read_own_state
 from ._registry_image import foreign_architecture
+from ._systemd import properties_of_units
 from ._untrusted import json_object, strings, whole_number
 from ._verdict import REFUSED, Verdict
 
@@ -264,7 +267,8 @@ def observe_services(
     wanted = [model for model in models if model.state != "absent" and not remove_all]
     inventory = observe_gpus(host) if wanted else None
     names = _names(host, models, containers)
-    units = _units(host, names)
+    wanted_units = ["nim.target", *map(unit_name, sorted(names))]
+    units = properties_of_units(host, wanted_units, "ActiveState", "UnitFileState", "NeedDaemonReload")
     by_name = {str(name).lstrip("/"): entry for entry in containers for name in entry.get("Names") or []}
     key = key_in_environment(host.read_text(KEY_FILE))
     key_stat = host.stat(KEY_FILE)
@@ -370,22 +374,7 @@ def _names(host: Host, models: t.Sequence[NimModel], containers: t.Sequence[Json
         name = str((container.get("Labels") or {}).get(NAME_LABEL) or "")
         if name and "/" + container_name(name) in (container.get("Names") or []):
             names.add(name)
-    for entry in host.list_dir(CONFIGURATION_DIRECTORY):
-        if entry.endswith(".json"):
-            names.add(entry[: -len(".json")])
-    return names
-
-
-def _units(host: Host, names: t.Iterable[str]) -> dict[str, dict[str, str]]:
-    wanted = ["nim.target"] + [unit_name(name) for name in sorted(names)]
-    keys = "Id,ActiveState,UnitFileState,NeedDaemonReload"
-    shown = host.run(["systemctl", "show", "--property", keys, "--", *wanted])
-    found = {}
-    for block in shown.stdout.split("\n\n"):
-        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-        if values.get("Id"):
-            found[values["Id"]] = values
-    return found
+    return names.union(configured_services(host))
 
 
 def _silent(host: Host, model: NimModel, service: ServiceState) -> str:

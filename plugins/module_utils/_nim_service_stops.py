@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from ._nim_models import NimModel, unit_name
-from ._nim_paths import CONFIGURATION_DIRECTORY, STATE_DIRECTORY, UNIT_DIRECTORY, WRAPPER
+from ._nim_models import NimModel
+from ._nim_paths import CONFIGURATION_DIRECTORY, STATE_DIRECTORY, UNIT_DIRECTORY, WRAPPER, unit_name
 from ._nim_service_files import reload_changes
 from ._nim_service_state import RESOURCE, HostState, ServiceState
 from ._resource import Change, Disruption

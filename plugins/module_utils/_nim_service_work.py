@@ -13,7 +13,7 @@ from ._errors import FleetError
 from ._gpu_loss import lost_gpus
 from ._host import Host
 from ._ngc_key import render_environment
-from ._nim_models import NimModel, container_name, unit_name
+from ._nim_models import NimModel, container_name
 from ._nim_paths import (
     CONFIGURATION_DIRECTORY,
     KEY_FILE,
@@ -21,6 +21,7 @@ from ._nim_paths import (
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     secret_path,
+    unit_name,
 )
 from ._resource import Change
 from ._untrusted import json_object

@@ -11,6 +11,9 @@ import typing as t
 
 from ._untrusted import whole_number
 
+#: Name, version, architecture and state of everything that dpkg knows.
+DPKG_QUERY = ("dpkg-query", "-W", "-f=${Package}\\t${Version}\\t${Architecture}\\t${db:Status-Abbrev}\\n")
+
 
 def _debian_order(char: str) -> int:
     if char == "~":

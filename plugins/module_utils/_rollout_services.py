@@ -17,7 +17,8 @@ from ._gpu_holders import driver_holders
 from ._health_target import HealthTarget, parse_targets
 from ._host import Host
 from ._nim_health import HealthCheck
-from ._nim_process_state import CONFIGURATION_DIRECTORY, observe_units
+from ._nim_paths import CONFIGURATION_DIRECTORY, configured_services, unit_name
+from ._nim_process_state import observe_units
 from ._nim_service_work import stop_containers
 from ._untrusted import json_object, real_number
 
@@ -46,13 +47,13 @@ class Service:
 
     @property
     def unit(self) -> str:
-        return "nim-%s.service" % self.name
+        return unit_name(self.name)
 
 
 def observe_own(host: Host) -> tuple[Service, ...]:
     """All NIM services of the host, sorted by name."""
-    names = [name[: -len(".json")] for name in host.list_dir(CONFIGURATION_DIRECTORY) if name.endswith(".json")]
-    units = observe_units(host, ["nim-%s.service" % name for name in names])
+    names = configured_services(host)
+    units = observe_units(host, list(map(unit_name, names)))
     found = []
     for name in names:
         configuration = json_object(host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name)))
@@ -61,7 +62,7 @@ def observe_own(host: Host) -> tuple[Service, ...]:
         found.append(
             Service(
                 name=name,
-                active=units["nim-%s.service" % name].active in ("active", "activating", "reloading"),
+                active=units[unit_name(name)].active in ("active", "activating", "reloading"),
                 reference=next((word for word in words if not word.startswith("--")), ""),
                 image=str(configuration.get("image") or ""),
                 stop_timeout=int(real_number(configuration.get("stop_timeout"), _STOP_TIMEOUT)),

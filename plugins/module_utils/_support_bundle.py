@@ -22,8 +22,8 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._host import Host
 from ._kernel_log import read_kernel_log
-from ._nim_models import container_name, unit_name
-from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY
+from ._nim_models import container_name
+from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, configured_services, unit_name
 from ._redaction import Redactor
 from ._text_table import shorten
 
@@ -132,7 +132,7 @@ class SupportBundle:
         Args:
             models: Names of models that are wanted; those that are there are found.
         """
-        names = sorted({*models, *self._found()})
+        names = sorted({*models, *configured_services(self.host)})
         for name, argv in COMMANDS.items():
             self._run(name, argv)
         for path in FILES:
@@ -152,11 +152,6 @@ class SupportBundle:
                 self._file("records/" + record, "/var/lib/gpu_fleet/" + record)
         kernel = [line for line in read_kernel_log(self.host) or () if _KERNEL_LINES.search(line.text)]
         self.add_text("system/kernel.log", "\n".join("%.3f %s" % (line.at, line.text) for line in kernel), log=True)
-
-    def _found(self) -> list[str]:
-        """Models of which something is on the host."""
-        files = self.host.list_dir(CONFIGURATION_DIRECTORY)
-        return [entry[: -len(".json")] for entry in files if entry.endswith(".json")]
 
     def _file(self, name: str, path: str) -> None:
         try:

@@ -24,6 +24,7 @@ PROPERTIES = (
     "LoadState",
     "UnitFileState",
     "ActiveState",
+    "NeedDaemonReload",
     "MainPID",
     "ExecStart",
     "FragmentPath",
@@ -36,25 +37,41 @@ PROPERTIES = (
 
 
 class UnitTable:
-    """The properties of all these units out of one question, for hosts that are only looked at."""
+    """The properties of many units out of one question, for hosts that are only looked at.
 
-    def __init__(self, host: Host) -> None:
+    Args:
+        services: Units of the host that are asked about beside :data:`UNITS`.
+    """
+
+    def __init__(self, host: Host, services: t.Iterable[str] = ()) -> None:
         self._host = host
+        self._names = (*UNITS, *services)
         self._units: t.Optional[t.Dict[str, t.Dict[str, str]]] = None
 
     def properties(self, unit: str, names: t.Sequence[str]) -> t.Dict[str, str]:
-        if unit not in UNITS or not set(names) <= set(PROPERTIES):
+        """Properties of a unit; out of the one question where they are in it."""
+        if not self.has([unit], names):
             return _ask(self._host, unit, names)
+        return {name: value for name, value in self._answers()[unit].items() if name in names}
+
+    def has(self, units: t.Iterable[str], names: t.Iterable[str]) -> bool:
+        """Whether the one question tells all of this."""
+        return {*units} <= {*self._names} and {*names} <= {*PROPERTIES} and bool(self._answers())
+
+    def _answers(self) -> t.Dict[str, t.Dict[str, str]]:
         if self._units is None:
-            arguments = [word for name in PROPERTIES for word in ("-p", name)]
-            result = self._host.run(["systemctl", "show", "--no-pager", *arguments, *UNITS])
+            result = self._host.run(self.question)
             blocks = result.stdout.strip("\n").split("\n\n")
             # Else this systemd answers in another way: each unit is asked for alone.
-            fits = result.ok and len(blocks) == len(UNITS)
-            self._units = dict(zip(UNITS, map(_parse, blocks))) if fits else {}
-        if unit not in self._units:
-            return _ask(self._host, unit, names)
-        return {name: value for name, value in self._units[unit].items() if name in names}
+            fits = result.ok and len(blocks) == len(self._names)
+            self._units = dict(zip(self._names, map(_parse, blocks))) if fits else {}
+        return self._units
+
+    @property
+    def question(self) -> t.List[str]:
+        """The command that asks."""
+        arguments = [word for name in PROPERTIES for word in ("-p", name)]
+        return ["systemctl", "show", "--no-pager", *arguments, *self._names]
 
 
 class LookedAtOnce(Host):
@@ -66,6 +83,15 @@ class LookedAtOnce(Host):
 def unit_properties(host: Host, unit: str, *names: str) -> t.Dict[str, str]:
     """Properties of a systemd unit; empty where there is no systemd."""
     return host.units.properties(unit, names) if isinstance(host, LookedAtOnce) else _ask(host, unit, names)
+
+
+def properties_of_units(host: Host, units: t.Sequence[str], *names: str) -> t.Dict[str, t.Dict[str, str]]:
+    """Properties of several units with one question at most; a unit that systemd says nothing of is missing."""
+    if isinstance(host, LookedAtOnce) and host.units.has(units, names):
+        return {unit: host.units.properties(unit, names) for unit in units}
+    shown = host.run(["systemctl", "show", "--property", ",".join(("Id", *names)), "--", *units])
+    blocks = map(_parse, shown.stdout.split("\n\n"))
+    return {block["Id"]: block for block in blocks if block.get("Id")}
 
 
 def _ask(host: Host, unit: str, names: t.Sequence[str]) -> t.Dict[str, str]:

@@ -132,15 +132,21 @@ compile_once()
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._module import fail, succeed
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import DockerLook, ReadOnlyHost, ask_early
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resources_module import ResourcesModule
 
 
 def main() -> None:
     module = ResourcesModule()
+    host, api = ReadOnlyHost(Host()), DockerLook()
     try:
-        found = plan_host(Host(), module.resources())
+        wanted = module.resources()
+        ask_early(host, api, wanted)
+        # Compiled while the host looks for its answers.
+        from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
+
+        found = plan_host(host, wanted, api)
     except FleetError as error:
         fail(module, error)
     succeed(module, found.result(), found.warnings)

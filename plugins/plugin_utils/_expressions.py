@@ -52,7 +52,8 @@ class Expressions:
 
     def learn_reached(self, templates: t.Iterable[t.Any], variables: t.Mapping[str, t.Any]) -> None:
         """Learn templates, and those among the values of variables that they lead to; compiling is what costs here."""
-        waiting, seen = list(templates), set()
+        seen: set[str] = set()
+        waiting = list(templates)
         while waiting:
             template = waiting.pop()
             self.learn(template)

@@ -9,10 +9,10 @@ import typing as t
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import DockerApi
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import DockerLook
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import parse_models
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service_state import PROXY_LOOKS
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import DockerLook
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Disruption
 from nim_machine import (
     LLAMA,

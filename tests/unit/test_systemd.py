@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import ReadOnlyHost
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import UNITS, unit_properties
 from fake_host import FakeHost
 
