@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from ._gpu import Gpu
 from ._gpu_inventory import GpuInventory
-from ._kernel_log import KernelLine
 from ._verdict import OK, REFUSED, UNKNOWN, WARNING, Verdict
-from ._xid_errors import XID_APPLICATION, XID_ERRORS, XID_FATAL, XID_LINE, XID_NOTES
+
+if t.TYPE_CHECKING:
+    from ._kernel_log import KernelLine
 
 #: NVML's recovery actions (nvmlDeviceGpuRecoveryAction_t), as nvidia-smi prints them, and what they ask for.
 RECOVERY_ACTIONS = {
@@ -46,6 +47,9 @@ class Xid:
 
 def parse_xids(log: t.Iterable[KernelLine]) -> tuple[Xid, ...]:
     """Errors since the driver was last loaded, which resets the GPUs; each once, in the order of the log."""
+    # Here and below: a look at GPUs that are well needs no list of errors.
+    from ._xid_errors import XID_LINE
+
     found: list[Xid] = []
     for line in log:
         if _LOADING.search(line.text):
@@ -326,10 +330,15 @@ def _slowdown(gpu: Gpu) -> _Finding:
 
 
 def _xids(gpu: Gpu, xids: t.Sequence[Xid]) -> _Finding:
-    here = [xid.number for xid in xids if xid.bdf == _slot(gpu.bdf) and xid.number not in XID_NOTES]
-    serious = [number for number in here if number not in XID_APPLICATION]
+    none = _ok("had no error of its own since the driver was loaded")
+    here = [xid.number for xid in xids if xid.bdf == _slot(gpu.bdf)]
+    if not here:
+        return none
+    from ._xid_errors import XID_APPLICATION, XID_ERRORS, XID_FATAL, XID_NOTES
+
+    serious = [number for number in here if number not in XID_NOTES and number not in XID_APPLICATION]
     if not serious:
-        return _ok("had no error of its own since the driver was loaded")
+        return none
     text = "had %s since the driver was loaded" % ", ".join(
         "Xid %d%s" % (number, " (%s)" % XID_ERRORS[number].cause if number in XID_ERRORS else "") for number in serious
     )

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from ._errors import FleetError
 from ._gpu import Gpu
-from ._gpu_topology import Topology
 from ._nim_models import GpuRequest
+
+if t.TYPE_CHECKING:
+    from ._gpu_topology import Topology
 
 
 @dataclass(frozen=True)

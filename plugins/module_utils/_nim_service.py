@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import typing as t
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
@@ -96,6 +96,7 @@ class NimService(Resource[HostState]):
         self.health = health
         self.remove_all = remove_all
         self.api = api or DockerApi()
+        self._work: ServiceWork | None = None
         #: For the secrets of models that have no file with a key of its own yet.
         self._secret_key = os.urandom(32).hex()
         if injection not in GPU_INJECTIONS:
@@ -307,14 +308,12 @@ class NimService(Resource[HostState]):
 
     # -- apply ----------------------------------------------------------------------------------------
 
-    @cached_property
-    def _work(self) -> ServiceWork:
-        # Here: looks, which do no work, need not load it.
-        from ._nim_service_work import ServiceWork
-
-        return ServiceWork(self.api, self.key)
-
     def apply(self, host: Host, change: Change) -> None:
+        if self._work is None:
+            # Here: looks, which do no work, need not load it.
+            from ._nim_service_work import ServiceWork
+
+            self._work = ServiceWork(self.api, self.key)
         self._work.apply(host, change, self.models)
 
     # -- result ---------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ class NimService(Resource[HostState]):
         known = not self.remove_all and not self._missing_prerequisites(state)
         configurations: t.Mapping[str, Json] = self.configurations(state) if known else {}
         listed = {model.name for model in self.models}
-        warnings = list(self._work.warnings)
+        warnings = list(self._work.warnings) if self._work is not None else []
         orphans = [
             {"name": name, "unit": unit_name(name), "gpus": list(service.gpus), "state": describe(service, state)}
             for name, service in sorted(state.services.items())

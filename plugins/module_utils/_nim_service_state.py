@@ -20,12 +20,10 @@ from ._gpu_holders import parse_cgroup
 from ._gpu_inventory import GpuInventory, observe_gpus
 from ._gpu_loss import last_daemon_reload, lost_gpus
 from ._gpu_placement import Wish, topology_matters
-from ._gpu_topology import Topology, observe_topology
 from ._gpu_wishes import device_ids, names_profile, wish_of
 from ._host import FileStat, Host
 from ._image_record import PinnedImage, read_record
 from ._image_reference import ImageReference
-from ._kernel_log import read_kernel_log
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment, printable
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
@@ -53,6 +51,7 @@ from ._untrusted import json_object, strings, whole_number
 from ._verdict import REFUSED, Verdict
 
 if t.TYPE_CHECKING:
+    from ._gpu_topology import Topology
     from ._nim_manifest import Manifest
     from ._nim_profiles import Profile
 
@@ -322,12 +321,18 @@ def observe_services(
     # Asked only for a model that is to be placed: those that have their GPUs keep them.
     if not topology_matters(state.wishes(wanted), state.gpus, state.unlisted(models), state.unfit_gpus):
         return state
+    from ._gpu_topology import observe_topology
+
     return replace(state, topology=observe_topology(host))
 
 
 def _health(host: Host, inventory: GpuInventory) -> tuple[Verdict, ...]:
     # Where the driver says what a GPU needs, the kernel's log adds nothing that would keep a service from starting.
-    return gpu_health(inventory, read_kernel_log(host, only=KERNEL_LINES) if needs_kernel_log(inventory) else None)
+    if not needs_kernel_log(inventory):
+        return gpu_health(inventory)
+    from ._kernel_log import read_kernel_log
+
+    return gpu_health(inventory, read_kernel_log(host, only=KERNEL_LINES))
 
 
 def _gpu_users(host: Host, inventory: GpuInventory, containers: t.Sequence[Json]) -> tuple[GpuUser, ...]:

@@ -323,14 +323,15 @@ def package_manager(host: Host, release: t.Optional[OsRelease] = None) -> Packag
     Raises:
         FleetError: ``unsupported_os`` where neither apt nor dnf rules.
     """
-    # Here, because both build on this file; and a host needs only one of them.
-    from ._apt import Apt
-    from ._dnf import Dnf
-
+    # Imported here, because both build on this file; and a host needs only one of them.
     release = release or read_os_release(host)
     if release.family == "debian":
+        from ._apt import Apt
+
         return Apt(host)
     if release.family == "rhel":
+        from ._dnf import Dnf
+
         return Dnf(host)
     raise FleetError(
         "unsupported_os",

@@ -10,7 +10,24 @@ import os
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError, file_problem
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import CommandResult, FileStat, Host
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import (
+    CommandResult,
+    FileStat,
+    Host,
+    RunningCommand,
+)
+
+
+class FakeRunningCommand(RunningCommand):
+    """Runs when its end is waited for."""
+
+    def __init__(self, host: FakeHost, argv: t.Sequence[str]) -> None:
+        self._host = host
+        self._argv = tuple(argv)
+
+    def result(self, timeout: float | None = None) -> CommandResult:
+        return self._host.run(self._argv, timeout=timeout)
+
 
 Answer = t.Union[str, "tuple[int, str, str]", t.Callable[..., t.Any]]
 
@@ -26,6 +43,7 @@ class FakeHost(Host):
         commands: shell-style pattern of the joined argv -> stdout, (rc, stdout, stderr), or a
             callable(host, argv, stdin, env) that returns either and may change the host.
         calls: argv of every command that was run, in order.
+        started: argv of every command that was started to run beside others.
     """
 
     def __init__(self, files: dict[str, str | bytes] | None = None, commands: dict[str, Answer] | None = None) -> None:
@@ -37,6 +55,7 @@ class FakeHost(Host):
         self.links: dict[str, str] = {}
         self.commands: dict[str, Answer] = dict(commands or {})
         self.calls: list[tuple[str, ...]] = []
+        self.started: list[tuple[str, ...]] = []
         self.clock = 1_000_000.0
         self.free = 10**12
         self.release = "6.1.0-test-amd64"
@@ -60,6 +79,10 @@ class FakeHost(Host):
                 rc, stdout, stderr = given
                 return CommandResult(tuple(argv), rc, stdout, stderr)
         return CommandResult(tuple(argv), 127, "", "%s: command not found" % argv[0])
+
+    def start(self, argv: t.Sequence[str]) -> RunningCommand | None:
+        self.started.append(tuple(argv))
+        return FakeRunningCommand(self, argv)
 
     def which(self, program: str) -> str | None:
         for pattern in self.commands:

@@ -104,3 +104,24 @@ def test_what_is_no_file_keeps_nobody_waiting(tmp_path: pathlib.Path) -> None:
     assert Host().read_bytes(str(tmp_path)) is None
     assert Host().read_bytes(str(tmp_path / "none")) is None
     assert Host().read_text("/proc/self/status")
+
+
+def test_a_program_runs_while_something_else_is_done() -> None:
+    started = Host().start(["sh", "-c", "echo out; echo err >&2; read line || echo no input; exit 3"])
+    assert started is not None
+    result = started.result()
+    assert (result.rc, result.stdout, result.stderr) == (3, "out\nno input\n", "err\n")
+    assert result == Host().run(["sh", "-c", "echo out; echo err >&2; read line || echo no input; exit 3"])
+
+
+def test_a_started_program_that_does_not_end_is_killed() -> None:
+    started = Host().start(["sleep", "60"])
+    assert started is not None
+    result = started.result(timeout=0.05)
+    assert (result.rc, result.stderr) == (124, "sleep: no end after 0.05 seconds")
+    assert result == Host().run(["sleep", "60"], timeout=0.05)
+
+
+def test_what_cannot_be_started_is_left_to_the_one_who_asks(tmp_path: pathlib.Path) -> None:
+    assert Host().start([str(tmp_path / "none")]) is None
+    assert Host().start([str(tmp_path)]) is None

@@ -11,7 +11,12 @@ import typing as t
 import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _docker_daemon_planner, _health_drift, _packages
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import (
+    _docker_daemon_planner,
+    _health_drift,
+    _host_plan,
+    _packages,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import ReadOnlyHost, plan_host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver import NvidiaDriver
@@ -647,7 +652,7 @@ def test_wrong_options_of_the_module(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gpu_host_plan, "plan_host", lambda *dummy: pytest.fail("the host was looked at"))
+    monkeypatch.setattr(_host_plan, "plan_host", lambda *dummy: pytest.fail("the host was looked at"))
     hidden: dict[str, t.Any] = {"ngc_login": {"api_key": KEY}}
     if "nim_service" not in given:
         hidden["nim_service"] = {"models": [json.dumps(llama(secret_environment={"HF_TOKEN": SECRET}))]}
@@ -666,11 +671,11 @@ def test_wrong_options_of_the_module(
 def test_the_module_gives_defaults_as_the_modules_do(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, t.Any] = {}
 
-    def plan(host: t.Any, wanted: dict[str, t.Any]) -> t.NoReturn:
+    def plan(host: t.Any, wanted: dict[str, t.Any], api: t.Any) -> t.NoReturn:
         given.update(wanted)
         raise FleetError("enough", "Enough.")
 
-    monkeypatch.setattr(gpu_host_plan, "plan_host", plan)
+    monkeypatch.setattr(_host_plan, "plan_host", plan)
     with patch_module_args({"nvidia_driver": {"hold": "no"}, "docker_daemon": {}}), pytest.raises(SystemExit):
         gpu_host_plan.main()
     assert set(given) == {"nvidia_driver", "docker_daemon"}

@@ -13,7 +13,7 @@ import typing as t
 import pytest
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpu_fleet.nim.plugins.module_utils import _module_progress
+from ansible_collections.gpu_fleet.nim.plugins.module_utils import _host_plan, _module_progress
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._background import Jobs
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
@@ -187,7 +187,7 @@ def test_the_plan_of_a_host_is_masked(monkeypatch: pytest.MonkeyPatch, capsys: p
         notes=[SAID],
         warnings=[SAID],
     )
-    monkeypatch.setattr(gpu_host_plan, "plan_host", lambda *given: plan)
+    monkeypatch.setattr(_host_plan, "plan_host", lambda *given: plan)
     with patch_module_args({"docker_engine": {}, "_ansible_remote_tmp": "/tmp"}), pytest.raises(SystemExit):
         gpu_host_plan.main()
     printed = capsys.readouterr()

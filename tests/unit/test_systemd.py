@@ -7,7 +7,11 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import ReadOnlyHost
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import UNITS, unit_properties
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import (
+    UNITS,
+    properties_of_units,
+    unit_properties,
+)
 from fake_host import FakeHost
 
 
@@ -54,3 +58,26 @@ def test_a_systemd_that_answers_otherwise_is_asked_for_each() -> None:
     assert unit_properties(ReadOnlyHost(host), "docker.service", "ActiveState") == {"ActiveState": "active"}
     assert len(host.calls) == 2
     assert unit_properties(ReadOnlyHost(FakeHost()), "docker.service", "ActiveState") == {}
+
+
+def test_services_are_in_the_one_question() -> None:
+    host = FakeHost({"/etc/nim/a.json": "{}"}, {"systemctl show *": systemctl})
+    looked_at = ReadOnlyHost(host)
+    assert unit_properties(looked_at, "docker.service", "ActiveState") == {"ActiveState": "active"}
+    units = ["nim.target", "nim-a.service"]
+    assert properties_of_units(looked_at, units, "ActiveState") == {unit: {"ActiveState": "active"} for unit in units}
+    assert len(host.calls) == 1
+
+
+def test_units_that_are_not_in_it_are_asked_for_together() -> None:
+    answer = "Id=nim.target\nActiveState=active\n\nId=nim-b.service\nActiveState=inactive\n"
+    host = FakeHost(commands={"systemctl show --property *": answer})
+    for looked_at in (host, ReadOnlyHost(host)):
+        found = properties_of_units(looked_at, ["nim.target", "nim-b.service"], "ActiveState")
+        assert {unit: values["ActiveState"] for unit, values in found.items()} == {
+            "nim.target": "active",
+            "nim-b.service": "inactive",
+        }
+    assert (
+        host.calls == [("systemctl", "show", "--property", "Id,ActiveState", "--", "nim.target", "nim-b.service")] * 2
+    )
