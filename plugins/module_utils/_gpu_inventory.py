@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ._gpu import Gpu, parse_smi, whole_number, with_mig_uuids
 from ._gpu_bus import GRACE_BLACKWELL, PciGpu, has_nvlink5, hexadecimal, observe_pci
 from ._host import Host
-from ._loaded_driver import SMI_QUERY, LoadedDriver, observe_loaded_driver
+from ._loaded_driver import LoadedDriver, observe_loaded_driver
 
 _SMI_TIMEOUT = 90.0  # seconds; eight GPUs without persistence mode take half a minute
 
@@ -120,7 +120,7 @@ def observe_gpus(host: Host, *, with_smi: bool = True) -> GpuInventory:
     unlisted: tuple[str, ...] = ()
     if driver is not None:
         if with_smi:
-            result = host.run(SMI_QUERY, timeout=_SMI_TIMEOUT)
+            result = host.run(["nvidia-smi", "-q", "-x"], timeout=_SMI_TIMEOUT)
             try:
                 cuda, smi_version, gpus = parse_smi(result.stdout)
             except ValueError:

@@ -11,7 +11,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ._errors import FleetError
-from ._nim_paths import unit_name
+from ._nim_paths import container_name, download_name, unit_name
 
 COMPLETIONS = ("auto", "chat", "completion", "none")
 
@@ -44,12 +44,12 @@ class HealthTarget:
 
     @property
     def container(self) -> str:
-        return "nim-%s" % self.name
+        return container_name(self.name)
 
     @property
     def downloader(self) -> str:
         """The container that fetches the model before the service's own is created."""
-        return "nim-%s-download" % self.name
+        return download_name(self.name)
 
     @property
     def url(self) -> str:

@@ -21,7 +21,7 @@ from ._host import Host
 from ._ngc_login_planner import VALIDATE_ALWAYS, LoginPlanner
 from ._nim_image_planner import PULL_NEWER, ImagesPlanner
 from ._nim_models import parse_models
-from ._nim_paths import MAINTENANCE_FILE
+from ._nim_paths import MAINTENANCE_FILE, service_of_unit
 from ._nim_ready import certainly_ready
 from ._nim_service import ENFORCE, WARN, NimService
 from ._nim_service_state import HostState
@@ -398,9 +398,7 @@ class _Walk:
         except FleetError as error:
             # They are in the list, only not in this part of it.
             for unit in waiting:
-                error.message = error.message.replace(
-                    "%s (not in the list)" % unit[len("nim-") : -len(".service")], unit
-                )
+                error.message = error.message.replace("%s (not in the list)" % service_of_unit(unit), unit)
             raise
 
     def _health(self, options: Options) -> None:
@@ -423,7 +421,7 @@ class _Walk:
         if not after:
             self._error(change.resource, FleetError(reason, str(change.data["message"])))
             return
-        name = change.what[len("nim-") : -len(".service")]
+        name = service_of_unit(change.what)
         known = state.services.get(name)
         runs = known is not None and (known.running or known.alive)
         disruption = Disruption.RESTART_NIM if runs else Disruption.NONE

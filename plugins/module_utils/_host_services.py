@@ -16,7 +16,7 @@ from ._host import Host
 from ._listeners import listening_sockets
 from ._nim_health import HealthCheck
 from ._nim_log import PHASE_WORDS
-from ._nim_paths import CONFIGURATION_DIRECTORY, configured_services
+from ._nim_paths import configuration_path, configured_services
 from ._nim_process_state import read_word
 from ._nvidia_container_toolkit_planner import CONFIG, PACKAGES, configured_mode
 from ._os_release import OsRelease
@@ -109,7 +109,7 @@ def services(host: Host, api: DockerApi) -> list[Json]:
     entries: list[Json] = []
     targets: list[HealthTarget] = []
     for name in configured_services(host):
-        found = json_object(host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name)))
+        found = json_object(host.read_text(configuration_path(name)))
         url = _parts(found.get("ready_url"))
         if not found or url is None:
             entries.append({"name": name, "ready": False, "state": "broken configuration"})

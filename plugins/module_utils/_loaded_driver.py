@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 from ._host import Host
 
-#: Everything that nvidia-smi knows. It loads the kernel module where that is not loaded, so it is asked only where it is.
-SMI_QUERY = ("nvidia-smi", "-q", "-x")
-
 
 @dataclass(frozen=True)
 class LoadedDriver:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from ._gpu_wishes import names_profile
 from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
 from ._nim_models import NAME_LABEL, NimModel
-from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER
+from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER, download_name
 from ._nim_service_state import ImageState
 from ._nim_unit import spec_hash
 from ._nim_unit_program import program
@@ -245,7 +245,7 @@ def build_configuration(
     download: Json | None = None
     step = family.download(model)
     if step is not None:
-        words = [*_log_arguments(model.container + "-download"), *labels, *common, *network]
+        words = [*_log_arguments(download_name(model.name)), *labels, *common, *network]
         words += _environment_arguments({**environment, **step.environment})
         files = [image.identifier, model.profile, bool(model.lora_directory), model.cache_directory]
         download = {

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._host import Host
 from ._nim_paths import (
-    CONFIGURATION_DIRECTORY,
     KEY_FILE,
     RUNTIME_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    configuration_path,
     secret_path,
     unit_name,
 )
@@ -138,7 +138,7 @@ class Snapshot:
 
 def _paths(name: str) -> tuple[str, ...]:
     return (
-        "%s/%s.json" % (CONFIGURATION_DIRECTORY, name),
+        configuration_path(name),
         secret_path(name),
         "%s/%s" % (UNIT_DIRECTORY, unit_name(name)),
     )

@@ -10,7 +10,7 @@ import typing as t
 
 from ._gpu_inventory import observe_gpus
 from ._host import Host
-from ._nim_paths import CONFIGURATION_DIRECTORY
+from ._nim_paths import configuration_path
 from ._untrusted import json_object
 
 Json = t.Dict[str, t.Any]
@@ -23,7 +23,7 @@ def gpus_of_services(host: Host, names: t.Sequence[str]) -> dict[str, list[Json]
     """
     given: dict[str, list[str]] = {}
     for name in names:
-        found = json_object(host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))).get("gpus")
+        found = json_object(host.read_text(configuration_path(name))).get("gpus")
         given[name] = [uuid for uuid in found if isinstance(uuid, str)] if isinstance(found, list) else []
     if not any(given.values()):
         return {name: [] for name in names}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError
 from ._image_reference import ImageReference
-from ._nim_paths import unit_name
+from ._nim_paths import SERVICE_NAME, container_name, unit_name
 from ._options import NIM_MODEL_OPTIONS
 from ._redaction import is_name_of_secret, is_plain, scrub_given
 from ._untrusted import is_digits
@@ -58,7 +58,6 @@ _SECRET_VALUE = re.compile(r"nvapi-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|://[^\
 
 #: Label that says which service a container is.
 NAME_LABEL = "io.gpu-fleet.nim.name"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\Z")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _GPU_UUID = re.compile(r"(GPU|MIG)-[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\Z")
 _PROFILE_ID = re.compile(r"[0-9a-f]{64}\Z")
@@ -152,10 +151,6 @@ class NimModel:
         """Base URL at which the host itself reaches the service."""
         address = probe_address(self.bind_address)
         return "http://%s:%d" % ("[%s]" % address if ":" in address else address, self.port)
-
-
-def container_name(name: str) -> str:
-    return "nim-%s" % name
 
 
 def probe_address(bind_address: str) -> str:
@@ -329,7 +324,7 @@ class _Entry:
 
     def parse(self) -> NimModel:
         name = self.required("name", "llama3")
-        if not _NAME.match(name):
+        if not SERVICE_NAME.match(name):
             raise self.bad(
                 "name",
                 "cannot be the name of a unit and a container",

@@ -6,8 +6,14 @@
 
 from __future__ import annotations
 
-from ._host import Host
-from ._nim_unit_key import KEY_PIPES
+import re
+import typing as t
+
+if t.TYPE_CHECKING:
+    from ._host import Host
+
+#: Names that a service can have.
+SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}\Z")
 
 UNIT_DIRECTORY = "/etc/systemd/system"
 CONFIGURATION_DIRECTORY = "/etc/nim"
@@ -17,16 +23,35 @@ BASE_DIRECTORY = "/var/lib/nim"
 STATE_DIRECTORY = BASE_DIRECTORY + "/state"
 MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
 RUNTIME_DIRECTORY = "/run/nim"
+_SUFFIX = ".json"
 
 
 def unit_name(name: str) -> str:
     return "nim-%s.service" % name
 
 
+def service_of_unit(unit: str) -> str:
+    """The name of a service out of :func:`unit_name`."""
+    return unit[len("nim-") : -len(".service")]
+
+
+def container_name(name: str) -> str:
+    return "nim-%s" % name
+
+
+def download_name(name: str) -> str:
+    """The container that fetches the model before the service's own is created."""
+    return "nim-%s-download" % name
+
+
+def configuration_path(name: str) -> str:
+    """What the wrapper gives the container of a service; that the file is there says that the service is ours."""
+    return "%s/%s%s" % (CONFIGURATION_DIRECTORY, name, _SUFFIX)
+
+
 def configured_services(host: Host) -> list[str]:
     """Names of the services that the collection has put on a host, sorted."""
-    suffix = ".json"
-    return [entry[: -len(suffix)] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(suffix)]
+    return [entry[: -len(_SUFFIX)] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(_SUFFIX)]
 
 
 def secret_path(name: str) -> str:
@@ -36,4 +61,7 @@ def secret_path(name: str) -> str:
 
 def key_pipe(name: str) -> str:
     """Named pipe through which the container of a model gets the NGC key."""
+    # Here: the wrapper's own files hold much more.
+    from ._nim_unit_key import KEY_PIPES
+
     return "%s/%s/%s" % (RUNTIME_DIRECTORY, KEY_PIPES, name)

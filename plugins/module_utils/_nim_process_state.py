@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._gpu_holders import parse_cgroup
 from ._host import Host
-from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY
+from ._nim_paths import RUNTIME_DIRECTORY, configuration_path
 from ._nim_unit_docker import SPEC_LABEL
 from ._untrusted import json_object, real_number, whole_number
 
@@ -171,12 +171,12 @@ def read_word(host: Host, name: str) -> Word:
 
 def wanted_spec(host: Host, name: str) -> str:
     """Name of what the service's container is meant to run; empty when that cannot be told."""
-    return str(_read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("spec") or "")
+    return str(_read_object(host, configuration_path(name)).get("spec") or "")
 
 
 def wanted_gpus(host: Host, name: str) -> tuple[str, ...]:
     """UUIDs of the GPUs that the service was given; empty when that cannot be told."""
-    found = _read_object(host, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name)).get("gpus")
+    found = _read_object(host, configuration_path(name)).get("gpus")
     return tuple(str(uuid) for uuid in found) if isinstance(found, list) else ()
 
 

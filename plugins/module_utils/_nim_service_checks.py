@@ -16,7 +16,8 @@ from ._gpu import Gpu
 from ._gpu_health import gpu_label
 from ._listeners import PROXY, Listener
 from ._nim_family import BACKEND_PORT_VARIABLE
-from ._nim_models import NimModel, addresses_overlap, container_name, probe_address
+from ._nim_models import NimModel, addresses_overlap, probe_address
+from ._nim_paths import container_name
 from ._nim_service_state import GpuUser, HostState, ImageState, ports_of
 from ._verdict import REFUSED, WARNING, Verdict
 

@@ -21,6 +21,7 @@ from ._nim_paths import (
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    configuration_path,
     secret_path,
 )
 from ._nim_service_state import RESOURCE, HostState
@@ -92,7 +93,7 @@ def service_file_changes(
     service = state.service(model.name)
     changes = _file_change(
         state,
-        "%s/%s.json" % (CONFIGURATION_DIRECTORY, model.name),
+        configuration_path(model.name),
         service.configuration_text,
         json.dumps(configuration, indent=2, sort_keys=True) + "\n",
         0o644,

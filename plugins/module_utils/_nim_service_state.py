@@ -27,7 +27,7 @@ from ._image_reference import ImageReference
 from ._listeners import Listener, find_listeners, own_addresses
 from ._ngc_key import fingerprint, key_in_environment, printable
 from ._nim_family import BACKEND_PORT_VARIABLE, Family, family_of_image
-from ._nim_models import NAME_LABEL, NimModel, container_name
+from ._nim_models import NAME_LABEL, NimModel
 from ._nim_paths import (
     BASE_DIRECTORY,
     CONFIGURATION_DIRECTORY,
@@ -37,7 +37,10 @@ from ._nim_paths import (
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
+    configuration_path,
     configured_services,
+    container_name,
+    download_name,
     secret_path,
     unit_name,
 )
@@ -276,7 +279,7 @@ def observe_services(
     for model in wanted:
         paths += [model.cache_directory]
         paths += [path for path in (model.weights_directory, model.lora_directory) if path]
-        paths += ["%s/%s" % (UNIT_DIRECTORY, model.unit), "%s/%s.json" % (CONFIGURATION_DIRECTORY, model.name)]
+        paths += ["%s/%s" % (UNIT_DIRECTORY, model.unit), configuration_path(model.name)]
     shared = (WRAPPER, UNIT_DIRECTORY + "/nim.target", UNIT_DIRECTORY + "/nim.slice")
     target = units.get("nim.target", {})
     by_id = {str(entry.get("Id", "")): entry for entry in inspected}
@@ -407,12 +410,12 @@ def _service(
 ) -> ServiceState:
     unit_path = "%s/%s" % (UNIT_DIRECTORY, unit_name(name))
     masked = host.read_link(unit_path) == "/dev/null"
-    text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+    text = host.read_text(configuration_path(name))
     container = containers.get(container_name(name))
     shown = inspected.get(str((container or {}).get("Id", "")), {})
     runtime = json_object(host.read_text("%s/%s.json" % (RUNTIME_DIRECTORY, name)))
     failures = runtime.get("failures")
-    download = containers.get(container_name(name) + "-download") or {}
+    download = containers.get(download_name(name)) or {}
     secret_file = host.stat(secret_path(name))
     fetched: Json = {}
     fetched_damage = ""

@@ -13,13 +13,16 @@ from ._errors import FleetError
 from ._gpu_loss import lost_gpus
 from ._host import Host
 from ._ngc_key import render_environment
-from ._nim_models import NimModel, container_name
+from ._nim_models import NimModel
 from ._nim_paths import (
     CONFIGURATION_DIRECTORY,
     KEY_FILE,
     RUNTIME_DIRECTORY,
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
+    configuration_path,
+    container_name,
+    download_name,
     secret_path,
     unit_name,
 )
@@ -130,7 +133,7 @@ class ServiceWork:
         Raises:
             FleetError: ``remove_failed``; ``systemctl_failed``.
         """
-        for container in (container_name(name), container_name(name) + "-download"):
+        for container in (container_name(name), download_name(name)):
             if self.api.available() and self.api.container(container) is not None:
                 host.check(
                     ["docker", "rm", "-f", container],
@@ -147,7 +150,7 @@ class ServiceWork:
         # Last what the service is known by: who is interrupted finds it again.
         host.remove("%s/%s" % (UNIT_DIRECTORY, unit))
         host.remove(secret_path(name))
-        host.remove("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+        host.remove(configuration_path(name))
         # Fails when systemd does not remember the unit, and then there is nothing to forget.
         host.run(["systemctl", "reset-failed", unit])
 
@@ -177,7 +180,7 @@ class ServiceWork:
         """Start or restart all services in one go, so that their stops overlap; a later change then finds it done."""
         wanted: dict[str, str] = {}
         for name in names:
-            text = host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+            text = host.read_text(configuration_path(name))
             wanted[name] = str(json_object(text).get("spec", ""))
         todo = [name for name in names if name not in self._restarted]
         if not todo:
@@ -232,7 +235,7 @@ def stop_containers(host: Host, api: DockerApi, name: str, stop_timeout: int) ->
     Raises:
         FleetError: ``stop_failed``; ``docker_unavailable``.
     """
-    for container in (container_name(name), container_name(name) + "-download"):
+    for container in (container_name(name), download_name(name)):
         found = api.container(container)
         if found is not None and (found.get("State") or {}).get("Running"):
             host.check(

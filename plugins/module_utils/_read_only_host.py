@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import http.client
-import re
 import typing as t
 
 from ._docker_api import INFO, VERSION, DockerApi
+from ._errors import FleetError
 from ._gpu_bus import observe_pci
 from ._host import CommandResult, FileStat, Host, RunningCommand
-from ._loaded_driver import SMI_QUERY, observe_loaded_driver
-from ._nim_paths import configured_services, unit_name
+from ._nim_paths import SERVICE_NAME, configured_services, unit_name
+from ._os_release import read_os_release
 from ._package_versions import DPKG_QUERY
 from ._systemd import LookedAtOnce, UnitTable
 
@@ -32,8 +32,7 @@ _DOCKERD_PID = "/var/run/docker.pid"
 
 def _units_of_services(host: Host) -> list[str]:
     # A file with another kind of name was put there by somebody else; systemctl would refuse the whole question.
-    names = [name for name in configured_services(host) if re.match(r"[a-z0-9][a-z0-9.-]*\Z", name)]
-    return ["nim.target", *map(unit_name, names)]
+    return ["nim.target", *(unit_name(name) for name in configured_services(host) if SERVICE_NAME.match(name))]
 
 
 class ReadOnlyHost(LookedAtOnce):
@@ -47,6 +46,9 @@ class ReadOnlyHost(LookedAtOnce):
         self.units = UnitTable(self, _units_of_services(host))
         self._ran: dict[_Command, CommandResult] = {}
         self._started: dict[_Command, RunningCommand] = {}
+
+    def start(self, argv: t.Sequence[str]) -> RunningCommand | None:
+        raise AssertionError("a plan waits for what it runs: %s" % argv[0])
 
     def start_early(self, argv: t.Sequence[str]) -> None:
         """Start a command that :meth:`run` will be asked for; it runs while the caller does something else."""
@@ -147,22 +149,24 @@ class DockerLook(DockerApi):
 def ask_early(host: ReadOnlyHost, api: DockerLook, resources: t.Collection[str]) -> None:
     """Ask for what a plan of the whole host will ask for, and what takes those who are asked longest.
 
-    A plan of few resources asks for less, and is left to do so itself.
-
-    Nothing is waited for, and nothing is started by asking: neither a Docker that sleeps behind its socket nor, by
-    nvidia-smi, a driver that is not loaded.
+    A plan of few resources asks for less, and is left to do so itself. Nothing is waited for, and a Docker that sleeps
+    behind its socket is not woken. nvidia-smi is not among it: while it runs it holds the GPUs, and the plan looks for
+    those who do.
     """
     if not {"nvidia_driver", "docker_engine"} <= {*resources} or not observe_pci(host)[0]:
         return
     host.start_early(host.units.question)
-    host.start_early(DPKG_QUERY)
-    if observe_loaded_driver(host) is not None:
-        host.start_early(SMI_QUERY)
+    if read_os_release(host).family == "debian":
+        host.start_early(DPKG_QUERY)
     if _dockerd_runs(host):
         api.ask_early(INFO)
         api.ask_early(VERSION)
 
 
 def _dockerd_runs(host: Host) -> bool:
-    pid = (host.read_text(_DOCKERD_PID) or "").strip()
+    try:
+        pid = (host.read_text(_DOCKERD_PID) or "").strip()
+    except FleetError:
+        # Nobody else reads it.
+        return False
     return pid.isdecimal() and (host.read_text("/proc/%s/comm" % pid) or "").strip() == "dockerd"

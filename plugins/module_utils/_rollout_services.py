@@ -17,7 +17,7 @@ from ._gpu_holders import driver_holders
 from ._health_target import HealthTarget, parse_targets
 from ._host import Host
 from ._nim_health import HealthCheck
-from ._nim_paths import CONFIGURATION_DIRECTORY, configured_services, unit_name
+from ._nim_paths import configuration_path, configured_services, container_name, download_name, unit_name
 from ._nim_process_state import observe_units
 from ._nim_service_work import stop_containers
 from ._untrusted import json_object, real_number
@@ -56,7 +56,7 @@ def observe_own(host: Host) -> tuple[Service, ...]:
     units = observe_units(host, list(map(unit_name, names)))
     found = []
     for name in names:
-        configuration = json_object(host.read_text("%s/%s.json" % (CONFIGURATION_DIRECTORY, name)))
+        configuration = json_object(host.read_text(configuration_path(name)))
         create = configuration.get("create")
         words = [str(word) for word in create] if isinstance(create, list) else []
         found.append(
@@ -103,7 +103,7 @@ def strangers(host: Host, api: DockerApi, services: t.Sequence[Service]) -> list
     Containers that could use one are among them although they do not at the moment: the new driver is not the one whose
     libraries they have.
     """
-    own = {name for service in services for name in ("nim-%s" % service.name, "nim-%s-download" % service.name)}
+    own = {name for service in services for name in (container_name(service.name), download_name(service.name))}
     return sorted(lasting(host, lambda: _strangers(host, api, own)).values())
 
 

@@ -22,8 +22,14 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._host import Host
 from ._kernel_log import read_kernel_log
-from ._nim_models import container_name
-from ._nim_paths import CONFIGURATION_DIRECTORY, RUNTIME_DIRECTORY, configured_services, unit_name
+from ._nim_paths import (
+    RUNTIME_DIRECTORY,
+    configuration_path,
+    configured_services,
+    container_name,
+    download_name,
+    unit_name,
+)
 from ._redaction import Redactor
 from ._text_table import shorten
 
@@ -143,9 +149,9 @@ class SupportBundle:
         for unit in units:
             self._unit(unit)
         for name in names:
-            self._file("nim/%s.json" % name, "%s/%s.json" % (CONFIGURATION_DIRECTORY, name))
+            self._file("nim/%s.json" % name, configuration_path(name))
             self._file("nim/%s.runtime.json" % name, "%s/%s.json" % (RUNTIME_DIRECTORY, name))
-            for container in (container_name(name), container_name(name) + "-download"):
+            for container in (container_name(name), download_name(name)):
                 self._container(container)
         for record in self.host.list_dir("/var/lib/gpu_fleet"):
             if record.endswith(".json"):

@@ -13,7 +13,6 @@ import typing as t
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._docker_api import INFO, VERSION
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import SMI_QUERY
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._options import CHAIN
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._package_versions import DPKG_QUERY
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import (
@@ -32,6 +31,7 @@ GPU = {
 DRIVER = {
     "/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
 }
+DEBIAN = {"/etc/os-release": "ID=debian\n"}
 DOCKERD = {"/var/run/docker.pid": "812", "/proc/812/comm": "dockerd\n"}
 
 
@@ -54,19 +54,38 @@ def asked(files: dict[str, str], resources: t.Sequence[str] = CHAIN) -> tuple[Fa
 
 
 def test_what_takes_long_is_started_first() -> None:
-    host, early = asked({**GPU, **DRIVER, **DOCKERD, "/etc/nim/llama.json": "{}", "/etc/nim/x y.json": "{}"})
+    long = 60 * "x"
+    configured = dict.fromkeys(("/etc/nim/%s.json" % name for name in ("Llama_3.1", "x y", long, long + "x")), "{}")
+    host, early = asked({**GPU, **DRIVER, **DOCKERD, **DEBIAN, **configured})
     units, *others = host.started
-    assert units[-len(UNITS) - 2 :] == (*UNITS, "nim.target", "nim-llama.service")
-    assert others == [DPKG_QUERY, SMI_QUERY]
+    assert units[-len(UNITS) - 3 :] == (*UNITS, "nim.target", "nim-Llama_3.1.service", "nim-%s.service" % long)
+    # Not nvidia-smi, which holds the GPUs while it runs: the plan would take it for somebody who uses them.
+    assert others == [DPKG_QUERY]
+    assert early == [INFO, VERSION]
+
+
+def test_a_host_without_dpkg_is_not_asked_for_its_packages() -> None:
+    host, early = asked({**GPU, **DOCKERD, "/etc/os-release": "ID=rocky\nID_LIKE=rhel\n"})
+    assert DPKG_QUERY not in host.started
     assert early == [INFO, VERSION]
 
 
 def test_asking_starts_nothing_on_the_host() -> None:
-    # nvidia-smi would load the driver, and the socket would start the daemon.
-    host, early = asked({**GPU, "/var/run/docker.pid": "812", "/proc/812/comm": "bash\n"})
-    assert SMI_QUERY not in host.started
-    assert early == []
+    # The socket would start the daemon.
+    assert asked({**GPU, "/var/run/docker.pid": "812", "/proc/812/comm": "bash\n"})[1] == []
     assert asked({**GPU, "/var/run/docker.pid": "../1"})[1] == []
+
+
+def test_a_file_that_only_early_questions_read_fails_no_plan() -> None:
+    class Pipe(FakeHost):
+        def read_bytes(self, path: str) -> bytes | None:
+            if path == "/var/run/docker.pid":
+                raise FleetError("unreadable", "Reading it failed.")
+            return super().read_bytes(path)
+
+    api = Asked()
+    ask_early(ReadOnlyHost(Pipe(dict(GPU))), api, CHAIN)
+    assert api.early == []
 
 
 @pytest.mark.parametrize(("files", "resources"), [({}, CHAIN), (GPU, ["docker_engine"]), (GPU, ["nvidia_driver"])])
@@ -82,6 +101,8 @@ def test_a_command_that_was_started_is_not_run_again() -> None:
     assert [looked_at.run(["tool"]).stdout, looked_at.run(["tool"]).stdout] == ["answer", "answer"]
     assert looked_at.run(["tool"], env={"A": "1"}).stdout == "answer"
     assert (host.started, host.calls) == ([("tool",)], [("tool",), ("tool",)])
+    with pytest.raises(AssertionError):
+        looked_at.start(["tool"])
 
 
 class Dockerd:
