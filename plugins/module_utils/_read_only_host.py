@@ -153,20 +153,18 @@ def ask_early(host: ReadOnlyHost, api: DockerLook, resources: t.Collection[str])
     behind its socket is not woken. nvidia-smi is not among it: while it runs it holds the GPUs, and the plan looks for
     those who do.
     """
-    if not {"nvidia_driver", "docker_engine"} <= {*resources} or not observe_pci(host)[0]:
-        return
-    host.start_early(host.units.question)
-    if read_os_release(host).family == "debian":
-        host.start_early(DPKG_QUERY)
-    if _dockerd_runs(host):
-        api.ask_early(INFO)
-        api.ask_early(VERSION)
+    # What cannot be read is told by those who need it.
+    with contextlib.suppress(FleetError):
+        if not {"nvidia_driver", "docker_engine"} <= {*resources} or not observe_pci(host)[0]:
+            return
+        host.start_early(host.units.question)
+        if _dockerd_runs(host):
+            api.ask_early(INFO)
+            api.ask_early(VERSION)
+        if read_os_release(host).family == "debian":
+            host.start_early(DPKG_QUERY)
 
 
 def _dockerd_runs(host: Host) -> bool:
-    try:
-        pid = (host.read_text(_DOCKERD_PID) or "").strip()
-    except FleetError:
-        # Nobody else reads it.
-        return False
+    pid = (host.read_text(_DOCKERD_PID) or "").strip()
     return pid.isdecimal() and (host.read_text("/proc/%s/comm" % pid) or "").strip() == "dockerd"

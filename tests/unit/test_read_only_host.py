@@ -76,16 +76,16 @@ def test_asking_starts_nothing_on_the_host() -> None:
     assert asked({**GPU, "/var/run/docker.pid": "../1"})[1] == []
 
 
-def test_a_file_that_only_early_questions_read_fails_no_plan() -> None:
+def test_what_cannot_be_read_fails_no_early_question() -> None:
     class Pipe(FakeHost):
         def read_bytes(self, path: str) -> bytes | None:
             if path == "/var/run/docker.pid":
                 raise FleetError("unreadable", "Reading it failed.")
             return super().read_bytes(path)
 
-    api = Asked()
-    ask_early(ReadOnlyHost(Pipe(dict(GPU))), api, CHAIN)
-    assert api.early == []
+    for host in (Pipe({**GPU, **DEBIAN}), FakeHost(dict(GPU))):
+        ask_early(ReadOnlyHost(host), Asked(), CHAIN)
+        assert [argv[0] for argv in host.started] == ["systemctl"]
 
 
 @pytest.mark.parametrize(("files", "resources"), [({}, CHAIN), (GPU, ["docker_engine"]), (GPU, ["nvidia_driver"])])
