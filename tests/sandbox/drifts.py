@@ -865,6 +865,8 @@ _MODELS = (
         "secret variables gone",
         "rm /etc/nim/llama.env",
         "nim_service, /etc/nim/llama.env, none",
+        # The key of its fingerprints is made anew.
+        leaves="/etc/nim/llama.env",
     ),
     _drift(
         "secret variables readable for all", "chmod 0644 /etc/nim/llama.env", "nim_service, /etc/nim/llama.env, none"
@@ -889,11 +891,14 @@ _MODELS = (
         "cache closed to the container",
         "chmod 0500 /var/lib/nim/cache/llama",
         "nim_service, directory /var/lib/nim/cache/llama, none",
+        # Here and below only as much is changed as must be: who else may read a cache is the operator's business.
+        leaves="/var/lib/nim/cache/llama",
     ),
     _drift(
         "cache writable for all",
         "chmod 0777 /var/lib/nim/cache/llama",
         "nim_service, directory /var/lib/nim/cache/llama, none",
+        leaves="/var/lib/nim/cache/llama",
     ),
     _drift("/etc/nim writable for all", "chmod 0777 /etc/nim", "nim_service, directory /etc/nim, none"),
     _drift(
@@ -901,7 +906,12 @@ _MODELS = (
         "mv /run/nim/llama.json /tmp/words.json",
         undo="mv /tmp/words.json /run/nim/llama.json",
     ),
-    _drift("record of a download gone", "rm /var/lib/nim/state/llama.download.json"),
+    _drift(
+        "record of a download gone",
+        "rm /var/lib/nim/state/llama.download.json",
+        # Written again when something is fetched.
+        leaves="/var/lib/nim/state/llama.download.json",
+    ),
     _drift(
         "host under maintenance",
         "touch /var/lib/nim/maintenance",
