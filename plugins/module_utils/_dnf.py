@@ -328,15 +328,6 @@ class Dnf(PackageManager):
             self._view = ()
             self.host.remove(_OTHER_STREAMS)
 
-    def switch_stream(self, module: str, stream: str) -> None:
-        """Enable a stream; dnf refuses another one until the module is reset."""
-        if self.module_stream(module) == stream:
-            return
-        for arguments in (["module", "reset", module], ["module", "enable", "%s:%s" % (module, stream)]):
-            result = self._dnf(*arguments)
-            if not result.ok:
-                raise transaction_failed("Enabling module stream %s:%s" % (module, stream), result, _dnf_cause(result))
-
 
 def _lock_name(pattern: str) -> str:
     """Package name of a versionlock pattern: ``nvidia-open-3:580.95.05-1.el9.*`` -> ``nvidia-open``."""

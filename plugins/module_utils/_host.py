@@ -60,23 +60,39 @@ class FileStat:
 class RunningCommand:
     """A program that was started and whose end is waited for later; see :meth:`Host.start`."""
 
-    def __init__(self, argv: t.Sequence[str], process: subprocess.Popen[str]) -> None:
+    def __init__(self, argv: t.Sequence[str], process: subprocess.Popen[str], stdin: str | None = None) -> None:
         self._argv = tuple(argv)
         self._process = process
+        self._stdin = stdin
 
     def result(self, timeout: float | None = None) -> CommandResult:
         """What it leaves behind, as :meth:`Host.run` tells it; ``timeout`` counts from now."""
-        try:
-            stdout, stderr = self._process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return _unfinished(self._argv, timeout)
+        with self._process:
+            try:
+                stdout, stderr = self._process.communicate(self._stdin, timeout=timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                return CommandResult(self._argv, 124, "", "%s: no end after %s seconds" % (self._argv[0], timeout))
+            except BaseException:
+                self._process.kill()
+                raise
         return CommandResult(self._argv, self._process.returncode, stdout, stderr)
 
 
-def _unfinished(argv: t.Sequence[str], timeout: float | None) -> CommandResult:
-    return CommandResult(tuple(argv), 124, "", "%s: no end after %s seconds" % (argv[0], timeout))
+def _started(argv: t.Sequence[str], stdin: str | None = None, env: t.Mapping[str, str] | None = None) -> RunningCommand:
+    """Raises:
+    OSError: When it cannot be started.
+    """
+    process = subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env=_environment(env),
+    )
+    return RunningCommand(argv, process, stdin)
 
 
 def _environment(env: t.Mapping[str, str] | None = None) -> dict[str, str]:
@@ -103,41 +119,18 @@ class Host:
             timeout: Seconds after which the program is killed and rc 124 returned.
         """
         try:
-            done = subprocess.run(
-                list(argv),
-                input=stdin,
-                stdin=None if stdin is not None else subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-                env=_environment(env),
-                timeout=timeout,
-                check=False,
-            )
+            return _started(argv, stdin, env).result(timeout)
         except FileNotFoundError:
             return CommandResult(tuple(argv), 127, "", "%s: command not found" % argv[0])
         except PermissionError as error:
             return CommandResult(tuple(argv), 126, "", str(error))
-        except subprocess.TimeoutExpired:
-            return _unfinished(argv, timeout)
-        return CommandResult(tuple(argv), done.returncode, done.stdout, done.stderr)
 
     def start(self, argv: t.Sequence[str]) -> RunningCommand | None:
         """Start a program without a shell and without input; None where it cannot be started, which :meth:`run` explains."""
         try:
-            process = subprocess.Popen(
-                list(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                errors="replace",
-                env=_environment(),
-            )
+            return _started(argv)
         except OSError:
             return None
-        return RunningCommand(argv, process)
 
     def check(
         self,

@@ -17,14 +17,15 @@ import os
 import typing as t
 from dataclasses import dataclass
 
-from ._errors import FleetError
 from ._host import Host
 from ._image_reference import ImageReference
-from ._untrusted import parse_json
+from ._own_state import read_own_state, unreadable
+from ._untrusted import MapOf
 
 STATE_DIRECTORY = "/var/lib/gpu_fleet"
 RECORD = STATE_DIRECTORY + "/images.json"
 _RECORD_SCHEMA = 1
+_SHAPE = {"schema": int, "images": MapOf({"source": str, "digest": str, "image_id": str})}
 #: Only root and short: two jobs that end together must not lose each other's entry.
 RECORD_LOCK = "/run/gpu_fleet/images.lock"
 
@@ -60,23 +61,16 @@ def read_record(host: Host) -> t.Dict[str, PinnedImage]:
     Raises:
         FleetError: ``state_unreadable`` when the file is broken; it is left as it is.
     """
-    raw = host.read_text(RECORD)
-    if raw is None:
+    remedy = "the tags are then taken from the images on the host again"
+    found = read_own_state(host, RECORD, _SHAPE, remedy)
+    if found is None:
         return {}
-    try:
-        document = parse_json(raw)
-        entries = document["images"].items() if document["schema"] == _RECORD_SCHEMA else document["schema"]["unknown"]
-        return {
-            str(image): PinnedImage(str(image), str(entry["source"]), str(entry["digest"]), str(entry["image_id"]))
-            for image, entry in entries
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FleetError(
-            "state_unreadable",
-            "Reading %s failed: it is not what this collection writes (%s: %s); repair or remove it: the tags are then "
-            "taken from the images on the host again." % (RECORD, type(error).__name__, error),
-            path=RECORD,
-        ) from None
+    if found["schema"] != _RECORD_SCHEMA:
+        raise unreadable(RECORD, "its schema is %d, not %d" % (found["schema"], _RECORD_SCHEMA), remedy)
+    return {
+        image: PinnedImage(image, entry["source"], entry["digest"], entry["image_id"])
+        for image, entry in found["images"].items()
+    }
 
 
 def pinned_image(host: Host, image: str) -> t.Optional[PinnedImage]:

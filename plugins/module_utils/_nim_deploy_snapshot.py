@@ -14,7 +14,6 @@ import os
 import typing as t
 from dataclasses import dataclass
 
-from ._errors import FleetError
 from ._host import Host
 from ._nim_paths import (
     KEY_FILE,
@@ -25,7 +24,8 @@ from ._nim_paths import (
     secret_path,
     unit_name,
 )
-from ._untrusted import json_object
+from ._own_state import read_own_state, unreadable
+from ._untrusted import MapOf
 
 PATH = "/var/lib/gpu_fleet/nim-deploy.before"
 #: What all services share.
@@ -72,24 +72,17 @@ class Snapshot:
         Raises:
             FleetError: ``state_unreadable``.
         """
-        text = host.read_text(PATH)
-        if text is None:
+        remedy = "without it what ran before cannot be put back, so look at the services first"
+        found = read_own_state(host, PATH, {"files": {}, "enabled": MapOf(bool)}, remedy, partial=True)
+        if found is None:
             return None
-        found = json_object(text)
         try:
             return cls(
-                {
-                    str(path): None if kept is None else (str(kept[0]), int(kept[1]))
-                    for path, kept in found["files"].items()
-                },
-                {str(name): bool(enabled) for name, enabled in found["enabled"].items()},
+                {path: None if kept is None else (str(kept[0]), int(kept[1])) for path, kept in found["files"].items()},
+                {name: bool(enabled) for name, enabled in found["enabled"].items()},
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise FleetError(
-                "state_unreadable",
-                "%s is not what a deployment writes, so what ran before cannot be put back; look at the services, and remove "
-                "it." % PATH,
-            ) from None
+            raise unreadable(PATH, "it does not hold files with their modes, and units", remedy) from None
 
     def different(self, host: Host) -> list[str]:
         """Services that do not run from the files of before."""

@@ -20,9 +20,9 @@ from ._nvidia_driver_packages import QUERY_PATTERNS, user_space_version
 from ._nvidia_driver_state import module_on_disk
 from ._nvlink_fabric import FABRIC_TIMEOUT, joining
 from ._os_release import read_os_release
+from ._own_state import read_own_state
 from ._packages import package_manager
 from ._resource import Change, Disruption, Planner
-from ._untrusted import parse_json
 
 #: Written before a reboot so that a target version causes one reboot at most.
 REBOOT_MARKER = "/var/lib/gpu_fleet/driver-reboot.json"
@@ -85,24 +85,10 @@ def read_marker(host: Host) -> dict[str, t.Any] | None:
     Raises:
         FleetError: ``state_unreadable`` when somebody broke the file: it is reported and left as it is.
     """
-    text = host.read_text(REBOOT_MARKER)
-    if text is None:
-        return None
-    try:
-        marker = parse_json(text)
-    except ValueError as error:
-        raise FleetError(
-            "state_unreadable",
-            "%s is not valid JSON (%s), so it is unknown whether this host was already rebooted for its driver; "
-            "look at it and remove it." % (REBOOT_MARKER, error),
-        ) from error
-    if not isinstance(marker, dict):
-        raise FleetError(
-            "state_unreadable",
-            "%s does not hold a JSON object, so it is unknown whether this host was already rebooted for its driver; "
-            "look at it and remove it." % REBOOT_MARKER,
-        )
-    return marker
+    remedy = (
+        "it tells whether this host was already rebooted for its driver, and without it a reboot may come once more"
+    )
+    return read_own_state(host, REBOOT_MARKER, {"target": str, "boot_id": str}, remedy)
 
 
 def observe_reload(host: Host) -> ReloadState:

@@ -10,15 +10,16 @@ import typing as t
 
 from ._errors import FleetError
 from ._host import Host
-from ._untrusted import Json, misfit, parse_json
+from ._untrusted import Json, MapOf, misfit, parse_json
 
 
-def read_own_state(host: Host, path: str, shape: t.Any, remedy: str) -> t.Optional[Json]:
+def read_own_state(host: Host, path: str, shape: t.Any, remedy: str, *, partial: bool = False) -> t.Optional[Json]:
     """A record of ours; None when there is none.
 
     Args:
-        shape: See :func:`._untrusted.misfit`; of a mapping every key must be there.
+        shape: See :func:`._untrusted.misfit`.
         remedy: What removing the file means, as a clause.
+        partial: Whether keys may be missing, or be null.
 
     Raises:
         FleetError: ``state_unreadable``.
@@ -30,12 +31,23 @@ def read_own_state(host: Host, path: str, shape: t.Any, remedy: str) -> t.Option
         found = parse_json(raw)
     except ValueError as error:
         raise unreadable(path, "it is not JSON: %s" % error, remedy) from None
-    wrong = "it has a null where a value belongs" if _has_null(found) else misfit(found, shape)
-    if not wrong and isinstance(shape, dict):
-        wrong = next(("%s is missing" % key for key in shape if found.get(key) is None), "")
+    wrong = "" if partial or not _has_null(found) else "it has a null where a value belongs"
+    wrong = wrong or ("it is null" if found is None else misfit(found, shape))
+    wrong = wrong or ("" if partial else _missing(found, shape))
     if wrong:
         raise unreadable(path, wrong, remedy)
     return t.cast(Json, found)
+
+
+def _missing(found: t.Any, shape: t.Any) -> str:
+    """The first key of the shape that is not there, in words; empty when all are."""
+    if isinstance(shape, MapOf):
+        return next(filter(None, (_missing(one, shape.shape) for one in found.values())), "")
+    if isinstance(shape, dict):
+        absent = ("%s is missing" % key for key in shape if key not in found)
+        inner = (_missing(found[key], below) for key, below in shape.items() if key in found)
+        return next(filter(None, (*absent, *inner)), "")
+    return ""
 
 
 def _has_null(found: t.Any) -> bool:

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from ._errors import FleetError
 from ._host import Host
 from ._nim_paths import MAINTENANCE_FILE
+from ._own_state import read_own_state
 from ._redaction import scrub
-from ._untrusted import json_object, misfit, parse_json, real_number, strings
+from ._untrusted import json_object, real_number, strings
 
 #: Where a call of a module that does such work stops.
 GOALS = ("prestaged", "drained", "ready", "returned", "restored")
@@ -135,20 +136,13 @@ def read(host: Host, kind: t.Type[R]) -> R | None:
     Raises:
         FleetError: ``state_unreadable`` when somebody broke the file: it is reported and left as it is.
     """
-    text = host.read_text(kind.path)
-    if text is None:
+    remedy = "it tells how far %s is on this host, so remove it, and %s, when the host serves" % (
+        RECORDS[kind.path],
+        MAINTENANCE_FILE,
+    )
+    found = read_own_state(host, kind.path, {**_SHAPE, **kind.shape}, remedy, partial=True)
+    if found is None:
         return None
-    try:
-        found = parse_json(text)
-        wrong = misfit(found, {**_SHAPE, **kind.shape}) or ("" if isinstance(found, dict) else "it is no object")
-    except ValueError as error:
-        found, wrong = {}, str(error)
-    if wrong:
-        raise FleetError(
-            "state_unreadable",
-            "%s is not what %s writes (%s), so it is unknown how far this host is; look at it, and remove it and %s when "
-            "the host serves." % (kind.path, RECORDS[kind.path], wrong, MAINTENANCE_FILE),
-        )
     return kind(
         **{key: str(found.get(key) or "") for key in ("digest", "target", "step", "outcome")},
         started=real_number(found.get("started")),

@@ -61,10 +61,8 @@ class UnitTable:
     def _answers(self) -> t.Dict[str, t.Dict[str, str]]:
         if self._units is None:
             result = self._host.run(self.question)
-            blocks = result.stdout.strip("\n").split("\n\n")
-            # Else this systemd answers in another way: each unit is asked for alone.
-            fits = result.ok and len(blocks) == len(self._names)
-            self._units = dict(zip(self._names, map(_parse, blocks))) if fits else {}
+            # Empty where this systemd answers in another way: each unit is asked for alone then.
+            self._units = _in_order(self._names, result.stdout) if result.ok else {}
         return self._units
 
     @property
@@ -86,17 +84,22 @@ def unit_properties(host: Host, unit: str, *names: str) -> t.Dict[str, str]:
 
 
 def properties_of_units(host: Host, units: t.Sequence[str], *names: str) -> t.Dict[str, t.Dict[str, str]]:
-    """Properties of several units with one question at most; a unit that systemd says nothing of is missing."""
+    """Properties of several units with one question at most; empty where there is no systemd."""
     if isinstance(host, LookedAtOnce) and host.units.has(units, names):
         return {unit: host.units.properties(unit, names) for unit in units}
-    shown = host.run(["systemctl", "show", "--property", ",".join(("Id", *names)), "--", *units])
-    blocks = map(_parse, shown.stdout.split("\n\n"))
-    return {block["Id"]: block for block in blocks if block.get("Id")}
+    shown = host.run(["systemctl", "show", "--property", ",".join(names), "--", *units]).stdout
+    return _in_order(units, shown) or {unit: _ask(host, unit, names) for unit in units}
 
 
 def _ask(host: Host, unit: str, names: t.Sequence[str]) -> t.Dict[str, str]:
     arguments = [word for name in names for word in ("-p", name)]
     return _parse(host.run(["systemctl", "show", "--no-pager", *arguments, unit]).stdout)
+
+
+def _in_order(units: t.Sequence[str], shown: str) -> t.Dict[str, t.Dict[str, str]]:
+    """The answer for several units by the names that were asked for, which for an alias is not its Id; empty if it has others."""
+    blocks = shown.strip("\n").split("\n\n")
+    return dict(zip(units, map(_parse, blocks))) if len(blocks) == len(units) else {}
 
 
 def _parse(text: str) -> t.Dict[str, str]:

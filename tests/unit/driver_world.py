@@ -268,14 +268,14 @@ class DriverWorld(FakeHost):
         return ""
 
     def _systemctl(self, _host: t.Any, argv: tuple[str, ...], _stdin: t.Any, _env: t.Any) -> t.Any:
-        verb, units = argv[1], [word for word in argv[2:] if word.endswith((".service", ".path"))]
+        verb, units = argv[1], [word for word in argv[2:] if word.endswith((".service", ".path", ".target"))]
         if verb == "is-active":
             return (3, "\n".join(self.unit_state.get(unit, ["inactive", ""])[0] for unit in units) + "\n", "")
         if verb == "is-enabled":
             return "\n".join(self.unit_state.get(unit, ["", "not-found"])[1] for unit in units) + "\n"
         if verb == "show":
-            state = self.unit_state.get(units[0], ["inactive", ""])
-            return "ActiveState=%s\nUnitFileState=%s\n" % (state[0], state[1])
+            states = [self.unit_state.get(unit, ["inactive", ""]) for unit in units]
+            return "\n".join("ActiveState=%s\nUnitFileState=%s\n" % (state[0], state[1]) for state in states)
         for unit in units:
             if unit in self.refuses and verb in ("stop", "start"):
                 return (1, "", self.refuses[unit])

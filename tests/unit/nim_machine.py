@@ -135,7 +135,7 @@ class Machine:
         self.api = FakeApi()
         self.host = FakeHost(
             commands={
-                "systemctl show --property Id,*": self.show,
+                "systemctl show --property ActiveState,*": self.show,
                 "systemctl show --property ActiveState *": lambda host, argv, *_rest: self.active.get(argv[-1], ""),
                 "systemctl show --property UnitFileState *": self.unit_file_state,
                 "systemctl daemon-reload": self.daemon_reload,
@@ -173,8 +173,8 @@ class Machine:
             state = "enabled" if unit in self.enabled else "disabled"
             state = "masked" if unit in self.masked else state
             blocks.append(
-                "Id=%s\nActiveState=%s\nUnitFileState=%s\nNeedDaemonReload=%s\n"
-                % (unit, self.active.get(unit, "inactive"), state, "yes" if unit in self.stale else "no")
+                "ActiveState=%s\nUnitFileState=%s\nNeedDaemonReload=%s\n"
+                % (self.active.get(unit, "inactive"), state, "yes" if unit in self.stale else "no")
             )
         return "\n".join(blocks)
 

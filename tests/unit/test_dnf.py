@@ -117,20 +117,6 @@ def test_dnf_cause(host: FakeHost, dnf: Dnf, stderr: str, cause: str) -> None:
     assert cause in caught.value.message
 
 
-def test_module_stream_switch(host: FakeHost, dnf: Dnf) -> None:
-    host.commands["dnf *"] = ""
-    host.files["/etc/dnf/modules.d/nvidia-driver.module"] = (
-        b"[nvidia-driver]\nname=nvidia-driver\nstream=570-open\nprofiles=\nstate=enabled\n"
-    )
-    dnf.switch_stream("nvidia-driver", "570-open")
-    assert host.calls == []
-    dnf.switch_stream("nvidia-driver", "580-open")
-    assert [call[3:] for call in host.calls] == [
-        ("module", "reset", "nvidia-driver"),
-        ("module", "enable", "nvidia-driver:580-open"),
-    ]
-
-
 # -- downloads
 
 TABLE = """\

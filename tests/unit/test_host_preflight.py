@@ -110,7 +110,7 @@ def bare() -> DriverWorld:
     world.commands = {
         **docker,
         "systemctl is-active *": "active\n",
-        "systemctl show --property Id*": "",
+        "systemctl show --property ActiveState,*": "",
         **world.commands,
     }
     world.files["/etc/passwd"] = b"root:x:0:0::/root:/bin/sh\nops:x:1000:1000::/home/ops:/bin/sh\n"

@@ -510,7 +510,16 @@ def test_bad_options(world: ImageWorld, options: dict[str, t.Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"schema": 2, "images": {}}', '{"schema": 1, "images": {"x": 1}}']
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"schema": 2, "images": {}}',
+        '{"schema": 1, "images": {"x": 1}}',
+        '{"schema": 1, "images": {"x": {"source": "nvcr.io/x", "digest": ""}}}',
+        '{"schema": 1, "images": {"x": {"source": "nvcr.io/x", "digest": null, "image_id": "sha256:1"}}}',
+    ],
 )
 def test_a_broken_record_is_left_alone(world: ImageWorld, content: str) -> None:
     world.host.files[RECORD] = content.encode()

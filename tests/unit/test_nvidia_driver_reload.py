@@ -386,7 +386,7 @@ def test_a_flavour_that_is_not_told_is_no_difference(world: DriverWorld, memory:
     assert resource.result(outcome.state)["message"] == "Driver 580.95.05: loaded = on disk = user space."
 
 
-@pytest.mark.parametrize("content", [b"{broken", b"[]"])
+@pytest.mark.parametrize("content", [b"{broken", b"[]", b"{}", b'{"target": 580, "boot_id": "1"}'])
 def test_a_broken_marker_is_reported_and_left(world: DriverWorld, content: bytes) -> None:
     world.files[REBOOT_MARKER] = content
     with pytest.raises(FleetError) as caught:

@@ -70,7 +70,8 @@ def test_services_are_in_the_one_question() -> None:
 
 
 def test_units_that_are_not_in_it_are_asked_for_together() -> None:
-    answer = "Id=nim.target\nActiveState=active\n\nId=nim-b.service\nActiveState=inactive\n"
+    # The second is an alias, of which systemd tells another name.
+    answer = "Names=nim.target\nActiveState=active\n\nNames=other.service\nActiveState=inactive\n"
     host = FakeHost(commands={"systemctl show --property *": answer})
     for looked_at in (host, ReadOnlyHost(host)):
         found = properties_of_units(looked_at, ["nim.target", "nim-b.service"], "ActiveState")
@@ -78,6 +79,12 @@ def test_units_that_are_not_in_it_are_asked_for_together() -> None:
             "nim.target": "active",
             "nim-b.service": "inactive",
         }
-    assert (
-        host.calls == [("systemctl", "show", "--property", "Id,ActiveState", "--", "nim.target", "nim-b.service")] * 2
-    )
+    assert host.calls == [("systemctl", "show", "--property", "ActiveState", "--", "nim.target", "nim-b.service")] * 2
+
+
+def test_units_that_are_told_otherwise_are_asked_for_each() -> None:
+    commands = {"systemctl show --property *": "", "systemctl show --no-pager *": "ActiveState=active\n"}
+    host = FakeHost(commands=commands)
+    found = properties_of_units(host, ["nim.target", "nim-b.service"], "ActiveState")
+    assert found == {unit: {"ActiveState": "active"} for unit in ("nim.target", "nim-b.service")}
+    assert len(host.calls) == 3
