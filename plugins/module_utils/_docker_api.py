@@ -4,8 +4,8 @@
 # This module util is PRIVATE to the collection; it may change at any time.
 """Reads of the Docker Engine API over its unix socket, with the standard library only.
 
-The look at a host must work where no Docker SDK is installed, and importing the SDK costs more than all reads together.
-Only GET and HEAD requests are made here.
+Nothing must be installed on a host for it, and importing the Docker SDK for Python costs more than all reads together.
+Only GET requests are made here.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _IMAGE = {
 }
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -145,7 +145,7 @@ class DockerApi:
 
     def _ask(self, path: str) -> http.client.HTTPConnection:
         """A connection over which a GET request was sent and whose answer is to be read."""
-        connection = _UnixConnection(self.socket_path, self.timeout)
+        connection = UnixConnection(self.socket_path, self.timeout)
         try:
             connection.request("GET", path)
         except (OSError, http.client.HTTPException):

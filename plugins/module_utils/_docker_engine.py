@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import replace
 
-from ._docker_engine_planner import CONTAINERD, SDK, SERVICE, EnginePlanner, EngineState
+from ._docker_engine_planner import CONTAINERD, SERVICE, EnginePlanner, EngineState
 from ._docker_restart import start_docker
 from ._errors import FleetError
 from ._host import Host
@@ -32,8 +32,6 @@ class DockerEngine(EnginePlanner, Resource[EngineState]):
         elif change.action == "client":
             self._install_client(manager, release)
             self._hold_again(manager, release)
-        elif change.action == "sdk":
-            manager.install({SDK: None})
         elif change.action in ("hold", "unhold"):
             present = manager.installed(*self.engine_packages(release), "docker-cli", "containerd")
             if change.action == "hold":

@@ -37,7 +37,6 @@ SOCKET = "docker.socket"
 CONTAINERD = "containerd.service"
 
 _CE_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io")
-SDK = "python3-docker"
 #: Distributions' own engine by OS id; Debian and its derivatives: docker.io.
 _RPM_DISTRIBUTION = {"fedora": "moby-engine", "amzn": "docker"}
 
@@ -67,7 +66,7 @@ class EngineState:
     """What a look found of the engine.
 
     Attributes:
-        packages: Installed engine packages of either source, the SDK, and podman's imitation.
+        packages: Installed engine packages of either source, and podman's imitation.
         offers: Versions on offer, as far as package lists are on the host.
         service: systemd's properties of docker.service: LoadState, UnitFileState, ActiveState, ExecStart.
         socket_masked: Whether docker.socket, which the service needs, is masked.
@@ -103,7 +102,6 @@ class EnginePlanner(Planner[EngineState]):
         version: Exact version, leading components of one, or empty for any that is good enough.
         minimum_version: Oldest version that will do.
         hold: Whether package upgrades leave the engine alone.
-        sdk: Whether the Docker SDK for Python is installed where the distribution has it.
     """
 
     name = "docker_engine"
@@ -115,7 +113,6 @@ class EnginePlanner(Planner[EngineState]):
         version: str = "",
         minimum_version: str = MINIMUM_DOCKER_VERSION,
         hold: bool = True,
-        sdk: bool = True,
         api: t.Optional[DockerApi] = None,
     ) -> None:
         if package_source not in ("docker", "distribution"):
@@ -129,7 +126,6 @@ class EnginePlanner(Planner[EngineState]):
         self.version = version.strip()
         self.minimum_version = minimum_version
         self.hold = hold
-        self.sdk = sdk
         if not re.match(r"\d+(\.\d+)*\Z", minimum_version):
             raise FleetError(
                 "invalid_option",
@@ -208,7 +204,7 @@ class EnginePlanner(Planner[EngineState]):
     def observe(self, host: Host) -> EngineState:
         release = read_os_release(host)
         manager = package_manager(host, release)
-        names = [*_CE_PACKAGES, "docker.io", "docker-cli", "containerd", "podman-docker", SDK]
+        names = [*_CE_PACKAGES, "docker.io", "docker-cli", "containerd", "podman-docker"]
         names += list(_RPM_DISTRIBUTION.values())
         service = unit_properties(host, SERVICE, "LoadState", "UnitFileState", "ActiveState", "ExecStart")
         daemon = self.daemon.observe(host)
@@ -355,10 +351,6 @@ class EnginePlanner(Planner[EngineState]):
                     "the engine's package has no docker program here",
                     action="client",
                 )
-            )
-        if self.sdk and state.release.family == "debian" and SDK not in state.packages:
-            changes.append(
-                Change(self.name, "package %s" % SDK, None, "newest", "modules talk to Docker through it", action="sdk")
             )
         return changes
 

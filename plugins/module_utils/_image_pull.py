@@ -2,22 +2,26 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""One pull: the Docker SDK that makes it, the sum of its events, and its errors told apart by the daemon's words."""
+"""One pull: the request that makes it, the sum of its events, and its errors told apart by the daemon's words."""
 
 from __future__ import annotations
 
+import base64
 import collections
+import contextlib
 import http.client
+import json
 import re
-import signal
+import socket
 import typing as t
+import urllib.parse
 
 from ._disk_space import amount
-from ._docker_api import SOCKET
+from ._docker_api import SOCKET, UnixConnection
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._registry import TRANSIENT
-from ._untrusted import real_number
+from ._untrusted import json_object, parse_json, real_number
 
 #: Seconds without any event from the daemon until a pull counts as stuck.
 STALLED_AFTER = 600
@@ -232,53 +236,18 @@ def pull_error(image: str, text: str) -> FleetError:
     return FleetError(reason, "Pulling %s failed: %s; %s." % (image, said, remedy), image=image)
 
 
-class _StalledError(Exception):
-    """Nothing came from the daemon for too long."""
-
-
 class DockerPuller:
-    """The few changes that are made through the Docker SDK for Python.
+    """The few changes to images, through the Docker Engine API (moby/moby ``api/swagger.yaml``), with the standard library only.
+
+    No package has the Docker SDK for Python that Ansible's modules could import on EL 8 and 10.
 
     Raises:
-        FleetError: ``missing_library`` when it is not installed, ``docker_unavailable``, and the reasons of
-            :func:`pull_error`.
+        FleetError: ``docker_unavailable`` and the reasons of :func:`pull_error`.
     """
 
-    def __init__(self, socket_path: str = SOCKET) -> None:
-        try:
-            import docker
-            import docker.errors
-            import requests
-            import urllib3
-        except ImportError as error:
-            raise FleetError(
-                "missing_library",
-                "Pulling needs the Docker SDK for Python on the host (%s); install python3-docker." % error,
-            ) from None
-        # All that a pull can raise: the daemon's answer, and a connection that breaks in the middle of the stream.
-        self._errors: t.Tuple[t.Type[Exception], ...] = (
-            docker.errors.DockerException,
-            requests.exceptions.RequestException,
-            # The SDK reads the stream past requests, so these come unwrapped.
-            urllib3.exceptions.HTTPError,
-            http.client.HTTPException,
-            OSError,
-            # A stream that is no JSON.
-            ValueError,
-        )
-        self._api_error: t.Any = docker.errors.APIError
-        try:
-            self._client: t.Any = docker.APIClient(base_url="unix://" + socket_path, version="auto", timeout=60)
-        except self._errors as failed:
-            raise FleetError(
-                "docker_unavailable",
-                "Connecting to Docker at %s failed: %s; see 'systemctl status docker'." % (socket_path, failed),
-                socket=socket_path,
-            ) from None
-
-    def close(self) -> None:
-        """Close the connection to the daemon."""
-        self._client.close()
+    def __init__(self, socket_path: str = SOCKET, timeout: float = 60.0) -> None:
+        self._socket_path = socket_path
+        self._timeout = timeout
 
     def pull(
         self,
@@ -286,47 +255,47 @@ class DockerPuller:
         digest: str,
         credentials: t.Optional[t.Tuple[str, str]],
         on_event: t.Callable[[t.Mapping[str, t.Any]], None],
-        stalled_after: int = STALLED_AFTER,
+        stalled_after: float = STALLED_AFTER,
     ) -> None:
-        """Pull by digest; must run in the main thread of its process, whose alarm signal it uses."""
+        """Pull by digest.
+
+        Args:
+            stalled_after: Seconds without any event.
+        """
         image = "%s@%s" % (source, digest)
-        auth = {"username": credentials[0], "password": credentials[1]} if credentials else {}
-
-        def alarm(_number: int, _frame: t.Any) -> None:
-            raise _StalledError
-
-        before = signal.signal(signal.SIGALRM, alarm)
-        signal.alarm(stalled_after)
+        login = {"username": credentials[0], "password": credentials[1]} if credentials else {}
+        path = "/images/create?" + urllib.parse.urlencode({"fromImage": source, "tag": digest})
+        # An empty login is anonymous.
+        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode("utf-8")).decode("ascii")}
         try:
-            # Without auth_config the SDK would look for credentials itself; an empty one is anonymous.
-            for event in self._client.pull(source, tag=digest, auth_config=auth, stream=True, decode=True):
-                signal.alarm(stalled_after)
-                if not isinstance(event, dict):
-                    continue
-                if event.get("error") or event.get("errorDetail"):
-                    detail = event.get("errorDetail")
-                    told = detail.get("message") if isinstance(detail, dict) else None
-                    raise pull_error(image, str(told or event.get("error") or detail))
-                on_event(event)
-        except _StalledError:
+            with self._asked("POST", path, stalled_after, headers) as response:
+                if response.status >= 400:
+                    raise pull_error(image, _explanation(response.read()))
+                for line in _lines(response):
+                    event = parse_json(line) if line.strip() else None
+                    if not isinstance(event, dict):
+                        continue
+                    if event.get("error") or event.get("errorDetail"):
+                        detail = event.get("errorDetail")
+                        told = detail.get("message") if isinstance(detail, dict) else None
+                        raise pull_error(image, str(told or event.get("error") or detail))
+                    on_event(event)
+        except socket.timeout:
             raise FleetError(
                 "pull_stalled",
                 "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
                 % (image, stalled_after),
                 image=image,
             ) from None
-        except self._errors as error:
-            raise self._translate(image, error) from None
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise _broken_off(image, error) from None
 
     def tag(self, image_id: str, reference: ImageReference) -> None:
         """Give an image its human name, which also keeps ``docker image prune`` away from it."""
-        try:
-            self._client.tag(image_id, reference.name, reference.tag)
-        except self._errors as error:
-            raise self._translate(str(reference), error) from None
+        parameters = urllib.parse.urlencode({"repo": reference.name, "tag": reference.tag})
+        status, said = self._change("POST", image_id, "/tag?" + parameters, str(reference))
+        if status >= 400:
+            raise pull_error(str(reference), said)
 
     def remove(self, name: str, *, force: bool = False) -> None:
         """Remove one name of an image, and the image with its last name; absent is fine.
@@ -334,28 +303,55 @@ class DockerPuller:
         Args:
             force: Also where a container that does not run was made of it.
         """
-        try:
-            self._client.remove_image(name, force=force)
-        except self._api_error as error:
-            if error.status_code == 404:
-                return
-            if error.status_code == 409:
-                raise FleetError(
-                    "image_in_use",
-                    "Removing %s failed: %s; remove the container first." % (name, error.explanation),
-                    image=name,
-                ) from None
-            raise self._translate(name, error) from None
-        except self._errors as error:
-            raise self._translate(name, error) from None
+        status, said = self._change("DELETE", name, "?force=%d" % force, name)
+        if status == 409:
+            raise FleetError(
+                "image_in_use", "Removing %s failed: %s; remove the container first." % (name, said), image=name
+            )
+        if status >= 400 and status != 404:
+            raise pull_error(name, said)
 
-    def _translate(self, image: str, error: Exception) -> FleetError:
-        if isinstance(error, self._api_error):
-            return pull_error(image, str(getattr(error, "explanation", "") or error))
-        # No answer of the daemon at all, or one that broke off: it was stopped or restarted.
-        return FleetError(
-            "docker_unavailable",
-            "Docker's answer about %s broke off (%s); see 'systemctl status docker' and 'journalctl -u docker'."
-            % (image, type(error).__name__),
-            image=image,
-        )
+    def _change(self, method: str, image: str, rest: str, what: str) -> t.Tuple[int, str]:
+        """Status and explanation of a request about one image.
+
+        Args:
+            what: The image as errors name it.
+        """
+        path = "/images/%s%s" % (urllib.parse.quote(image, safe="/:@"), rest)
+        try:
+            with self._asked(method, path, self._timeout) as response:
+                return response.status, _explanation(response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise _broken_off(what, error) from None
+
+    @contextlib.contextmanager
+    def _asked(
+        self, method: str, path: str, timeout: float, headers: t.Optional[t.Mapping[str, str]] = None
+    ) -> t.Iterator[http.client.HTTPResponse]:
+        with contextlib.closing(UnixConnection(self._socket_path, timeout)) as connection:
+            connection.request(method, path, headers=dict(headers or {}))
+            yield connection.getresponse()
+
+
+def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
+    """The lines of a body as they come. ``readline`` would take a connection that breaks for the end."""
+    rest = b""
+    for part in iter(lambda: response.read1(65536), b""):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _explanation(body: bytes) -> str:
+    """What the daemon says of a request that it refuses."""
+    return str(json_object(body).get("message") or "") or body.decode("utf-8", "replace").strip()
+
+
+def _broken_off(image: str, error: Exception) -> FleetError:
+    """For no answer of the daemon at all, or one that broke off: it was stopped or restarted."""
+    return FleetError(
+        "docker_unavailable",
+        "Docker's answer about %s broke off (%s); see 'systemctl status docker' and 'journalctl -u docker'."
+        % (image, type(error).__name__),
+        image=image,
+    )

@@ -342,8 +342,8 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
 
     def start(self, host: Host, task: PullTask) -> bool:
         """Start the background job of a pull, or attach to it; see :meth:`._background.Jobs.start`."""
-        # Says what is missing while somebody listens, and imports what the job needs; the job connects by itself.
-        self._puller().close()
+        # Says that Docker is gone while somebody listens.
+        self.api.info()
         credentials = self.credentials(host, task.source.registry)
         return self.jobs.start(task.job_id, lambda report: self.work(host, task, self._puller(), credentials, report))
 

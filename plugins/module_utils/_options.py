@@ -89,7 +89,6 @@ RESOURCE_OPTIONS: dict[str, Spec] = {
         "version": {"type": "str", "default": ""},
         "minimum_version": {"type": "str", "default": MINIMUM_DOCKER_VERSION},
         "hold": {"type": "bool", "default": True},
-        "sdk": {"type": "bool", "default": True},
     },
     "docker_daemon": {
         "options": {"type": "dict", "default": {}},

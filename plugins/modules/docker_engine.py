@@ -12,8 +12,8 @@ short_description: Install a Docker Engine that can run NVIDIA NIM, and keep it 
 version_added: "1.0.0"
 author: "The gpu_fleet.nim authors (@gpu-fleet)"
 description:
-  - Installs Docker Engine from Docker's repository or from the distribution, together with the Docker SDK for Python where the
-    distribution has it, holds the packages, and enables and starts C(docker.service).
+  - Installs Docker Engine from Docker's repository or from the distribution, holds the packages, and enables and starts
+    C(docker.service).
   - Refuses engines that are too old for NIM, and 29.5.x, which cannot pull from nvcr.io.
   - Never swaps one source for the other, and never changes the engine under running containers unless live-restore carries
     them over; it says so instead (see RV(blocked)).
@@ -44,10 +44,6 @@ options:
     default: 23.0.1
   hold:
     description: Whether package upgrades leave the engine alone; an unattended upgrade would restart Docker.
-    type: bool
-    default: true
-  sdk:
-    description: Whether to install the Docker SDK for Python (C(python3-docker), Debian and Ubuntu).
     type: bool
     default: true
 seealso:

@@ -127,7 +127,6 @@ options:
     type: dict
 requirements:
   - Docker Engine on the host
-  - Docker SDK for Python on the host (C(python3-docker)), for changes only
 seealso:
   - module: gpu_fleet.nim.nim_image_info
   - module: gpu_fleet.nim.ngc_login
@@ -217,7 +216,7 @@ reason:
     - From the registry V(no_key), V(bad_key), V(no_entitlement), V(no_such_repository), V(no_such_tag), V(legal), V(rate_limit), V(unauthorized),
       V(registry_unreachable), V(tls_error), V(architecture), V(registry_error).
     - From the host V(requirement), V(invalid_requirement), V(disk_full), V(docker_unavailable), V(engine_cannot_pull), V(engine_too_old),
-      V(missing_library), V(image_in_use), V(image_missing), V(pull_stalled), V(pull_failed), V(digest_mismatch), V(job_lost),
+      V(image_in_use), V(image_missing), V(pull_stalled), V(pull_failed), V(digest_mismatch), V(job_lost),
       V(state_unreadable), V(docker_config_unreadable).
   returned: failure
   type: str
@@ -242,7 +241,7 @@ resume:
 
 import platform
 
-from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host import Host
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_slices import advance, forecast
@@ -290,8 +289,6 @@ def main() -> None:
             changes, blocked = done.changes, done.blocked
             answer = resource.result(done.state)
     except FleetError as error:
-        if error.reason == "missing_library":
-            error.message = "%s %s" % (error.message, missing_required_lib("docker"))
         fail(module, error)
     module.exit_json(
         changed=bool(changes),

@@ -333,11 +333,6 @@ _DOCKER = (
     _drift("Docker's keyring broken", "echo > /etc/apt/keyrings/docker.gpg", "docker_engine, repository docker, none"),
     _drift("Docker not held", "apt-mark unhold docker-ce containerd.io", "docker_engine, hold of, none"),
     _drift(
-        "Python's Docker library removed",
-        "apt-get -qq remove python3-docker",
-        "docker_engine, package python3-docker, none",
-    ),
-    _drift(
         "a stranger in the group docker",
         "gpasswd -a nobody docker",
         "docker_group, member nobody, none",

@@ -37,7 +37,6 @@ class Machine:
             "containerd.io": ["1.7.27-1"],
             "docker.io": ["26.1.5+dfsg1-9"],
             "docker-cli": ["26.1.5+dfsg1-9"],
-            "python3-docker": ["7.1.0-2"],
         }
         self.apt.installed_hook = self._installed
         self.host.commands.update(

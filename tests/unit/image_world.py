@@ -75,9 +75,6 @@ class FakeDocker:
         return self.users
 
     # DockerPuller
-    def close(self) -> None:
-        pass
-
     def pull(self, source: str, digest: str, credentials: t.Any, on_event: t.Any) -> None:
         self.pulled.append((source, digest, credentials))
         if self.failures:

@@ -10,9 +10,7 @@ import types
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import (
-    DockerPuller,
     PullProgress,
     progress_text,
     pull_error,
@@ -65,20 +63,6 @@ def test_errors_of_the_daemon(text: str, reason: str) -> None:
     assert error.reason == reason
     assert error.message.startswith("Pulling %s failed: %s" % (LLAMA, text[:20]))
     assert error.message.endswith(".")
-
-
-def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(t.cast(t.Any, __import__("sys").modules), "docker", None)
-    with pytest.raises(FleetError) as error:
-        DockerPuller("/nowhere")
-    assert error.value.reason == "missing_library"
-    assert "python3-docker" in error.value.message
-
-
-def test_the_sdk_without_a_daemon(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(FleetError) as error:
-        DockerPuller(str(tmp_path / "docker.sock"))
-    assert error.value.reason == "docker_unavailable"
 
 
 # -- progress ---------------------------------------------------------------------------------------------

@@ -219,7 +219,6 @@ def docker_engine(bench: Bench) -> Case:
         [
             "repository docker",
             "package docker-ce",
-            "package python3-docker",
             "hold of docker-ce, docker-ce-cli, containerd.io",
             "docker.service at boot",
             "docker.service",
