@@ -277,7 +277,7 @@ class UpgradePlanner(Planner[UpgradeState]):
         # Whoever is told here has not even waited for the other one's job.
         claimed(record, self.run, state.now, take_over=self.take_over)
         if state.rival is not None:
-            state.rival.refuse(self.run, state.now, take_over=self.take_over)
+            state.rival.refuse(self.run, state.now, take_over=self.take_over, begun=record.open)
         if self.goal == "restored":
             # Other work that has this host out is no reason: neither of them could be given up then.
             if state.maintenance == "foreign":

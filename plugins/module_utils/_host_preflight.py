@@ -395,7 +395,6 @@ class _Preflight:
 
     def _key_for_files(self, names: t.Sequence[str], options: Options) -> None:
         """Whether NGC takes the key with which files are to be fetched, before a container that serves is stopped for them."""
-        mirrors = (self.wanted.get("nim_image") or {}).get("registry_mirrors") or {}
         given = options.get("ngc_api_key")
         if not given and options.get("ngc_key_state") != "absent":
             given = key_in_environment(self.host.read_text(KEY_FILE))
@@ -403,11 +402,16 @@ class _Preflight:
             self.login is not None and self.login.checked and (self.login.registry, self.login.key) == (REGISTRY, given)
         )
         never = (self.wanted.get("ngc_login") or {}).get("validate") == VALIDATE_NEVER
-        # Behind a mirror NGC itself may be out of reach.
-        if not names or not given or asked or never or REGISTRY in mirrors:
+        # Not left out behind a mirror: images come from there, but the files still from NGC.
+        if not names or not given or asked or never:
             return
         registries = Registries(self.api, self._daemon_options(), self.client)
-        who = "%s %s to fetch files" % (", ".join(names), "has" if len(names) == 1 else "have")
+        words = (
+            "fetches files with the NGC key when it starts"
+            if len(names) == 1
+            else "fetch files with the NGC key when they start"
+        )
+        who = "%s %s" % (", ".join(names), words)
         try:
             registries.client(REGISTRY, (USERNAME, given)).check_credentials(None)
         except FleetError as error:

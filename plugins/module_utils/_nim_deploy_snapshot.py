@@ -25,7 +25,7 @@ from ._nim_paths import (
     unit_name,
 )
 from ._own_state import read_own_state, unreadable
-from ._untrusted import MapOf
+from ._untrusted import MapOf, misfit
 
 PATH = "/var/lib/gpu_fleet/nim-deploy.before"
 #: What all services share.
@@ -76,13 +76,13 @@ class Snapshot:
         found = read_own_state(host, PATH, {"files": {}, "enabled": MapOf(bool)}, remedy, partial=True)
         if found is None:
             return None
-        try:
-            return cls(
-                {path: None if kept is None else (str(kept[0]), int(kept[1])) for path, kept in found["files"].items()},
-                {name: bool(enabled) for name, enabled in found["enabled"].items()},
-            )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise unreadable(PATH, "it does not hold files with their modes, and units", remedy) from None
+        files, enabled = found.get("files"), found.get("enabled")
+        if files is None or enabled is None or not all(map(_is_kept, files.values())):
+            raise unreadable(PATH, "it does not hold files with their modes, and units", remedy)
+        return cls(
+            {path: None if kept is None else (kept[0], kept[1]) for path, kept in files.items()},
+            {name: bool(was) for name, was in enabled.items()},
+        )
 
     def different(self, host: Host) -> list[str]:
         """Services that do not run from the files of before."""
@@ -127,6 +127,13 @@ class Snapshot:
             if self.enabled[name] and not _is_enabled(host, name):
                 _systemctl(host, "enable", "--no-reload", unit_name(name))
         _systemctl(host, "daemon-reload")
+
+
+def _is_kept(kept: t.Any) -> bool:
+    """Whether it is a file's content and mode, or nothing for a file that was not there."""
+    if kept is None:
+        return True
+    return isinstance(kept, list) and len(kept) == 2 and not misfit(kept[:1], [str]) and not misfit(kept[1:], [int])
 
 
 def _paths(name: str) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ def configuration_path(name: str) -> str:
 
 def configured_services(host: Host) -> list[str]:
     """Names of the services that the collection has put on a host, sorted."""
-    return [entry[: -len(_SUFFIX)] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(_SUFFIX)]
+    names = [entry[: -len(_SUFFIX)] for entry in host.list_dir(CONFIGURATION_DIRECTORY) if entry.endswith(_SUFFIX)]
+    # Other files were put there by somebody else; systemctl would refuse their names, or take them for patterns.
+    return [name for name in names if SERVICE_NAME.match(name)]
 
 
 def secret_path(name: str) -> str:

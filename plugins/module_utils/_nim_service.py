@@ -225,6 +225,9 @@ class NimService(Resource[HostState]):
     def fetching(self, state: HostState) -> list[str]:
         """Names of models that are to be started and whose files must be fetched first, for which NGC wants a key.
 
+        An image of an unknown family fetches by itself, and nobody can tell whether it must: it counts where it serves, as it would
+        be stopped for the start.
+
         Raises:
             FleetError: As :meth:`placement`.
         """
@@ -232,17 +235,18 @@ class NimService(Resource[HostState]):
             return []
         configurations = self.configurations(state)
         starting = {start.name for start in self._due_starts(state, configurations)}
-        return [
-            model.name
-            for model in self.models
-            if model.name in starting
-            and configurations[model.name]["download"]
-            and not fetched(model, configurations, state)
-            # Where nothing was fetched so far, files that came by other means are tried without a key.
-            and state.service(model.name).fetched.get("status")
+        found = []
+        for model in self.models:
             # Where files come from elsewhere, a key for NGC proves nothing.
-            and not model.environment.get("NIM_REPOSITORY_OVERRIDE")
-        ]
+            if model.name not in starting or model.environment.get("NIM_REPOSITORY_OVERRIDE"):
+                continue
+            service = state.service(model.name)
+            if configurations[model.name]["download"]:
+                fetches = not fetched(model, configurations, state) and not service.brought
+            else:
+                fetches = bool(configurations[model.name]["key_in_service"]) and service.running
+            found += [model.name] if fetches else []
+        return found
 
     @staticmethod
     def _check_directories(model: NimModel, state: HostState) -> None:

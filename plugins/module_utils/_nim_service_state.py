@@ -34,6 +34,7 @@ from ._nim_paths import (
     KEY_FILE,
     MAINTENANCE_FILE,
     RUNTIME_DIRECTORY,
+    SERVICE_NAME,
     STATE_DIRECTORY,
     UNIT_DIRECTORY,
     WRAPPER,
@@ -107,6 +108,7 @@ class ServiceState:
         lost_gpus: What NVML says inside the container when it has lost its GPUs.
         fetched: What the wrapper has noted about the fetching of the model's files.
         fetched_damage: Why that note cannot be read, as a sentence; it counts as empty then, as it does for the wrapper.
+        brought: Whether its cache holds files although nothing was fetched by the wrapper, which then gets along without more.
     """
 
     name: str
@@ -133,6 +135,7 @@ class ServiceState:
     secret_safe: bool = True
     fetched: Json = field(default_factory=dict)
     fetched_damage: str = ""
+    brought: bool = False
 
     @property
     def exists(self) -> bool:
@@ -285,7 +288,10 @@ def observe_services(
     by_id = {str(entry.get("Id", "")): entry for entry in inspected}
     services = {name: _service(host, name, units.get(unit_name(name), {}), by_name, by_id) for name in sorted(names)}
     for model in wanted:
-        services[model.name] = replace(services[model.name], silent=_silent(host, model, services[model.name]))
+        service = services[model.name]
+        services[model.name] = replace(
+            service, silent=_silent(host, model, service), brought=_brought(host, model, service)
+        )
     active = [entry for entry in inspected if (entry.get("State") or {}).get("Status") != "paused"]
     endangered = _endangered(host, version, info, active)
     if inventory and inventory.gpus:
@@ -380,7 +386,7 @@ def _names(host: Host, models: t.Sequence[NimModel], containers: t.Sequence[Json
     for container in containers:
         # Its file may be lost.
         name = str((container.get("Labels") or {}).get(NAME_LABEL) or "")
-        if name and "/" + container_name(name) in (container.get("Names") or []):
+        if SERVICE_NAME.match(name) and "/" + container_name(name) in (container.get("Names") or []):
             names.add(name)
     return names.union(configured_services(host))
 
@@ -391,6 +397,20 @@ def _silent(host: Host, model: NimModel, service: ServiceState) -> str:
         return ""
     pid = int((service.inspected.get("State") or {}).get("Pid") or 0)
     return why_silent(host, str(service.configuration.get("ready_url") or ""), pid)
+
+
+def _brought(host: Host, model: NimModel, service: ServiceState) -> bool:
+    """As the wrapper sees it before it fetches anything."""
+    return not service.fetched.get("status") and _has_files(host, model.cache_directory)
+
+
+def _has_files(host: Host, directory: str) -> bool:
+    """Whether there is a file anywhere below a directory; ends at the first one."""
+    for path in ("%s/%s" % (directory, name) for name in host.list_dir(directory)):
+        found = host.stat(path)
+        if found is not None and (not found.is_dir or (host.read_link(path) is None and _has_files(host, path))):
+            return True
+    return False
 
 
 def _has_foreign_files(host: Host, model: NimModel) -> bool:

@@ -28,12 +28,12 @@ def read_own_state(host: Host, path: str, shape: t.Any, remedy: str, *, partial:
     if raw is None:
         return None
     try:
-        found = parse_json(raw)
+        found = parse_json(raw.decode("utf-8"))
     except ValueError as error:
         raise unreadable(path, "it is not JSON: %s" % error, remedy) from None
-    wrong = "" if partial or not _has_null(found) else "it has a null where a value belongs"
-    wrong = wrong or ("it is null" if found is None else misfit(found, shape))
-    wrong = wrong or ("" if partial else _missing(found, shape))
+    wrong = "it is null" if found is None else misfit(found, shape)
+    if not partial:
+        wrong = wrong or ("it has a null where a value belongs" if _has_null(found) else _missing(found, shape))
     if wrong:
         raise unreadable(path, wrong, remedy)
     return t.cast(Json, found)
@@ -51,9 +51,14 @@ def _missing(found: t.Any, shape: t.Any) -> str:
 
 
 def _has_null(found: t.Any) -> bool:
-    """Whether anything in it is null, which no record of ours holds."""
-    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    return found is None or any(map(_has_null, inner))
+    """Whether anything in it is null. Without recursion: it may be nested as deeply as JSON can be read."""
+    left = [found]
+    while left:
+        one = left.pop()
+        if one is None:
+            return True
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return False
 
 
 def unreadable(path: str, wrong: str, remedy: str) -> FleetError:

@@ -18,7 +18,7 @@ from ._docker_api import INFO, VERSION, DockerApi
 from ._errors import FleetError
 from ._gpu_bus import observe_pci
 from ._host import CommandResult, FileStat, Host, RunningCommand
-from ._nim_paths import SERVICE_NAME, configured_services, unit_name
+from ._nim_paths import configured_services, unit_name
 from ._os_release import read_os_release
 from ._package_versions import DPKG_QUERY
 from ._systemd import LookedAtOnce, UnitTable
@@ -31,8 +31,7 @@ _DOCKERD_PID = "/var/run/docker.pid"
 
 
 def _units_of_services(host: Host) -> list[str]:
-    # A file with another kind of name was put there by somebody else; systemctl would refuse the whole question.
-    return ["nim.target", *(unit_name(name) for name in configured_services(host) if SERVICE_NAME.match(name))]
+    return ["nim.target", *map(unit_name, configured_services(host))]
 
 
 class ReadOnlyHost(LookedAtOnce):

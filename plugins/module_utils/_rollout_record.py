@@ -21,7 +21,7 @@ from ._host import Host
 from ._nim_paths import MAINTENANCE_FILE
 from ._own_state import read_own_state
 from ._redaction import scrub
-from ._untrusted import json_object, real_number, strings
+from ._untrusted import Json, real_number, strings
 
 #: Where a call of a module that does such work stops.
 GOALS = ("prestaged", "drained", "ready", "returned", "restored")
@@ -130,17 +130,21 @@ def digest_of(parts: t.Mapping[str, t.Any]) -> str:
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
+def _read(host: Host, path: str, shape: t.Mapping[str, t.Any]) -> Json | None:
+    remedy = "it tells how far %s has come on this host; once the host serves it can go, and %s with it" % (
+        RECORDS[path],
+        MAINTENANCE_FILE,
+    )
+    return read_own_state(host, path, {**_SHAPE, **shape}, remedy, partial=True)
+
+
 def read(host: Host, kind: t.Type[R]) -> R | None:
     """The record of a host, None when there never was one.
 
     Raises:
         FleetError: ``state_unreadable`` when somebody broke the file: it is reported and left as it is.
     """
-    remedy = "it tells how far %s is on this host, so remove it, and %s, when the host serves" % (
-        RECORDS[kind.path],
-        MAINTENANCE_FILE,
-    )
-    found = read_own_state(host, kind.path, {**_SHAPE, **kind.shape}, remedy, partial=True)
+    found = _read(host, kind.path, kind.shape)
     if found is None:
         return None
     return kind(
@@ -290,16 +294,25 @@ class Rival:
         work: What people call it.
         out: Whether it has taken the host out of service.
         claim: Who is at it.
+        damage: Why its record cannot be read, so that nobody knows whether the host is free.
     """
 
     work: str
     out: bool = False
     claim: t.Mapping[str, t.Any] = field(default_factory=dict)
+    damage: FleetError | None = None
 
-    def refuse(self, run: str, now: float, *, take_over: bool = False) -> None:
-        """Raises:
-        FleetError: ``upgrade_running`` when somebody is at it.
+    def refuse(self, run: str, now: float, *, take_over: bool = False, begun: bool = False) -> None:
+        """Leave the host to the other work.
+
+        Args:
+            begun: Whether the own work has this host out of service: then a damaged record must not keep it out.
+
+        Raises:
+            FleetError: ``upgrade_running`` when somebody is at it, ``state_unreadable``.
         """
+        if self.damage is not None and not begun:
+            raise self.damage
         if run and not take_over:
             refuse_other(self.claim, run, now, self.work)
 
@@ -313,14 +326,13 @@ def rival(host: Host, path: str) -> Rival | None:
     for other, work in RECORDS.items():
         if other == path:
             continue
-        # Whoever wrote it reports that it is broken.
-        found = json_object(host.read_text(other))
-        claim = found.get("claim")
-        outcome, steps = found.get("outcome"), found.get("steps")
-        begun = isinstance(steps, list) and any(
-            isinstance(step, dict) and step.get("step") == "drained" for step in steps
-        )
+        try:
+            found = _read(host, other, {}) or {}
+        except FleetError as error:
+            return Rival(work, damage=error)
+        claim, outcome = found.get("claim") or {}, found.get("outcome")
+        begun = any(step.get("step") == "drained" for step in found.get("steps") or ())
         out = outcome == STRANDED or (not outcome and begun)
         if out or claim:
-            return Rival(work, out, claim if isinstance(claim, dict) else {})
+            return Rival(work, out, claim)
     return None

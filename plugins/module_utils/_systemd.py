@@ -84,7 +84,7 @@ def unit_properties(host: Host, unit: str, *names: str) -> t.Dict[str, str]:
 
 
 def properties_of_units(host: Host, units: t.Sequence[str], *names: str) -> t.Dict[str, t.Dict[str, str]]:
-    """Properties of several units with one question at most; empty where there is no systemd."""
+    """Properties of several units with one question, where systemd answers it; empty ones where there is no systemd."""
     if isinstance(host, LookedAtOnce) and host.units.has(units, names):
         return {unit: host.units.properties(unit, names) for unit in units}
     shown = host.run(["systemctl", "show", "--property", ",".join(names), "--", *units]).stdout

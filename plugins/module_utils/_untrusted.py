@@ -106,7 +106,7 @@ def _misfit(value: t.Any, shape: t.Any, where: str) -> str:
     # True is a number in Python.
     if shape is not float and isinstance(value, shape) and (shape is bool or not isinstance(value, bool)):
         return ""
-    return _instead(value, {str: "text", int: "a number", float: "a number", bool: "true or false"}[shape], where)
+    return _instead(value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[shape], where)
 
 
 def _below(where: str, key: t.Any) -> str:

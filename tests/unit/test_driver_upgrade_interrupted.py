@@ -124,6 +124,19 @@ def test_a_deployment_on_the_same_host_is_not_disturbed(world: UpgradeWorld) -> 
     assert roll(world)["outcome"] == "updated"
 
 
+def test_a_broken_record_of_other_work_is_no_free_host(world: UpgradeWorld) -> None:
+    path = "/var/lib/gpu_fleet/nim-deploy.json"
+    world.files[path] = b"{"
+    with pytest.raises(FleetError, match="how far a deployment of its models has come") as caught:
+        call(world, "prestaged")
+    assert caught.value.reason == "state_unreadable" and world.files[path] == b"{"
+    del world.files[path]
+    call(world, "drained")
+    # What is out of service already must be able to come back.
+    world.files[path] = b"{"
+    assert roll(world)["outcome"] == "updated"
+
+
 def test_a_run_without_a_sign_of_life_is_forgotten() -> None:
     record = Record(claim={"run": "alice", "seen": 1000.0})
     assert claimed(record, "alice", 5000.0).claim["seen"] == 5000.0
@@ -134,7 +147,9 @@ def test_a_run_without_a_sign_of_life_is_forgotten() -> None:
         claimed(record, "bob", 999.0 + LEASE)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"workloads": [1]}', '{"before": {"gpus": "8"}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", "\ufeff{}", '{"workloads": [1]}', '{"before": {"gpus": "8"}}', "\udcff"]
+)
 def test_a_broken_record_is_reported_and_left(text: str) -> None:
     host = FakeHost({RECORD: text.encode("utf-8", "surrogateescape")})
     with pytest.raises(FleetError) as caught:

@@ -375,7 +375,11 @@ def test_jobs(text: str) -> None:
         assert status.failure("Pulling x").message
 
 
-@given(broken_json({"units": ["nvidia-persistenced.service"], "reason": "x", "time": 5}))
+@given(
+    broken_json(
+        {"units": ["nvidia-persistenced.service"], "target": "580.95.05", "boot_id": "x", "reason": "x", "time": 5}
+    )
+)
 def test_records_of_the_driver(text: str) -> None:
     host = FakeHost({RECORD: encodable(text), REBOOT_MARKER: encodable(text)})
     with only_told():

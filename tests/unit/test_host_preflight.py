@@ -422,11 +422,16 @@ def test_a_key_that_expired_before_other_files_are_fetched(serving: Machine) -> 
     assert bad(judge(serving.host, models(llama(), nemo(), ngc_api_key=bad_key), serving.api)) == []
     other = models(llama(profile="vllm-bf16-tp1"), nemo(), ngc_api_key=bad_key)
     # Files that came by other means are tried without a key.
+    brought = "/var/lib/nim/cache/llama/ngc/hub/model.safetensors"
+    serving.host.files[brought] = b"weights"
     assert bad(judge(serving.host, other, serving.api)) == []
+    del serving.host.files[brought]
+    assert one(judge(serving.host, other, serving.api), "key", "llama").verdict == REFUSED
+    serving.host.files[brought] = b"weights"
     serving.host.files["/var/lib/nim/state/llama.download.json"] = b'{"status": "complete", "key": "00"}'
     refused = one(judge(serving.host, other, serving.api), "key", "llama")
     assert (refused.verdict, refused.reason) == (REFUSED, "bad_key")
-    assert refused.message == "llama has to fetch files, but nvcr.io does not take the key."
+    assert refused.message == "llama fetches files with the NGC key when it starts, but nvcr.io does not take the key."
     assert refused.remedy == "make a new one"
     # The one that the host has, where none is given.
     stored = {"nim_service": {**other["nim_service"], "ngc_api_key": None}}
@@ -434,13 +439,28 @@ def test_a_key_that_expired_before_other_files_are_fetched(serving: Machine) -> 
     # Nobody to ask, or not to be asked.
     for more in (
         {"nim_service": {**stored["nim_service"], "ngc_key_state": "absent"}},
-        {"nim_image": {**other["nim_image"], "registry_mirrors": {"nvcr.io": "mirror.example/ngc"}}},
         {"ngc_login": {"api_key": bad_key, "validate": "never"}},
     ):
         found = judge(serving.host, {**other, **more}, serving.api)
         assert [verdict for verdict in found if verdict.check == "key" and verdict.subject] == []
     # A new one.
     assert bad(judge(serving.host, models(llama(profile="vllm-bf16-tp1"), nemo()), serving.api)) == []
+
+
+def test_an_image_that_fetches_by_itself_is_not_stopped_for_a_key_that_expired(serving: Machine) -> None:
+    bad_key = "nvapi-0123456789-bad"
+    serving.api.images[LLAMA]["Config"] = {"Entrypoint": ["/start"], "Cmd": ["serve"]}
+    wanted = models(llama(environment={"A": "b"}), ngc_api_key=bad_key)
+    # Nothing serves yet, so nothing can be lost by a try.
+    assert [
+        verdict for verdict in judge(serving.host, wanted, serving.api) if verdict.check == "key" and verdict.subject
+    ] == []
+    serving.converge(llama(), key=bad_key)
+    assert one(judge(serving.host, wanted, serving.api), "key", "llama").reason == "bad_key"
+    same = models(llama(), ngc_api_key=bad_key)
+    assert [
+        verdict for verdict in judge(serving.host, same, serving.api) if verdict.check == "key" and verdict.subject
+    ] == []
 
 
 def test_a_key_that_nobody_can_judge_now_is_no_refusal(serving: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

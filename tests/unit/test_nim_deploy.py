@@ -543,10 +543,20 @@ def test_what_is_kept_is_for_root_alone_and_the_record_has_no_secret(world: Depl
     assert world.host.modes[RECORD][0] == 0o644 and b"hf_unit_secret" not in world.host.files[RECORD]
 
 
-def test_what_was_kept_and_was_broken_keeps_the_host_out(world: DeployWorld) -> None:
+@pytest.mark.parametrize(
+    "kept",
+    [
+        b'{"files": 1}',
+        b'{"files": {}}',
+        b'{"files": {"/etc/nim/x.json": ["text", Infinity]}, "enabled": {}}',
+        b'{"files": {"/etc/nim/x.json": [null, 420]}, "enabled": {}}',
+        b'{"files": {"/etc/nim/x.json": ["text"]}, "enabled": {}}',
+    ],
+)
+def test_what_was_kept_and_was_broken_keeps_the_host_out(world: DeployWorld, kept: bytes) -> None:
     call(world, "drained")
     world.sick.add(NEW_DIGEST)
-    world.host.files[KEPT] = b'{"files": 1}'
+    world.host.files[KEPT] = kept
     error = failure(world)
     assert error.facts["outcome"] == "stranded" and KEPT in error.message
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import configured_services
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._read_only_host import ReadOnlyHost
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._systemd import (
     UNITS,
@@ -67,6 +68,11 @@ def test_services_are_in_the_one_question() -> None:
     units = ["nim.target", "nim-a.service"]
     assert properties_of_units(looked_at, units, "ActiveState") == {unit: {"ActiveState": "active"} for unit in units}
     assert len(host.calls) == 1
+
+
+def test_a_file_that_no_service_can_have_is_none_of_ours() -> None:
+    host = FakeHost({"/etc/nim/a.json": "{}", "/etc/nim/*.json": "{}", "/etc/nim/b c.json": "{}"})
+    assert configured_services(host) == ["a"]
 
 
 def test_units_that_are_not_in_it_are_asked_for_together() -> None:

@@ -56,7 +56,7 @@ def test_numbers() -> None:
         (None, ""),
         ({"State": None, "Names": None}, ""),
         ({"State": {"Running": 1}}, "State.Running is a number where true or false belongs"),
-        ({"State": {"Pid": True}}, "State.Pid is true or false where a number belongs"),
+        ({"State": {"Pid": True}}, "State.Pid is true or false where a whole number belongs"),
         ({"State": "running"}, "State is text where an object belongs"),
         ({"Names": "a"}, "Names is text where a list belongs"),
         ({"Names": [None]}, "Names[] is null where text belongs"),
