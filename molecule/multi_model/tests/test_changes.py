@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import pytest
 import readme
 from control import KEY_EXPIRED, KEY_SECOND, KEY_VALID, World
+from drifts import LEFTOVER_PROXY
 from fleet_testing import SANDBOX, Fleet, Host, Json, wait_until
 
 FLEET = Fleet("multi_model", readme.inventory_of("multi_model"))
@@ -286,7 +287,7 @@ def test_gpus_change_hands() -> None:
     assert FLEET.nim(host="gpu01").restarts(ONE.name) == set()
 
 
-@pytest.mark.parametrize("holder", ["container", "service"])
+@pytest.mark.parametrize("holder", ["container", "service", "proxy"])
 def test_port_is_held_by_somebody_else(holder: str) -> None:
     before = ONE.identity()
     ONE.run("systemctl stop nim-llama")
@@ -294,21 +295,27 @@ def test_port_is_held_by_somebody_else(holder: str) -> None:
     try:
         if holder == "container":
             ONE.run("docker run -d --name old-nim -p 8000:8000 --entrypoint /bin/busybox %s sleep 600" % image)
-        else:
+            named = ["docker-proxy", "old-nim"]
+        elif holder == "service":
             ONE.run("systemd-run --quiet --unit old-server python3 -m http.server 8000")
             wait_until(lambda: ONE.get(8000, "/")[0] == 200, "the other server answers")
+            named = ["python3", "old-server.service"]
+        else:
+            ONE.run(LEFTOVER_PROXY)
+            pid = ONE.run("cat /tmp/proxy")
+            named = ["docker-proxy (pid %s)" % pid, "left behind", "kill %s" % pid]
         changed = FLEET.changed("gpu01", "mistral", environment={"STANDIN_TTFT_MS": "22"})
         run = FLEET.nim(changed, "gpu01", succeeds=False)
         message = run.failure(ONE.name)
         assert "8000" in message and "llama" in message
-        named = ["docker-proxy", "old-nim"] if holder == "container" else ["python3", "old-server.service"]
-        assert all(word in message for word in named)
+        assert all(word in message for word in named), message
         assert "pid" in message
         # The other model's change must wait too.
         assert ONE.identity("mistral")["mistral"] == before["mistral"]
         assert ONE.active("llama") == "inactive"
     finally:
         ONE.run("docker rm -f old-nim; systemctl stop old-server", check=False)
+        ONE.run("test ! -e /tmp/proxy || kill $(cat /tmp/proxy); rm -f /tmp/proxy", check=False)
     FLEET.nim(host="gpu01")
     assert ONE.ready(8000)
 
