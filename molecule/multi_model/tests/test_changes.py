@@ -437,10 +437,11 @@ def test_fine_tuned_weights() -> None:
     TWO.write(weights + "/tokenizer_config.json", "{}")
     TWO.write(weights + "/tokenizer.json", "{}")
     TWO.write(weights + "/model.safetensors", "weights")
+    repository = "nim/meta/llama-3.1-8b-instruct"
     tuned = {
         "name": "tuned",
         # The base model's: its prebuilt engines, one for this very GPU among them, hold other weights.
-        "image": "nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.4",
+        "image": "nvcr.io/%s:1.8.4" % repository,
         "gpus": 1,
         "port": 8000,
         "weights_directory": weights,
@@ -449,8 +450,19 @@ def test_fine_tuned_weights() -> None:
         "environment": {"STANDIN_BUILD_SECONDS": str(BUILD_SECONDS)},
     }
     changed = FLEET.changed("gpu02", "nemotron", state="absent", add=tuned)
-    run = FLEET.site(inventory=changed)
-    # The operator sees what takes so long.
+    # From an earlier run of this test; all tags share the one large layer, so gpu01 would pull next to nothing.
+    TWO.run("docker images --quiet nvcr.io/%s | sort -u | xargs --no-run-if-empty docker rmi --force" % repository)
+    world = World(SANDBOX)
+    # Some 12 seconds for 60 MB, so two lines of progress.
+    throttle = world.throttle(5000, repository=repository)
+    try:
+        run = FLEET.site(inventory=changed)
+    finally:
+        world.mend(throttle)
+    # The operator sees what takes so long: how much of the image is here, how fast it comes, and when it will be there,
+    progress = r"\[%s\] %s \d+%% [\d.]+(?: kB)? of [\d.]+ MB, [\d.]+ [kM]B/s, \d+:\d\d left"
+    assert re.search(progress % (re.escape(TWO.name), re.escape(repository)), run.output)
+    # and the build.
     assert "tuned building the engine" in run.output
     health = run.of(TWO.name, "Every model answers")[0]["result"]["models"][0]
     assert health["ready"] and health["seconds_to_ready"] >= BUILD_SECONDS
