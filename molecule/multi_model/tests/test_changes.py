@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import readme
@@ -490,8 +490,10 @@ def test_fine_tuned_weights() -> None:
 
 
 def without_toolkit() -> None:
+    # All four packages: with two of them left, it would be half an installation.
     ONE.run(
-        "DEBIAN_FRONTEND=noninteractive apt-get purge -qq -y --allow-change-held-packages 'nvidia-container-toolkit*'"
+        "DEBIAN_FRONTEND=noninteractive apt-get purge -qq -y --allow-change-held-packages "
+        "'nvidia-container-toolkit*' 'libnvidia-container*'"
     )
     ONE.restart_docker()
 
@@ -509,15 +511,20 @@ def without_telling_docker() -> None:
     ONE.write("/etc/docker/daemon.json", kept)
 
 
-@pytest.mark.parametrize(
-    ("break_it", "named"),
-    [
-        (without_toolkit, "nvidia-container-toolkit"),
-        (without_runtime, "runtimes.nvidia"),
-        (without_telling_docker, "runtimes.nvidia"),
-    ],
+#: What breaks it, the part that is missing then, and the cause by which the three are told apart.
+WITHOUT_GPUS = (
+    (without_toolkit, "nvidia-container-toolkit", "containers get their GPUs through it"),
+    (without_runtime, "runtimes.nvidia", "the toolkit is installed but was never registered in Docker"),
+    (
+        without_telling_docker,
+        "runtimes.nvidia",
+        "the runtime is registered in /etc/docker/daemon.json, but the running daemon was not told",
+    ),
 )
-def test_gpu_runtime_is_missing(break_it: object, named: str) -> None:
+
+
+@pytest.mark.parametrize(("break_it", "named", "why"), WITHOUT_GPUS)
+def test_gpu_runtime_is_missing(break_it: Callable[[], None], named: str, why: str) -> None:
     image = ONE.run("docker inspect --format '{{.Image}}' nim-mistral")
     gpu_container = (
         "docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all --entrypoint nvidia-smi %s -L" % image
@@ -528,8 +535,9 @@ def test_gpu_runtime_is_missing(break_it: object, named: str) -> None:
     assert not ONE.succeeds(gpu_container)
     with ONE.client(8001) as client:
         run = FLEET.site("--limit", ONE.name, "--tags", "docker,nvidia_container_toolkit,nim")
-    changes = json.dumps(run.changes(ONE.name))
-    assert named in changes
+    changes = run.changes(ONE.name)
+    assert named in json.dumps([change for change in changes if change["why"] == why])
+    assert {change["why"] for change in changes} & {cause for *_dummy, cause in WITHOUT_GPUS} == {why}
     assert ONE.succeeds(gpu_container)
     assert run.restarts(ONE.name) == set()
     assert {name: who.serving for name, who in ONE.identity().items()} == {
