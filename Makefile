@@ -87,7 +87,7 @@ test: lint unit rollouts sanity molecule ## Everything that CI runs
 
 .PHONY: readme
 readme: demo ## The demo, then every playbook command that the README shows
-	@ANSIBLE_CONFIG=$(CURDIR)/.sandbox/ansible.cfg $(BIN)/python tests/sandbox/readme.py commands --output .sandbox/demo
+	@ANSIBLE_CONFIG=$(CURDIR)/.sandbox/ansible.cfg $(BIN)/python tests/sandbox/readme.py commands --output .sandbox
 
 .PHONY: lint
 lint: .venv/.stamp .build/ansible_collections/gpu_fleet/nim $(COLLECTIONS)/.stamp ## Linters and type checker
