@@ -11,11 +11,11 @@ say "sandbox: two bare GPU hosts and the outside world"
 python tests/sandbox/sandbox.py up --hosts gpu01,gpu02
 
 # The README's inventory is what runs; the sandbox adds, beside it, how its hosts are reached.
-python tests/sandbox/readme.py inventory --output .sandbox/demo
+python tests/sandbox/readme.py inventory --output .sandbox
 export ANSIBLE_CONFIG=$PWD/.sandbox/ansible.cfg
 NGC_API_KEY=$(PYTHONPATH=tests/sandbox/world python -c 'import control; print(control.KEY_VALID)')
 export NGC_API_KEY
-cd .sandbox/demo
+cd .sandbox
 
 say "ansible-playbook gpu_fleet.nim.site -i inventory.yml"
 ansible-playbook gpu_fleet.nim.site -i inventory.yml
@@ -24,7 +24,7 @@ say "ansible-playbook gpu_fleet.nim.status -i inventory.yml"
 ansible-playbook gpu_fleet.nim.status -i inventory.yml -e status_output="$PWD/status.json"
 
 say "one streamed chat completion from every NIM, through its published port"
-python ../../tests/sandbox/chat.py status.json
+python ../tests/sandbox/chat.py status.json
 
 say "done. The sandbox stays up:"
 cat <<TEXT
@@ -33,6 +33,6 @@ cat <<TEXT
    export ANSIBLE_COLLECTIONS_PATH=$ANSIBLE_COLLECTIONS_PATH
    export NGC_API_KEY=$NGC_API_KEY PATH=$(dirname "$(command -v python)"):\$PATH
    ansible-playbook gpu_fleet.nim.site -i inventory.yml       # changes nothing
-   python ../../tests/sandbox/sandbox.py exec gpu01           # a shell on a host
-   make -C ../.. demo-down                                    # removes every trace
+   python ../tests/sandbox/sandbox.py exec gpu01              # a shell on a host
+   make -C .. demo-down                                       # removes every trace
 TEXT

@@ -42,6 +42,13 @@ VARIABLES: Json = {
 LLAMA = VARIABLES["nim_models"][0]["image"]
 MISTRAL = VARIABLES["nim_models"][1]["image"]
 
+#: Shell commands that leave a docker-proxy of no container on llama's port, and its process id in /tmp/proxy.
+LEFTOVER_PROXY = (
+    "setsid docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port 8000 -container-ip 172.17.0.250 -container-port 8000 "
+    "3>/dev/null </dev/null >/dev/null 2>&1 &\n"
+    "echo $! > /tmp/proxy; sleep 1; kill -0 $(cat /tmp/proxy)"
+)
+
 DAEMON_JSON = "/etc/docker/daemon.json"
 CONFIG_TOML = "/etc/nvidia-container-runtime/config.toml"
 
@@ -805,10 +812,7 @@ _MODELS = (
     ),
     _drift(
         "a docker-proxy that has outlived its container",
-        "systemctl stop nim-llama\n"
-        "setsid docker-proxy -proto tcp -host-ip 0.0.0.0 -host-port 8000 -container-ip 172.17.0.250 -container-port 8000 "
-        "3>/dev/null </dev/null >/dev/null 2>&1 &\n"
-        "echo $! > /tmp/proxy; sleep 1; kill -0 $(cat /tmp/proxy)",
+        "systemctl stop nim-llama\n" + LEFTOVER_PROXY,
         "nim_service, port_in_use, error",
         refused=True,
         undo="kill $(cat /tmp/proxy)",

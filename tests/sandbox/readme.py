@@ -86,9 +86,7 @@ def run_commands(folder: pathlib.Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["inventory", "commands"])
-    parser.add_argument(
-        "--output", type=pathlib.Path, default=CHECKOUT / ".sandbox/demo", help="folder of the inventory"
-    )
+    parser.add_argument("--output", type=pathlib.Path, default=CHECKOUT / ".sandbox", help="folder of the inventory")
     options = parser.parse_args()
     if options.what == "inventory":
         write_inventory(options.output)

@@ -11,12 +11,12 @@ export ANSIBLE_CONFIG=$checkout/.sandbox/ansible.cfg
 NGC_API_KEY=$(PYTHONPATH=tests/sandbox/world python -c 'import control; print(control.KEY_VALID)')
 export NGC_API_KEY
 profile=$(mktemp -d)
-trap 'rm -rf "$profile"; cd "$checkout/.sandbox/demo" && ansible-playbook gpu_fleet.nim.site -i inventory.yml' EXIT
+trap 'rm -rf "$profile"; cd "$checkout/.sandbox" && ansible-playbook gpu_fleet.nim.site -i inventory.yml' EXIT
 
 python tests/sandbox/sandbox.py exec gpu02 -- gpasswd --delete ops docker
 python tests/sandbox/sandbox.py exec gpu02 -- systemctl stop nim-nemotron
 python tests/sandbox/sandbox.py exec gpu02 -- apt-mark unhold docker.io
-cd .sandbox/demo
+cd .sandbox
 ansible-playbook gpu_fleet.nim.plan -i inventory.yml -e plan_report="$profile/fleet.html"
 
 mkdir -p "$checkout/docs/images"

@@ -12,7 +12,8 @@ from typing import Any, Dict
 from .common import ROOT, SandboxError, read_json, write_text
 
 TABLE = ROOT / "hosts.json"
-INVENTORY = ROOT / "inventory.yml"
+#: How the hosts are reached, and nothing else; the demo's inventory.yml lies beside it.
+INVENTORY = ROOT / "connections.yml"
 SSH = ROOT / "ssh"
 KEY = SSH / "id_ed25519"
 KNOWN_HOSTS = SSH / "known_hosts"

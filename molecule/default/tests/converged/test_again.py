@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Running again, whole or in parts, changes nothing; a user taken off the list loses Docker and nothing else happens."""
+"""Running again, whole or in parts, changes nothing; every role mends what is its own, with or without the others.
+
+A user taken off the list loses Docker and nothing else happens.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,28 @@ def test_check_mode_finds_nothing() -> None:
     assert difference(before, HOST.snapshot(ALIVE)) == {}
 
 
-@pytest.mark.parametrize("role", ["nvidia_driver", "docker", "nvidia_container_toolkit", "ngc", "nim"])
+#: Role -> what breaks something small that no other role mends, and a command that succeeds where it is whole.
+ALONE = {
+    "nvidia_driver": ("apt-mark unhold libnvidia-compute-580", "apt-mark showhold | grep -x libnvidia-compute-580"),
+    "docker": ("apt-mark unhold docker-ce", "apt-mark showhold | grep -x docker-ce"),
+    "nvidia_container_toolkit": (
+        "apt-mark unhold libnvidia-container1",
+        "apt-mark showhold | grep -x libnvidia-container1",
+    ),
+    "ngc": ("rm /root/.docker/config.json", "grep nvcr.io /root/.docker/config.json"),
+    "nim": ("systemctl disable nim-llama", "systemctl is-enabled nim-llama"),
+}
+
+
+@pytest.mark.parametrize("role", ALONE)
 def test_every_role_alone(role: str) -> None:
-    run = FLEET.play(CHECKOUT / "molecule/default/role.yml", "-e", "role=" + role)
-    assert run.changed() == []
+    breaks, is_whole = ALONE[role]
+    HOST.run(breaks)
+    assert not HOST.succeeds(is_whole)
+    playbook = CHECKOUT / "molecule/default/role.yml"
+    assert len(FLEET.play(playbook, "-e", "role=" + role).changed()) == 1
+    assert HOST.succeeds(is_whole)
+    assert FLEET.play(playbook, "-e", "role=" + role).changed() == []
 
 
 def test_one_tag() -> None:
