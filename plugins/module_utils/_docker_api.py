@@ -125,7 +125,7 @@ class DockerApi:
             raise FleetError(
                 "docker_unavailable",
                 "Asking Docker at %s for %s failed: %s. See 'systemctl status docker' and 'journalctl -u docker'."
-                % (self.socket_path, path.split("?")[0], _describe(error)),
+                % (self.socket_path, path.split("?")[0], describe_failure(error)),
                 socket=self.socket_path,
             ) from error
         if response.status == 404:
@@ -215,7 +215,8 @@ class DockerApi:
         return t.cast("t.Optional[Json]", self._expect(path, _IMAGE))
 
 
-def _describe(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
+    """Why nothing could be asked over the socket, in words."""
     if isinstance(error, FileNotFoundError):
         return "there is no such socket"
     if isinstance(error, ConnectionRefusedError):

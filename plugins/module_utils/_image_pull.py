@@ -17,7 +17,7 @@ import typing as t
 import urllib.parse
 
 from ._disk_space import amount
-from ._docker_api import SOCKET, UnixConnection
+from ._docker_api import SOCKET, UnixConnection, describe_failure
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._registry import TRANSIENT
@@ -269,8 +269,8 @@ class DockerPuller:
         headers = {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode("utf-8")).decode("ascii")}
         try:
             with self._asked("POST", path, stalled_after, headers) as response:
-                if response.status >= 400:
-                    raise pull_error(image, _explanation(response.read()))
+                if response.status != 200:
+                    raise pull_error(image, _explanation(response))
                 for line in _lines(response):
                     event = parse_json(line) if line.strip() else None
                     if not isinstance(event, dict):
@@ -294,7 +294,7 @@ class DockerPuller:
         """Give an image its human name, which also keeps ``docker image prune`` away from it."""
         parameters = urllib.parse.urlencode({"repo": reference.name, "tag": reference.tag})
         status, said = self._change("POST", image_id, "/tag?" + parameters, str(reference))
-        if status >= 400:
+        if status != 201:
             raise pull_error(str(reference), said)
 
     def remove(self, name: str, *, force: bool = False) -> None:
@@ -308,7 +308,7 @@ class DockerPuller:
             raise FleetError(
                 "image_in_use", "Removing %s failed: %s; remove the container first." % (name, said), image=name
             )
-        if status >= 400 and status != 404:
+        if status not in (200, 404):
             raise pull_error(name, said)
 
     def _change(self, method: str, image: str, rest: str, what: str) -> t.Tuple[int, str]:
@@ -320,7 +320,7 @@ class DockerPuller:
         path = "/images/%s%s" % (urllib.parse.quote(image, safe="/:@"), rest)
         try:
             with self._asked(method, path, self._timeout) as response:
-                return response.status, _explanation(response.read())
+                return response.status, _explanation(response)
         except (OSError, http.client.HTTPException) as error:
             raise _broken_off(what, error) from None
 
@@ -334,7 +334,7 @@ class DockerPuller:
 
 
 def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
-    """The lines of a body as they come. ``readline`` would take a connection that breaks for the end."""
+    """The lines of a chunked body as they come; ``readline`` would take a connection that breaks for the end."""
     rest = b""
     for part in iter(lambda: response.read1(65536), b""):
         *lines, rest = (rest + part).split(b"\n")
@@ -342,16 +342,19 @@ def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
     yield rest
 
 
-def _explanation(body: bytes) -> str:
+def _explanation(response: http.client.HTTPResponse) -> str:
     """What the daemon says of a request that it refuses."""
-    return str(json_object(body).get("message") or "") or body.decode("utf-8", "replace").strip()
+    body = response.read()
+    said = str(json_object(body).get("message") or "") or body.decode("utf-8", "replace").strip()
+    return said or "status %d" % response.status
 
 
 def _broken_off(image: str, error: Exception) -> FleetError:
     """For no answer of the daemon at all, or one that broke off: it was stopped or restarted."""
+    silent = isinstance(error, (FileNotFoundError, ConnectionRefusedError, PermissionError, socket.timeout))
+    why = describe_failure(error) if silent else "its answer broke off (%s)" % type(error).__name__
     return FleetError(
         "docker_unavailable",
-        "Docker's answer about %s broke off (%s); see 'systemctl status docker' and 'journalctl -u docker'."
-        % (image, type(error).__name__),
+        "Asking Docker about %s failed: %s; see 'systemctl status docker' and 'journalctl -u docker'." % (image, why),
         image=image,
     )

@@ -19,6 +19,7 @@ from ._gpu_wishes import gpu_kinds
 from ._host import Host
 from ._ngc_key import check_api_key
 from ._nim_configuration import Secrets, build_configuration
+from ._nim_downloads import needs_download
 from ._nim_models import NimModel
 from ._nim_paths import MAINTENANCE_FILE, unit_name
 from ._nim_service_checks import (
@@ -244,7 +245,9 @@ class NimService(Resource[HostState]):
             if configurations[model.name]["download"]:
                 fetches = not fetched(model, configurations, state) and not service.brought
             else:
-                fetches = bool(configurations[model.name]["key_in_service"]) and service.running
+                fetches = (
+                    bool(configurations[model.name]["key_in_service"]) and service.running and needs_download(model)
+                )
             found += [model.name] if fetches else []
         return found
 

@@ -183,13 +183,29 @@ def test_an_answer_that_breaks_off(daemon: Daemon, lines: list[bytes]) -> None:
 @pytest.mark.parametrize("lines", [[], [event(**LAYER)]])
 def test_a_pull_that_comes_to_a_halt(daemon: Daemon, lines: list[bytes]) -> None:
     daemon.lines, daemon.end = lines, "hang"
+    events: list[t.Mapping[str, t.Any]] = []
     with pytest.raises(FleetError) as caught:
-        pull(daemon, stalled_after=0.3)
+        puller(daemon).pull(SOURCE, DIGEST, None, events.append, stalled_after=0.3)
     assert caught.value.reason == "pull_stalled"
+    # They were handed on as they came, not at the end.
+    assert events == [LAYER] * len(lines)
+
+
+@pytest.mark.parametrize("status", [204, 301, 304])
+def test_an_answer_that_is_none_of_docker(daemon: Daemon, status: int) -> None:
+    daemon.status = status
+    for attempt in (
+        lambda: pull(daemon),
+        lambda: puller(daemon).tag(ID, ImageReference.parse(SOURCE + ":1")),
+        lambda: puller(daemon).remove(SOURCE),
+    ):
+        with pytest.raises(FleetError, match="status %d" % status):
+            attempt()
 
 
 def test_an_image_in_use_and_one_that_is_gone(daemon: Daemon) -> None:
-    daemon.status, daemon.lines = 404, [b'{"message": "No such image"}']
+    daemon.lines = [b'{"message": "No such image"}']
+    daemon.status = 404
     puller(daemon).remove(SOURCE)
     daemon.status, daemon.lines = 409, [b'{"message": "image is being used by running container 1"}']
     with pytest.raises(FleetError, match="used by running container 1; remove the container first") as caught:

@@ -37,6 +37,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_image import pull_job_id
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import Manifest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_profiles import parse_manifest
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._registry_refusals import Refusals
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._verdict import (
     OK,
@@ -77,7 +78,7 @@ class Client(FakeClient):
 
     def check_credentials(self, reference: t.Any) -> None:
         if self.login[1].endswith("bad"):
-            raise FleetError("bad_key", "nvcr.io does not take the key; make a new one.")
+            raise Refusals("nvcr.io", self.login[0], True, "", lambda: None).bad_key("nvcr.io")
 
 
 def judge(host: FakeHost, wanted: dict[str, t.Any], api: t.Any = None) -> list[Verdict]:
@@ -431,8 +432,11 @@ def test_a_key_that_expired_before_other_files_are_fetched(serving: Machine) -> 
     serving.host.files["/var/lib/nim/state/llama.download.json"] = b'{"status": "complete", "key": "00"}'
     refused = one(judge(serving.host, other, serving.api), "key", "llama")
     assert (refused.verdict, refused.reason) == (REFUSED, "bad_key")
-    assert refused.message == "llama fetches files with the NGC key when it starts, but nvcr.io does not take the key."
-    assert refused.remedy == "make a new one"
+    assert refused.message == (
+        "llama fetches files with the NGC key when it starts, but nvcr.io refuses the API key (asked for nvcr.io): it is wrong, "
+        "expired or revoked."
+    )
+    assert refused.remedy == "create a new one that includes the NGC Catalog service and set ngc_api_key"
     # The one that the host has, where none is given.
     stored = {"nim_service": {**other["nim_service"], "ngc_api_key": None}}
     assert one(judge(serving.host, stored, serving.api), "key", "llama").reason == "bad_key"
@@ -457,6 +461,14 @@ def test_an_image_that_fetches_by_itself_is_not_stopped_for_a_key_that_expired(s
     ] == []
     serving.converge(llama(), key=bad_key)
     assert one(judge(serving.host, wanted, serving.api), "key", "llama").reason == "bad_key"
+    # Nor where nothing comes from NGC.
+    for more in (
+        {"weights_directory": "/srv/w"},
+        {"environment": {"NIM_MODEL_NAME": "hf://a/b"}},
+        {"environment": {"NIM_DISABLE_MODEL_DOWNLOAD": "1"}},
+    ):
+        found = judge(serving.host, models(llama(**more), ngc_api_key=bad_key), serving.api)
+        assert [verdict for verdict in found if verdict.check == "key" and verdict.subject] == []
     same = models(llama(), ngc_api_key=bad_key)
     assert [
         verdict for verdict in judge(serving.host, same, serving.api) if verdict.check == "key" and verdict.subject

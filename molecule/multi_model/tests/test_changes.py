@@ -415,7 +415,7 @@ def test_expired_key_and_files_still_to_be_fetched(own_key: str, tmp_path: pathl
     with ONE.client(8000) as client:
         run = FLEET.site(*options, inventory=changed, environment={"NGC_API_KEY": own_key}, succeeds=False)
     message = run.failure(ONE.name)
-    assert "llama fetches files with the NGC key" in message and "does not take the key" in message, message
+    assert "llama fetches files with the NGC key" in message and "refuses the API key" in message, message
     assert own_key not in run.output
     assert ONE.identity() == before
     assert client.failures == []
