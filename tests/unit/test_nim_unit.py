@@ -92,8 +92,12 @@ elif words[0] == "start":
         with open(pipe) as stream:
             key = stream.read()
         content = load(words[-1])
+        try:
+            mode = "%%o" %% (os.stat(pipe).st_mode & 0o7777)
+        except FileNotFoundError:
+            mode = "gone"
         with open(root + "/key-" + words[-1], "w") as stream:
-            stream.write("%%o %%s" %% (os.stat(pipe).st_mode & 0o7777, key) if os.path.exists(pipe) else "gone " + key)
+            stream.write(mode + " " + key)
     if words[-1].endswith("-download"):
         with open(root + "/download-environment", "w") as stream:
             stream.write(content["Config"]["Env"])
