@@ -5,6 +5,7 @@
 traces.py save FILE       before the sandbox is started
 traces.py compare FILE    after `down`: status 1 and a line for everything that was not there before, or is not any more
 
+A sandbox that was killed leaves its interface and its rules; that the next one takes them away with its own is no fault.
 Debian packages that the sandbox installed may stay, as its README says; so may what was built below .build and .venv.
 """
 
@@ -17,6 +18,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
+
+from fleet_sandbox.common import BRIDGE
+from fleet_sandbox.engine import NFT_TABLE
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 PROC = pathlib.Path("/proc")
@@ -89,6 +93,19 @@ def look() -> dict[str, list[str]]:
     return {kind: sorted(found) for kind, found in traces.items()}
 
 
+def differences(before: dict[str, list[str]], now: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Lines for what must not differ, and for what a killed sandbox had left and is gone."""
+    wrong, leftovers = [], []
+    for kind, found in now.items():
+        wrong += ["left behind: %s %s" % (kind, each) for each in sorted(set(found) - set(before[kind]))]
+        for each in sorted(set(before[kind]) - set(found)):
+            if kind == "process":  # one that was there before and has ended is nobody's trace
+                continue
+            sandbox = not {BRIDGE, NFT_TABLE}.isdisjoint(each.split())
+            (leftovers if sandbox else wrong).append("gone: %s %s" % (kind, each))
+    return wrong, leftovers
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("save", "compare"))
@@ -98,15 +115,11 @@ def main() -> int:
     if options.action == "save":
         options.file.write_text(json.dumps(now, indent=1))
         return 0
-    before = json.loads(options.file.read_text())
-    differences = []
-    for kind, found in now.items():
-        differences += ["left behind: %s %s" % (kind, each) for each in sorted(set(found) - set(before[kind]))]
-        differences += ["gone: %s %s" % (kind, each) for each in sorted(set(before[kind]) - set(found))]
-    # A process that was there before and has ended is nobody's trace.
-    differences = [line for line in differences if not line.startswith("gone: process ")]
-    print("\n".join(differences) or "== no trace of the sandbox is left")
-    return 1 if differences else 0
+    wrong, leftovers = differences(json.loads(options.file.read_text()), now)
+    for line in leftovers:
+        print("== %s (left by a sandbox that was killed)" % line)
+    print("\n".join(wrong) or "== no trace of the sandbox is left")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
+import traces
 from fleet_sandbox import engine
 from fleet_sandbox.common import SandboxError
 
@@ -68,3 +69,28 @@ def test_down_of_a_sandbox_that_was_killed(machine, other, monkeypatch):
     assert (["ip", "link", "del", engine.BRIDGE] in machine[1]) is (other == "dead")
     assert machine[1] == [] or other == "dead"
     assert not engine.STATE.exists()
+
+
+def test_what_a_killed_sandbox_had_left_may_go_and_nothing_else():
+    before = {
+        "firewall": ["-A DOCKER-USER -i fleet0 -j ACCEPT", "-A FORWARD -j DROP", "table ip gpu_fleet_sandbox"],
+        "network": ["eth0", "fleet0"],
+        "process": ["7 sleep 9"],
+        "route": ["172.30.0.0/16 dev fleet0 proto kernel", "default dev eth0"],
+    }
+    now = {"firewall": [], "network": ["eth0"], "process": [], "route": ["default dev eth0"]}
+    wrong, leftovers = traces.differences(before, now)
+    assert wrong == ["gone: firewall -A FORWARD -j DROP"]
+    assert leftovers == [
+        "gone: firewall -A DOCKER-USER -i fleet0 -j ACCEPT",
+        "gone: firewall table ip gpu_fleet_sandbox",
+        "gone: network fleet0",
+        "gone: route 172.30.0.0/16 dev fleet0 proto kernel",
+    ]
+
+
+def test_what_a_sandbox_leaves_is_a_fault_whatever_its_name():
+    before: dict[str, list[str]] = {"network": ["eth0"], "process": []}
+    wrong, leftovers = traces.differences(before, {"network": ["eth0", "fleet0"], "process": ["9 dockerd"]})
+    assert wrong == ["left behind: network fleet0", "left behind: process 9 dockerd"]
+    assert not leftovers
