@@ -17,6 +17,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
+from ._booleans import parse_boolean
 from ._driver_branches import check_branch, check_flavour, check_version
 from ._errors import FleetError
 from ._image_reference import ImageReference, check_mirrors, port_exists
@@ -53,8 +54,6 @@ _USER_NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}\$?\Z", re.I)
 _REGISTRY = re.compile(r"(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*|\[[0-9A-Fa-f:]+\])(?::\d{1,5})?\Z")
 _VERSION = re.compile(r"(?:\d+:)?\d+(?:\.\d+){0,3}(?:[~+.-][A-Za-z0-9.~+-]+)?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_TRUE = ("yes", "on", "true", "1", "y", "t")
-_FALSE = ("no", "off", "false", "0", "n", "f")
 
 
 @dataclass(frozen=True)
@@ -375,7 +374,9 @@ class _Check:
 
             live_restore = self.get("docker_live_restore", True)
             self.take(
-                lambda: DaemonPlanner(options, [str(key) for key in absent], live_restore=_truth(live_restore)),
+                lambda: DaemonPlanner(
+                    options, [str(key) for key in absent], live_restore=bool(parse_boolean(live_restore))
+                ),
                 lambda message: re.sub(
                     r"^(options|absent)\b", lambda found: "docker_daemon_" + found.group(1), message
                 ).replace("live_restore =", "docker_live_restore ="),
@@ -514,14 +515,10 @@ def _split_path(message: str) -> tuple[int | None, str]:
     return (int(found.group(1)), message[found.end() :]) if found else (None, message)
 
 
-def _truth(value: t.Any) -> bool:
-    return value if isinstance(value, bool) else str(value).lower() in _TRUE
-
-
 def _type_error(value: t.Any, wanted: str) -> tuple[str, str] | None:
     """What is wrong with the type of a value, and the remedy; None when Ansible would take it."""
     if wanted == "bool":
-        if isinstance(value, bool) or (isinstance(value, (str, int)) and str(value).lower() in _TRUE + _FALSE):
+        if parse_boolean(value) is not None:
             return None
         return "is neither true nor false", "write true or false"
     if wanted == "int":

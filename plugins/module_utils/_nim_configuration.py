@@ -15,9 +15,9 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ._gpu_wishes import names_profile
-from ._nim_family import LORA_PATH, WEIGHTS_PATH, Family
+from ._nim_family import Family
 from ._nim_models import NAME_LABEL, NimModel
-from ._nim_paths import MAINTENANCE_FILE, STATE_DIRECTORY, WRAPPER, download_name
+from ._nim_paths import LORA_PATH, MAINTENANCE_FILE, STATE_DIRECTORY, WEIGHTS_PATH, WRAPPER, download_name
 from ._nim_service_state import ImageState
 from ._nim_unit import spec_hash
 from ._nim_unit_program import program
@@ -221,6 +221,9 @@ def build_configuration(
     # Docker's slices exist with the systemd driver only.
     common = ["--cgroup-parent=nim.slice"] if cgroup_driver == "systemd" else []
     common += ["--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=%d:%d" % (model.uid, model.gid)]
+    if model.read_only:
+        # Executable: kernels that are compiled at run time are loaded from there.
+        common += ["--read-only", *("--tmpfs=%s:exec,mode=1777" % path for path in model.tmpfs)]
     common += ["--pids-limit=-1", "--shm-size=%d" % model.shm_size]
     common += ["--ulimit=%s=%s" % limit for limit in sorted(model.ulimits.items())]
     common += gpu_arguments(gpus, injection)

@@ -92,6 +92,10 @@ def _host_configuration(options: t.Mapping[str, t.Sequence[str]], host: t.Mappin
             found.append(what)
     if "CapDrop" in host and sorted(host["CapDrop"] or ()) != sorted(options.get("--cap-drop", ())):
         found.append("capabilities")
+    if "ReadonlyRootfs" in host and bool(host["ReadonlyRootfs"]) != ("--read-only" in options):
+        found.append("read-only root file system")
+    if "Tmpfs" in host and set(host["Tmpfs"] or ()) != {one.partition(":")[0] for one in options.get("--tmpfs", ())}:
+        found.append("directories in memory")
     if host.get("CapAdd"):
         found.append("capabilities")
     for key, what in (("Memory", "memory limit"), ("NanoCpus", "processor limit"), ("CpusetCpus", "processor limit")):

@@ -18,14 +18,9 @@ from dataclasses import dataclass
 from ._errors import FleetError
 from ._nim_downloads import needs_download
 from ._nim_models import NimModel
+from ._nim_paths import CACHE_PATH, LORA_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH
 from ._options import MINIMUM_DOCKER_VERSION
 
-#: Where host directories appear in the container; the cache path is NIM's own default.
-CACHE_PATH = "/opt/nim/.cache"
-WEIGHTS_PATH = "/opt/nim/weights"
-LORA_PATH = "/opt/nim/loras"
-#: The native runtime keeps compiled kernels here; its weights go below it.
-NATIVE_CACHE_PATH = "/opt/cache"
 NATIVE_MODEL_PATH = NATIVE_CACHE_PATH + "/model"
 
 #: Where the engine of 2.x listens, on all addresses of the container.

@@ -12,9 +12,18 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ._booleans import parse_boolean
 from ._errors import FleetError
 from ._image_reference import ImageReference
-from ._nim_paths import SERVICE_NAME, container_name, unit_name
+from ._nim_paths import (
+    CACHE_PATH,
+    LORA_PATH,
+    NATIVE_CACHE_PATH,
+    SERVICE_NAME,
+    WEIGHTS_PATH,
+    container_name,
+    unit_name,
+)
 from ._options import NIM_MODEL_OPTIONS
 from ._redaction import is_name_of_secret, is_plain, scrub_given
 from ._untrusted import is_digits
@@ -66,6 +75,7 @@ _SERVED_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@+-]*(,[A-Za-z0-9][A-Za-z0
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _USER = re.compile(r"(\d{1,10})(?::(\d{1,10}))?\Z")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
+_CONTAINER_DIRECTORY = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*/?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 #: Docker reads a line of an environment file up to 64 KiB, name included.
 _SECRET_LENGTH = 32768
@@ -96,6 +106,8 @@ class NimModel:
         disk_space: Bytes that the model needs, or None when not said.
         gpu_memory: Bytes that must be free on each of its GPUs, or None when not said.
         uid: User id of the container's process, the owner of its cache.
+        read_only: Whether the container can write to its mounts and to ``tmpfs`` alone.
+        tmpfs: Directories of a read-only container that are kept in memory.
         start_timeout: Seconds until ready.
         stop_timeout: Seconds between SIGTERM and SIGKILL.
     """
@@ -120,6 +132,8 @@ class NimModel:
     lora_refresh_interval: int | None = None
     max_model_length: int | None = None
     network_mode: str = "bridge"
+    read_only: bool = False
+    tmpfs: tuple[str, ...] = ()
     engine_arguments: tuple[str, ...] = ()
     start_timeout: int = 1800
     stop_timeout: int = 60
@@ -358,6 +372,9 @@ class _Entry:
         if user is None:
             raise self.bad("user", "is not a numeric user", "write UID or UID:GID, for example 1000:1000")
         uid = int(user.group(1))
+        read_only = parse_boolean(self.value("read_only"))
+        if read_only is None:
+            raise self.bad("read_only", "is neither true nor false", "write true or false")
         lora_directory = self.directory("lora_directory")
         lora_refresh_interval = self.number("lora_refresh_interval", 1, 86400, "seconds")
         if lora_refresh_interval is not None and lora_directory is None:
@@ -395,6 +412,8 @@ class _Entry:
             lora_refresh_interval=lora_refresh_interval,
             max_model_length=self.number("max_model_length", 1, 100_000_000, "tokens"),
             network_mode=network_mode,
+            read_only=read_only,
+            tmpfs=self._tmpfs(read_only),
             engine_arguments=self._engine_arguments(),
             start_timeout=self.present("start_timeout", self.number("start_timeout", 10, 86400, "seconds")),
             stop_timeout=self.present("stop_timeout", self.number("stop_timeout", 1, 3600, "seconds")),
@@ -545,6 +564,32 @@ class _Entry:
                 "use the 64-digit id or the description (such as vllm-fp16-tp1) from list-model-profiles, or leave it out",
             )
         return given
+
+    def _tmpfs(self, read_only: bool) -> tuple[str, ...]:
+        given = self.value("tmpfs")
+        if not isinstance(given, (list, tuple)):
+            raise self.bad("tmpfs", "must be a list", "write each directory as one list entry")
+        if not read_only:
+            if self.raw.get("tmpfs") not in (None, NIM_MODEL_OPTIONS["tmpfs"]["default"]):
+                raise self.bad("tmpfs", "has no effect without read_only", "set read_only too")
+            return ()
+        found = []
+        for number, entry in enumerate(given):
+            path = "%s.tmpfs[%d]" % (self.path, number)
+            if not isinstance(entry, str) or not _CONTAINER_DIRECTORY.match(entry) or ".." in entry.split("/"):
+                raise _refuse(
+                    path,
+                    entry,
+                    "is no absolute path of a directory in the container",
+                    "start it with / and use letters, digits and ._-/",
+                )
+            directory = posixpath.normpath(entry)
+            if directory in found:
+                raise _refuse(path, entry, "is there twice", "name it once")
+            if directory in (CACHE_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH, LORA_PATH):
+                raise _refuse(path, entry, "is where a directory of the host is mounted", "leave it out")
+            found.append(directory)
+        return tuple(found)
 
     def _engine_arguments(self) -> tuple[str, ...]:
         given = self.value("engine_arguments")

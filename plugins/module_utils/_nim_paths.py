@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # This module util is PRIVATE to the collection; it may change at any time.
-"""Where the files of NIM services lie on a host, and which services they tell of."""
+"""Where the files of NIM services lie on a host and in their containers, and which services they tell of."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ BASE_DIRECTORY = "/var/lib/nim"
 STATE_DIRECTORY = BASE_DIRECTORY + "/state"
 MAINTENANCE_FILE = BASE_DIRECTORY + "/maintenance"
 RUNTIME_DIRECTORY = "/run/nim"
+
+#: Where directories of the host appear in a container; the cache path is NIM's own default.
+CACHE_PATH = "/opt/nim/.cache"
+WEIGHTS_PATH = "/opt/nim/weights"
+LORA_PATH = "/opt/nim/loras"
+#: The native runtime keeps compiled kernels here; its weights go below it.
+NATIVE_CACHE_PATH = "/opt/cache"
 _SUFFIX = ".json"
 
 

@@ -52,6 +52,8 @@ NIM_MODEL_OPTIONS: Spec = {
     "max_model_length": {"type": "int"},
     "network_mode": {"type": "str", "default": "bridge"},
     "user": {"type": "str", "default": "1000:1000"},
+    "read_only": {"type": "bool", "default": False},
+    "tmpfs": {"type": "list", "elements": "str", "default": ["/tmp"]},  # noqa: S108 - in a container
     "engine_arguments": {"type": "list", "elements": "str", "default": []},
     "start_timeout": {"type": "int", "default": 1800},
     "stop_timeout": {"type": "int", "default": 60},

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import typing as t
 
+from ._booleans import parse_boolean
 from ._errors import FleetError
 from ._failure_signatures import Signature
 
@@ -99,7 +100,7 @@ def _signature(entry: t.Any, where: str) -> Signature:
         raise _invalid("%s.where" % where, given["where"], "is unknown", "use %s" % ", ".join(WHERE))
     flags: dict[str, bool] = {}
     for key in _FLAGS:
-        flag = _boolean(given.get(key, False))
+        flag = parse_boolean(given.get(key, False))
         if flag is None:
             raise _invalid("%s.%s" % (where, key), given[key], "is neither true nor false", "use true or false")
         flags[key] = flag
@@ -116,12 +117,6 @@ def _signature(entry: t.Any, where: str) -> Signature:
         given["remedy"].strip().rstrip("."),
         **flags,
     )
-
-
-def _boolean(value: t.Any) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
 
 
 # -- expressions ----------------------------------------------------------------------------------

@@ -119,6 +119,19 @@ options:
         description: Numeric UID or UID:GID of the container's process, and owner of its cache.
         type: str
         default: "1000:1000"
+      read_only:
+        description:
+          - Whether the container's root file system is read-only, so that the service can write to its cache and to
+            O(models[].tmpfs) alone. It goes for the container that fetches files, too.
+          - NVIDIA does not say which images run like that. Try it with yours; C(HOME) set to V(/tmp) in
+            O(models[].environment) helps programs that write to their home.
+        type: bool
+        default: false
+      tmpfs:
+        description: Directories of a read-only container that are kept in the memory of the host.
+        type: list
+        elements: str
+        default: [/tmp]
       engine_arguments:
         description: Further arguments of the inference engine, one entry each.
         type: list

@@ -19,9 +19,10 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info impor
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._health_target import parse_targets
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._host_plan import plan_host
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import WEIGHTS_PATH, family_of_image
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_family import family_of_image
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_health import HealthCheck, Outcome
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_models import NimModel, parse_models
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_paths import WEIGHTS_PATH
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_service import NimService
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._resource import Change, converge
 
@@ -77,6 +78,8 @@ class Services:
             "shm_size": "1GB",
             "start_timeout": 180,
             "stop_timeout": 20,
+            # A container with a GPU in both ways.
+            "read_only": name == "one",
         }
         site = torch_directory()
         if site:
@@ -202,6 +205,11 @@ class Services:
         configuration = (self.api.container(model.container) or {}).get("HostConfig") or {}
         self.report.note("note", "limits of the container", configuration.get("Ulimits"))
         self.report.same("%s: capabilities dropped" % name, configuration.get("CapDrop"), ["ALL"])
+        pid = self.api.container(model.container)["State"]["Pid"]
+        lines = (self.host.read_text("/proc/%d/mounts" % pid) or "").splitlines()
+        mounts = {line.split()[1]: line.split()[3].split(",")[0] for line in lines}
+        wanted_mounts = ("ro", "rw") if model.read_only else ("rw", None)
+        self.report.same("%s: its root and /tmp" % name, (mounts.get("/"), mounts.get("/tmp")), wanted_mounts)
 
     def _nobody_else(self, before: t.Mapping[str, int]) -> None:
         taken = {uuid for uuids in self.given.values() for uuid in uuids}

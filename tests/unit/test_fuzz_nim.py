@@ -424,6 +424,8 @@ MODEL = {
     "max_model_length": 4096,
     "network_mode": "bridge",
     "user": "1000:1000",
+    "read_only": True,
+    "tmpfs": ["/tmp"],
     "engine_arguments": ["--enable-prefix-caching"],
     "start_timeout": 1800,
     "stop_timeout": 60,

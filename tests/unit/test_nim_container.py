@@ -66,6 +66,15 @@ def test_as_it_was_made() -> None:
     assert differences(CREATE, older, KNOWN) == []
 
 
+def test_a_read_only_container() -> None:
+    create = ["--read-only", "--tmpfs=/tmp:exec,mode=1777", *CREATE]
+    container = copy.deepcopy(CONTAINER)
+    container["HostConfig"].update(ReadonlyRootfs=True, Tmpfs={"/tmp": "exec,mode=1777"})
+    assert differences(create, container, KNOWN) == []
+    container["HostConfig"].update(ReadonlyRootfs=False, Tmpfs=None)
+    assert differences(create, container, KNOWN) == ["read-only root file system", "directories in memory"]
+
+
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "NO_PROXY"])
 def test_proxies_of_the_docker_command(name: str) -> None:
     container = copy.deepcopy(CONTAINER)
@@ -92,6 +101,8 @@ def test_what_is_not_told_is_no_difference(container: dict[str, t.Any]) -> None:
         ("HostConfig", "ShmSize", 67108864, ["shared memory"]),
         ("HostConfig", "CapDrop", None, ["capabilities"]),
         ("HostConfig", "CapAdd", ["SYS_ADMIN"], ["capabilities"]),
+        ("HostConfig", "ReadonlyRootfs", True, ["read-only root file system"]),
+        ("HostConfig", "Tmpfs", {"/scratch": ""}, ["directories in memory"]),
         ("HostConfig", "Privileged", True, ["privileged"]),
         ("HostConfig", "Memory", 4 << 30, ["memory limit"]),
         ("HostConfig", "NanoCpus", 10**9, ["processor limit"]),

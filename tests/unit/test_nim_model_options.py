@@ -45,6 +45,8 @@ RESTARTS: dict[str, tuple[dict[str, t.Any], str]] = {
     "max_model_length": (llama(max_model_length=4096), '"--env=NIM_MAX_MODEL_LEN=4096"'),
     "network_mode": (llama(network_mode="host"), '"--network=host"'),
     "user": (llama(user="2000:3000"), '"--user=2000:3000"'),
+    "read_only": (llama(read_only=True), '"--read-only"'),
+    "tmpfs": (llama(read_only=True, tmpfs=["/tmp", "/home/nim"]), '"--tmpfs=/home/nim:exec,mode=1777"'),
     "engine_arguments": (llama(engine_arguments=["--max-num-seqs", "32"]), '"--max-num-seqs"'),
 }
 #: The same for what is no part of what the container runs.
@@ -83,7 +85,9 @@ def started(outcome: t.Any) -> list[str]:
 @pytest.mark.parametrize("option", [*RESTARTS, *KEEPS_RUNNING])
 def test_change_of_one_option(machine: Machine, option: str) -> None:
     after, text = {**RESTARTS, **KEEPS_RUNNING}[option]
-    before = llama(**({"lora_directory": "/srv/loras"} if option == "lora_refresh_interval" else {}))
+    # What an option has no effect without.
+    needs: dict[str, t.Any] = {"lora_refresh_interval": {"lora_directory": "/srv/loras"}, "tmpfs": {"read_only": True}}
+    before = llama(**needs.get(option, {}))
     # Of two GPUs the other one has the other model.
     others = [] if option == "gpus" else [nemo(gpus=1)]
     machine.converge(before, *others)

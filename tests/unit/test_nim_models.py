@@ -53,6 +53,18 @@ def test_strings_from_templates_are_numbers() -> None:
     assert (found.port, found.gpus, found.start_timeout, found.max_model_length) == (8001, 2, 60, 4096)
 
 
+def test_a_read_only_container_can_write_to_tmp() -> None:
+    assert [(found.read_only, found.tmpfs) for found in parse_models([model()])] == [(False, ())]
+    for given in (True, "yes", 1):
+        (found,) = parse_models([model(read_only=given)])
+        assert (found.read_only, found.tmpfs) == (True, ("/tmp",))
+    (found,) = parse_models([model(read_only=True, tmpfs=["/tmp/", "/home/nim"])])
+    assert found.tmpfs == ("/tmp", "/home/nim")
+    # As Ansible passes what a role or a module has filled in.
+    assert parse_models([model(read_only="no", tmpfs=["/tmp"])])[0].tmpfs == ()
+    assert parse_models([model(read_only=True, tmpfs=[])])[0].tmpfs == ()
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -191,6 +203,16 @@ def test_gpus(given: t.Any, expected: t.Any) -> None:
         ({"network_mode": "host", "bind_address": "127.0.0.1"}, "nim_models[0].network_mode", "use bridge"),
         ({"user": "nim"}, "nim_models[0].user = 'nim'", "UID:GID"),
         ({"user": "1000:video"}, "nim_models[0].user", "UID:GID"),
+        ({"read_only": "maybe"}, "nim_models[0].read_only = 'maybe'", "true or false"),
+        ({"read_only": [True]}, "nim_models[0].read_only", "true or false"),
+        ({"tmpfs": ["/home"]}, "nim_models[0].tmpfs", "set read_only"),
+        ({"read_only": True, "tmpfs": "/tmp"}, "nim_models[0].tmpfs = '/tmp'", "list entry"),
+        ({"read_only": True, "tmpfs": ["tmp"]}, "nim_models[0].tmpfs[0] = 'tmp'", "start it with /"),
+        ({"read_only": True, "tmpfs": ["/"]}, "nim_models[0].tmpfs[0] = '/'", "absolute path of a directory"),
+        ({"read_only": True, "tmpfs": ["/a/../etc"]}, "nim_models[0].tmpfs[0]", "absolute path"),
+        ({"read_only": True, "tmpfs": ["/a:size=1"]}, "nim_models[0].tmpfs[0]", "absolute path"),
+        ({"read_only": True, "tmpfs": ["/a", "/a/"]}, "nim_models[0].tmpfs[1] = '/a/'", "name it once"),
+        ({"read_only": True, "tmpfs": ["/opt/nim/.cache"]}, "nim_models[0].tmpfs[0]", "is mounted"),
         ({"engine_arguments": "--x 1"}, "nim_models[0].engine_arguments", "list entry"),
         ({"engine_arguments": ["--port=1"]}, "nim_models[0].engine_arguments[0] = '--port=1'", "set port"),
         ({"engine_arguments": ["a\nb"]}, "nim_models[0].engine_arguments[0]", "newline"),

@@ -101,7 +101,7 @@ def test_names_length_and_engine_arguments() -> None:
     assert ONE.identity("mistral")["mistral"] == before["mistral"]
 
 
-def test_network_of_the_host_another_user_and_a_gpu_by_its_uuid() -> None:
+def test_network_of_the_host_another_user_a_gpu_by_its_uuid_and_a_read_only_root() -> None:
     before, uuids = ONE.identity(), ONE.gpus_inside("llama")
     cache = "/srv/models/llama"
     changed = FLEET.changed(
@@ -113,7 +113,10 @@ def test_network_of_the_host_another_user_and_a_gpu_by_its_uuid() -> None:
         gpus=uuids,
         shm_size="1GB",
         ulimits={"nofile": "1024:2048"},
+        # Another cache: the container that fetches is read-only, too.
         cache_directory=cache,
+        read_only=True,
+        tmpfs=["/tmp", "/scratch"],  # noqa: S108
     )
     run = FLEET.nim(changed, "gpu01")
     assert run.restarts(ONE.name) == {"nim-llama.service"}
@@ -124,6 +127,12 @@ def test_network_of_the_host_another_user_and_a_gpu_by_its_uuid() -> None:
     assert status == ["Uid:", *["2000"] * 4, "Gid:", *["2001"] * 4]
     assert ONE.run("grep 'open files' %s/limits" % process).split()[3:5] == ["1024", "2048"]
     assert "size=1048576k" in ONE.run("grep ' /dev/shm ' %s/mounts" % process)
+    mounts = {line.split()[1]: line for line in ONE.run("cat %s/mounts" % process).splitlines()}
+    assert mounts["/"].split()[3].startswith("ro,")
+    for directory in ("/scratch", "/tmp"):  # noqa: S108
+        options = mounts[directory].split()[3].split(",")
+        assert mounts[directory].split()[2] == "tmpfs" and "rw" in options and "noexec" not in options
+        ONE.run("docker exec nim-llama touch %s/written" % directory)
     assert ONE.run("stat -c %%u:%%g:%%a %s" % cache) == "2000:2001:750"
     assert ONE.run("find %s ! -user 2000" % cache) == ""
     assert ONE.identity("mistral")["mistral"] == before["mistral"]
