@@ -25,6 +25,7 @@ from ._gpu_loss import REMEDY as LOST_REMEDY
 from ._health_target import HealthTarget, parse_targets
 from ._host import Host
 from ._host_plan import HostPlan, Options, plan_host
+from ._image_store import DOCKER_ROOT, image_directory
 from ._kernel_log import OUT_OF_MEMORY, XID, KernelEvent, KernelLine, kernel_events, read_kernel_log
 from ._nim_health import HealthCheck, Outcome
 from ._nim_log import PHASE_WORDS
@@ -283,7 +284,13 @@ class _Look:
     # -- space and services -----------------------------------------------------------------------
 
     def _space(self) -> None:
-        places = {"/": "the system", "/var/lib/docker": "Docker", "/var/log": "the journal"}
+        try:
+            info = self.api.info()
+        except FleetError:
+            # That Docker does not answer is told elsewhere.
+            info = {}
+        places = {"/": "the system", str(info.get("DockerRootDir") or DOCKER_ROOT): "Docker", "/var/log": "the journal"}
+        places.setdefault(image_directory(self.host, info), "Docker's image store")
         places.update({target.cache_directory: "the model cache of %s" % target.name for target in self.targets})
         told: set[int] = set()
         for path, what in places.items():
@@ -297,7 +304,7 @@ class _Look:
                 "host",
                 "disk_full",
                 "only %.1f GB are free where %s is (%s)" % (free / 1e9, what, path),
-                "free space there, or move cache_directory and Docker's data-root",
+                "free space there, or move it: cache_directory, Docker's data-root, containerd's root",
             )
 
     def _services(self, lost: t.Collection[str]) -> None:

@@ -41,6 +41,7 @@ _INFO = {
     **dict.fromkeys(("LoggingDriver", "HttpProxy", "HttpsProxy", "NoProxy"), str),
     **dict.fromkeys(("LiveRestoreEnabled", "Debug"), bool),
     "DriverStatus": [[str]],
+    "Containerd": {"Address": str},
     "Runtimes": MapOf({"path": str, "runtimeType": str}),
     "CDISpecDirs": [str],
     "Labels": [str],
@@ -60,7 +61,7 @@ _LISTED = {
 }
 _CONFIG = {"Env": [str], "Labels": _LABELS, "Cmd": [str]}
 _CONTAINER = {
-    **dict.fromkeys(("Id", "Name"), str),
+    **dict.fromkeys(("Id", "Name", "Image"), str),
     "State": {
         **dict.fromkeys(("Status", "Error", "StartedAt", "FinishedAt"), str),
         **dict.fromkeys(("Running", "OOMKilled"), bool),
@@ -69,12 +70,13 @@ _CONTAINER = {
     "Config": _CONFIG,
     "HostConfig": {
         **dict.fromkeys(("Runtime", "CgroupParent", "CpusetCpus", "NetworkMode"), str),
-        **dict.fromkeys(("AutoRemove", "Privileged"), bool),
+        **dict.fromkeys(("AutoRemove", "Privileged", "ReadonlyRootfs"), bool),
         **dict.fromkeys(("ShmSize", "Memory", "NanoCpus"), int),
         **{key: [str] for key in ("CapDrop", "CapAdd", "Binds")},
         "PortBindings": MapOf([{"HostIp": str, "HostPort": str}]),
         "Mounts": [{"Source": str, "Target": str}],
         "RestartPolicy": {"Name": str},
+        "Tmpfs": MapOf(str),
         "DeviceRequests": [{"Driver": str, "Capabilities": [[str]], "DeviceIDs": [str]}],
     },
     "NetworkSettings": {"Networks": MapOf({"IPAddress": str})},

@@ -16,6 +16,7 @@ from ._docker_restart_risk import restart_blocked
 from ._dockerd import DaemonState, flag_values, version_tuple
 from ._errors import FleetError
 from ._host import Host
+from ._image_store import cannot_pull, containerd_store
 from ._options import DOCKER_REPOSITORY, MINIMUM_DOCKER_VERSION
 from ._os_release import OsRelease, read_os_release
 from ._package_versions import matches_version, upstream_version
@@ -40,10 +41,6 @@ _CE_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io")
 #: Distributions' own engine by OS id; Debian and its derivatives: docker.io.
 _RPM_DISTRIBUTION = {"fedora": "moby-engine", "amzn": "docker"}
 
-#: Engine 29.5.x answers "error from registry: Incorrect Repository Format" to every pull from nvcr.io as long as it keeps
-#: images in containerd's store (NVIDIA/dcgm-exporter#659).
-_REFUSED = re.compile(r"29\.5(\.|\Z)")
-
 
 def containerd_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str]) -> t.Mapping[str, str]:
     """Properties of containerd.service where dockerd is told to use it; without the flag it may keep one of its own.
@@ -54,11 +51,6 @@ def containerd_of(host: Host, service: t.Mapping[str, str], argv: t.Sequence[str
     """
     told = flag_values(argv).get("containerd") if argv else "--containerd" in service.get("ExecStart", "")
     return unit_properties(host, CONTAINERD, "LoadState", "ActiveState") if told else {}
-
-
-def cannot_pull(version: str) -> bool:
-    """Whether an engine version cannot pull from nvcr.io."""
-    return _REFUSED.match(version) is not None
 
 
 @dataclass(frozen=True)
@@ -445,7 +437,8 @@ _CANNOT_PULL = "Docker Engine 29.5.x cannot pull from nvcr.io (it answers 'Incor
 
 
 def _containerd_store_off(daemon: DaemonState) -> bool:
-    if daemon.answers and "DriverStatus" in daemon.info:
-        return not any(list(entry)[:1] == ["driver-type"] for entry in daemon.info["DriverStatus"] or [])
+    used = containerd_store(daemon.info) if daemon.answers else None
+    if used is not None:
+        return not used
     features = json_object(daemon.text).get("features")
     return isinstance(features, dict) and features.get("containerd-snapshotter") is False

@@ -16,6 +16,7 @@ import typing as t
 
 from ._docker_api import DockerApi
 from ._errors import FleetError
+from ._image_store import DRIVER_TYPE
 from ._registry import RegistryClient
 
 
@@ -81,6 +82,9 @@ def with_daemon_options(info: t.Mapping[str, t.Any], options: t.Mapping[str, t.A
             found[name] = proxies[key]
     if options.get("data-root"):
         found["DockerRootDir"] = options["data-root"]
+    features = options.get("features")
+    if isinstance(features, dict) and isinstance(features.get("containerd-snapshotter"), bool):
+        found["DriverStatus"] = [["driver-type", DRIVER_TYPE]] if features["containerd-snapshotter"] else []
     return found
 
 

@@ -10,7 +10,9 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ._daemon_json import DEFAULT_CONFIG
 from ._host import Host
+from ._image_store import DOCKER_ROOT
 from ._untrusted import is_digits, json_object
 
 
@@ -63,7 +65,9 @@ def container_name(host: Host, container_id: str) -> str:
     """Name of a Docker container from Docker's own record, without asking the daemon; empty when unknown."""
     if not container_id:
         return ""
-    text = host.read_text("/var/lib/docker/containers/%s/config.v2.json" % container_id)
+    configured = json_object(host.read_text(DEFAULT_CONFIG)).get("data-root")
+    root = configured if isinstance(configured, str) and configured.startswith("/") else DOCKER_ROOT
+    text = host.read_text("%s/containers/%s/config.v2.json" % (root.rstrip("/"), container_id))
     return str(json_object(text).get("Name") or "").lstrip("/")
 
 

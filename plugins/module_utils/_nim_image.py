@@ -27,6 +27,7 @@ from ._host import Host
 from ._image_pull import PULL_TRANSIENT, DockerPuller, PullProgress
 from ._image_record import RECORD_LOCK, PinnedImage, update_record
 from ._image_reference import ImageReference
+from ._image_store import cannot_pull, containerd_store, image_directory
 from ._ngc_key import REGISTRY, USERNAME
 from ._nim_family import OLDEST_ENGINE, Family, detect_family, family_of_image
 from ._nim_image_planner import ImagesPlanner, ImagesState, ImageState, human_name
@@ -247,8 +248,7 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
     @staticmethod
     def _check_engine(info: t.Mapping[str, t.Any], reference: ImageReference) -> None:
         version = str(info.get("ServerVersion") or "")
-        containerd = any("io.containerd.snapshotter" in str(entry) for entry in info.get("DriverStatus") or [])
-        if reference.registry == REGISTRY and version.startswith("29.5.") and containerd:
+        if reference.registry == REGISTRY and cannot_pull(version) and containerd_store(info):
             raise FleetError(
                 "engine_cannot_pull",
                 "Docker Engine %s with the containerd image store cannot pull from %s (Incorrect Repository Format); "
@@ -272,15 +272,15 @@ class NimImages(ImagesPlanner, Resource[ImagesState]):
 
     def space_needs(self, host: Host, tasks: t.Sequence[PullTask]) -> t.List[Need]:
         """What pulls, and the models of the pulled images, will take on the disk."""
-        docker_root = str(self.registries.engine().get("DockerRootDir") or "/var/lib/docker")
+        directory_of_images = image_directory(host, self.registries.engine())
         needs = []
         for task in tasks:
             size = task.found.compressed_size
             what = "image %s (%s packed)" % (task.wanted.reference, amount(size))
-            needs.append(Need(docker_root, int(size * self.disk_factor), what))
+            needs.append(Need(directory_of_images, int(size * self.disk_factor), what))
             for directory, wanted in task.wanted.spaces:
                 missing = max(0, wanted - used_bytes(host, directory))
-                needs.append(Need(directory or docker_root, missing, "model of %s" % task.wanted.reference))
+                needs.append(Need(directory or directory_of_images, missing, "model of %s" % task.wanted.reference))
         return needs
 
     def credentials(self, host: Host, registry: str) -> t.Optional[t.Tuple[str, str]]:

@@ -48,11 +48,26 @@ def manifest_on_disk(host: Host, image: Json) -> Manifest | None:
     """
     data = (image.get("GraphDriver") or {}).get("Data") or {}
     upper, lower = str(data.get("UpperDir") or ""), str(data.get("LowerDir") or "")
-    for layer in [upper, *lower.split(":")]:
-        if not layer.startswith("/"):
-            continue
+    return _manifest_below(host, [layer for layer in [upper, *lower.split(":")] if layer.startswith("/")])
+
+
+def manifest_in_container(host: Host, image: Json, container: Json | None) -> Manifest | None:
+    """The same from the root of a container that runs this very image; None where it does not run.
+
+    Args:
+        container: As ``docker container inspect`` describes it.
+    """
+    state = (container or {}).get("State") or {}
+    pid = state.get("Pid")
+    if container is None or not state.get("Running") or not pid or container.get("Image") != image.get("Id"):
+        return None
+    return _manifest_below(host, ["/proc/%d/root" % pid])
+
+
+def _manifest_below(host: Host, directories: t.Sequence[str]) -> Manifest | None:
+    for directory in directories:
         for path in MANIFEST_PATHS:
-            text = _read_inside(host, layer, path)
+            text = _read_inside(host, directory, path)
             if text is not None:
                 profiles = parse_manifest(text)
                 return None if profiles is None else Manifest(profiles)

@@ -75,6 +75,7 @@ _SERVED_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@+-]*(,[A-Za-z0-9][A-Za-z0
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _USER = re.compile(r"(\d{1,10})(?::(\d{1,10}))?\Z")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
+_MOUNTED = (CACHE_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH, LORA_PATH)
 _CONTAINER_DIRECTORY = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*/?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 #: Docker reads a line of an environment file up to 64 KiB, name included.
@@ -586,8 +587,9 @@ class _Entry:
             directory = posixpath.normpath(entry)
             if directory in found:
                 raise _refuse(path, entry, "is there twice", "name it once")
-            if directory in (CACHE_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH, LORA_PATH):
-                raise _refuse(path, entry, "is where a directory of the host is mounted", "leave it out")
+            if any((known + "/").startswith(directory + "/") for known in _MOUNTED):
+                # Above them lies what the image starts with.
+                raise _refuse(path, entry, "would hide NIM's own files or a mounted directory", "leave it out")
             found.append(directory)
         return tuple(found)
 

@@ -501,9 +501,12 @@ def _images(host: Host, api: DockerApi, models: t.Sequence[NimModel]) -> dict[st
         manifest = known.manifest if known is not None else None
         if manifest is None and names_profile(model):
             # Only here: few models name their profile.
-            from ._nim_manifest import manifest_on_disk
+            from ._nim_manifest import manifest_in_container, manifest_on_disk
 
             manifest = manifest_on_disk(host, image)
+            if manifest is None:
+                # What serves must not be stopped for a profile that its image does not have.
+                manifest = manifest_in_container(host, image, api.container(model.container))
         found[model.image] = replace(_image_state(reference, pinned, image), manifest=manifest)
     return found
 

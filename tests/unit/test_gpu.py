@@ -10,7 +10,11 @@ import pathlib
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu import normalise_bdf, parse_smi
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_bus import architecture_of_device
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import driver_holders, parse_cgroup
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_holders import (
+    container_name,
+    driver_holders,
+    parse_cgroup,
+)
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_host_info import gather
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._gpu_inventory import observe_gpus
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._loaded_driver import (
@@ -298,6 +302,14 @@ def test_holders(host: FakeHost) -> None:
     assert holders[2].describe() == "pid 812 (python3) in container nim-llama"
     assert "secret" not in str(holders[2].as_dict())
     assert holders[0].describe() == "pid 91 (nvidia-persiste) of unit nvidia-persistenced.service"
+
+
+def test_the_name_of_a_container_where_dockers_data_root_was_moved(host: FakeHost) -> None:
+    host.files["/etc/docker/daemon.json"] = b'{"data-root": "/data/docker/"}'
+    host.files["/data/docker/containers/%s/config.v2.json" % CONTAINER] = json.dumps({"Name": "/nim-llama"}).encode()
+    assert container_name(host, CONTAINER) == "nim-llama"
+    host.files["/etc/docker/daemon.json"] = b'{"data-root": 5}'
+    assert container_name(host, CONTAINER) == ""
 
 
 def test_info_on_a_bare_host(host: FakeHost) -> None:

@@ -161,6 +161,16 @@ def test_unknown_manifests_refuse_nothing(machine: Machine) -> None:
     assert indices(machine, "llama") == [0]
 
 
+def test_a_model_that_serves_tells_its_profiles_whatever_the_image_store(machine: Machine) -> None:
+    machine.api.images[LLAMA]["GraphDriver"] = {}
+    machine.converge(llama(profile=TP4))
+    container = {"Image": machine.api.images[LLAMA]["Id"], "State": {"Running": True, "Pid": 4242}}
+    machine.api.inspected["nim-llama"] = {**(machine.api.container("nim-llama") or {}), **container}
+    machine.host.files["/proc/4242/root/opt/nim/etc/default/model_manifest.yaml"] = MANIFEST.encode()
+    assert failure(machine, llama(profile="f" * 64)).reason == "no_such_profile"
+    assert machine.active["nim-llama.service"] == "active"
+
+
 def test_a_model_from_elsewhere_may_bring_its_profiles(machine: Machine) -> None:
     assert failure(machine, llama(profile="f" * 64)).reason == "no_such_profile"
     machine.converge(llama(profile="f" * 64, environment={"NIM_MODEL_NAME": "hf://meta/llama"}))

@@ -350,6 +350,12 @@ def test_disk_space(world: ImageWorld) -> None:
     assert error.facts["bytes_needed"] == int(2_800_000_000 * 3.3)
     assert "/var/lib/docker on / needs about 9.2 GB" in error.message
     assert "9.0 GB is free" in error.message
+    # Containerd's store lies elsewhere, whatever the data-root is.
+    world.docker.details.update(
+        DockerRootDir="/data/docker", DriverStatus=[["driver-type", "io.containerd.snapshotter.v1"]]
+    )
+    error = _refused(world)
+    assert "/var/lib/containerd on / needs about 9.2 GB" in error.message
     world.host.free = 9_300_000_000
     world.run()
 

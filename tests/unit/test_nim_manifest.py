@@ -14,6 +14,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_reference imp
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest import (
     MANIFEST_PATHS,
     Manifest,
+    manifest_in_container,
     manifest_on_disk,
 )
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._nim_manifest_sources import (
@@ -53,6 +54,24 @@ def test_links_in_a_layer_do_not_lead_to_the_host() -> None:
     host = FakeHost({"/docker/a/diff" + PATH: FIRST})
     host.links["/docker/a/diff/opt/nim"] = "/secret"
     assert manifest_on_disk(host, IMAGE) is None
+
+
+def test_root_of_the_container_that_runs_the_image() -> None:
+    image = {"Id": "sha256:1"}
+    host = FakeHost({"/proc/42/root" + PATH: FIRST})
+    container: dict[str, t.Any] = {"Image": "sha256:1", "State": {"Running": True, "Pid": 42}}
+    assert tps(manifest_in_container(host, image, container)) == [2]
+    assert host.calls == []
+    for other in (
+        None,
+        {},
+        {**container, "Image": "sha256:2"},
+        {**container, "State": {"Running": False, "Pid": 42}},
+        {**container, "State": {"Running": True, "Pid": 0}},
+    ):
+        assert manifest_in_container(host, image, other) is None
+    host.links["/proc/42/root/opt/nim"] = "/secret"
+    assert manifest_in_container(host, image, container) is None
 
 
 def test_image_store_without_directories() -> None:
