@@ -11,7 +11,7 @@ import re
 import typing as t
 from dataclasses import dataclass, replace
 
-from ._apt import apt_cause
+from ._apt import apt_cause, lock_held, run_when_free
 from ._disk_space import Need, check_space, file_systems
 from ._dnf import Dnf
 from ._docker_api import DockerApi
@@ -316,11 +316,11 @@ def _download_apt(
     command += [name if exact is None else "%s=%s" % (name, exact) for name, exact in wanted.items()]
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     try:
-        result = host.run(command, env=environment, timeout=_TIMEOUT)
-        if not result.ok:
+        result = run_when_free(host, command, env=environment, timeout=_TIMEOUT)
+        if not result.ok and not lock_held(result):
             # Lists older than the repository name files that are gone.
             manager.refresh()
-            result = host.run(command, env=environment, timeout=_TIMEOUT)
+            result = run_when_free(host, command, env=environment, timeout=_TIMEOUT)
         if not result.ok:
             raise transaction_failed("Downloading driver %s" % version, result, apt_cause(result))
     finally:

@@ -468,6 +468,26 @@ def test_a_half_installed_branch_that_cannot_be_finished_is_replaced(world: Driv
     assert not run(world, version="580.95.05").changed
 
 
+def test_what_another_tool_is_installing_is_left_to_it(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.packages["nvidia-dkms-580-open"][1] = "iU"
+    said = "dpkg: error: dpkg frontend lock was locked by another process with pid 7\n"
+    world.commands["dpkg --force-confdef *"] = (2, "", said)
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "package_lock"
+    assert not world.ran("apt-get .*purge")
+
+
+def test_a_download_waits_for_another_tool(world: DriverWorld) -> None:
+    said = "E: Could not get lock /var/cache/apt/archives/lock. It is held by process 7 (apt-get)\n"
+    answers = [(100, "", said)] * 2
+    world.commands = {"apt-get * --download-only *": lambda *_: answers.pop() if answers else "", **world.commands}
+    before = world.clock
+    run(world)
+    assert not answers and world.clock - before == 4
+
+
 def test_strangers_that_cannot_be_finished_are_left(world: DriverWorld) -> None:
     world.packages["postfix"] = ["3.8-1", "iF"]
     world.commands["dpkg --force-confdef *"] = (1, "", "dpkg: error processing package postfix\n")
