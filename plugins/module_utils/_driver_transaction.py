@@ -133,3 +133,14 @@ def install_headers(host: Host, manager: PackageManager, package: str) -> None:
         manager.install({package: None})
     except FleetError as error:
         raise headers_unavailable(host.kernel_release(), error.message.rstrip("."), error.facts) from error
+
+
+def install_later_headers(manager: PackageManager, package: str) -> None:
+    """Headers of kernels that are yet to come are installed where they are on offer, and not missed elsewhere."""
+    try:
+        manager.install({package: None})
+    except FleetError as error:
+        if not manager.available(package):
+            return
+        error.message += " Or set nvidia_driver_kernel_headers to false when headers come from elsewhere."
+        raise

@@ -273,6 +273,7 @@ def _prestage(
     wanted: dict[str, str | None] = dict(resolved)
     if plan.headers and not state.headers and plan.headers not in state.installed and manager.available(plan.headers):
         wanted[plan.headers] = None
+    wanted.update((name, None) for name in state.later_headers if not state.lists_silent)
     if reboot:
         wanted.update((name, None) for name in _for_next_kernel(host, driver, state)[1] if manager.available(name))
     verdicts = [Verdict("packages", OK, "Driver %s is on offer with all its parts at that version." % version)]
