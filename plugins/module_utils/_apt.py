@@ -15,10 +15,11 @@ import typing as t
 
 from ._apt_sources import without_repository
 from ._errors import FleetError
-from ._host import CommandResult
+from ._host import CommandResult, Host
 from ._own_state import read_own_state
 from ._package_versions import DPKG_QUERY, compare_debian
 from ._packages import (
+    LOCK_SIGNS,
     TRANSACTION_TIMEOUT,
     Available,
     Package,
@@ -41,6 +42,31 @@ APT_SOURCES = "/etc/apt/sources.list.d"
 APT_KEYS = "/var/lib/gpu_fleet/apt-keys.json"
 
 
+def run_when_free(
+    host: Host,
+    argv: t.Sequence[str],
+    *,
+    env: t.Optional[t.Mapping[str, str]] = None,
+    timeout: t.Optional[float] = None,
+) -> CommandResult:
+    """Run apt or dpkg, and again while another tool has a lock that they do not wait for.
+
+    apt's ``DPkg::Lock::Timeout`` is for dpkg's locks alone: those of the package lists and of the downloaded archives
+    apt-get tries once, and apt-mark tries any once.
+    """
+    deadline = host.monotonic() + LOCK_TIMEOUT
+    while True:
+        result = host.run(argv, env=env, timeout=timeout)
+        if not lock_held(result) or host.monotonic() >= deadline:
+            return result
+        host.sleep(2)
+
+
+def lock_held(result: CommandResult) -> bool:
+    """Whether apt or dpkg failed because another tool has a lock."""
+    return not result.ok and bool(LOCK_SIGNS.search(result.stderr))
+
+
 class Apt(PackageManager):
     """Debian and Ubuntu."""
 
@@ -55,7 +81,8 @@ class Apt(PackageManager):
     }
 
     def _apt(self, *arguments: str) -> CommandResult:
-        return self.host.run(
+        return run_when_free(
+            self.host,
             ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=%d" % LOCK_TIMEOUT, *arguments],
             env=self._ENVIRONMENT,
             timeout=TRANSACTION_TIMEOUT,
@@ -227,6 +254,8 @@ class Apt(PackageManager):
             ]
             doing = "Downloading the package lists of %s" % repository.url
         result = self._apt("update", *options)
+        if lock_held(result):
+            raise transaction_failed(doing, result, apt_cause(result))
         if not result.ok:
             raise FleetError(
                 "repository_unreachable",
@@ -267,16 +296,21 @@ class Apt(PackageManager):
             raise transaction_failed("Removing %s" % ", ".join(present), result, apt_cause(result))
 
     def hold(self, *names: str) -> None:
-        if names:
-            self.host.check(["apt-mark", "hold", *names], reason="hold_failed", doing="Holding %s" % ", ".join(names))
+        self._mark("hold", names, "Holding %s" % ", ".join(names))
 
     def unhold(self, *names: str) -> None:
-        if names:
-            self.host.check(
-                ["apt-mark", "unhold", *names],
-                reason="hold_failed",
-                doing="Releasing the hold of %s" % ", ".join(names),
-            )
+        self._mark("unhold", names, "Releasing the hold of %s" % ", ".join(names))
+
+    def _mark(self, verb: str, names: t.Sequence[str], doing: str) -> None:
+        if not names:
+            return
+        result = run_when_free(self.host, ["apt-mark", verb, *names])
+        if result.ok:
+            return
+        error = transaction_failed(doing, result, apt_cause(result))
+        if error.reason == "package_failed":
+            error.reason = "hold_failed"
+        raise error
 
     def repair(self) -> None:
         deadline = self.host.monotonic() + LOCK_TIMEOUT
@@ -289,7 +323,7 @@ class Apt(PackageManager):
             if result.ok and not self.interrupted():
                 return
             # Half installed packages are normal while another tool is at work; dpkg itself does not wait for it.
-            locked = not result.ok and re.search(r"\block(?:ed)?\b", result.stderr)
+            locked = lock_held(result)
             if locked and self.host.monotonic() < deadline:
                 self.host.sleep(2)
                 continue
@@ -354,6 +388,10 @@ def apt_cause(result: CommandResult) -> str:
     ]
     unmet = [line for line in lines if re.search(r"(Depends|Breaks|Conflicts|PreDepends): .*but", line)]
     chosen = (specific or unmet or errors or [result.last_line()])[0]
+    waited_for = [line for line in lines if line.startswith("Waiting for ") and "is held by" in line]
+    if waited_for and LOCK_SIGNS.search(chosen) and "held by" not in chosen:
+        # Where apt has waited itself, it names the process only meanwhile.
+        chosen = waited_for[-1].split(": ", 1)[1]
     if unmet and chosen not in unmet:
         chosen += " (%s)" % unmet[0]
     return chosen.replace("E: ", "", 1).rstrip(".") + "."

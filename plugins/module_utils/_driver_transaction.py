@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ._apt import run_when_free
 from ._dnf import LISTS_AS_THEY_ARE, Dnf
 from ._errors import FleetError
 from ._host import Host
@@ -26,17 +27,12 @@ def finish_interrupted(host: Host, manager: PackageManager) -> None:
     removed: the wanted ones are installed right after."""
     try:
         manager.repair()
-    except FleetError:
+    except FleetError as error:
         broken = manager.interrupted()
-        if not broken or not all(is_driver_package(name) for name in broken):
+        # Another tool may be about to finish what it has unpacked.
+        if error.reason == "package_lock" or not broken or not all(is_driver_package(name) for name in broken):
             raise
-        host.check(
-            ["apt-get", "-q", "-y", "purge", "--allow-change-held-packages", *broken],
-            reason="package_failed",
-            doing="Removing half-installed driver packages",
-            env=_APT_ENVIRONMENT,
-            timeout=3600,
-        )
+        manager.remove(*broken, purge=True)
 
 
 def guard_removal(host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
@@ -72,7 +68,7 @@ def download_packages(host: Host, manager: PackageManager, wanted: t.Mapping[str
     command += ["%s=%s" % item for item in wanted.items()]
     # The result is not judged: with the pinning package not yet there the resolver may say no to what works later,
     # and the installation itself names every cause better.
-    host.run(command, env=_APT_ENVIRONMENT, timeout=3600)
+    run_when_free(host, command, env=_APT_ENVIRONMENT, timeout=3600)
 
 
 def switch_stream(host: Host, stream: str) -> None:
@@ -137,3 +133,14 @@ def install_headers(host: Host, manager: PackageManager, package: str) -> None:
         manager.install({package: None})
     except FleetError as error:
         raise headers_unavailable(host.kernel_release(), error.message.rstrip("."), error.facts) from error
+
+
+def install_later_headers(manager: PackageManager, package: str) -> None:
+    """Headers of kernels that are yet to come are installed where they are on offer, and not missed elsewhere."""
+    try:
+        manager.install({package: None})
+    except FleetError as error:
+        if not manager.available(package):
+            return
+        error.message += " Or set nvidia_driver_kernel_headers to false when headers come from elsewhere."
+        raise

@@ -11,7 +11,7 @@ import re
 import typing as t
 from dataclasses import dataclass, replace
 
-from ._apt import apt_cause
+from ._apt import apt_cause, lock_held, run_when_free
 from ._disk_space import Need, check_space, file_systems
 from ._dnf import Dnf
 from ._docker_api import DockerApi
@@ -273,6 +273,7 @@ def _prestage(
     wanted: dict[str, str | None] = dict(resolved)
     if plan.headers and not state.headers and plan.headers not in state.installed and manager.available(plan.headers):
         wanted[plan.headers] = None
+    wanted.update((name, None) for name in state.later_headers if not state.lists_silent)
     if reboot:
         wanted.update((name, None) for name in _for_next_kernel(host, driver, state)[1] if manager.available(name))
     verdicts = [Verdict("packages", OK, "Driver %s is on offer with all its parts at that version." % version)]
@@ -316,11 +317,11 @@ def _download_apt(
     command += [name if exact is None else "%s=%s" % (name, exact) for name, exact in wanted.items()]
     environment = {"DEBIAN_FRONTEND": "noninteractive"}
     try:
-        result = host.run(command, env=environment, timeout=_TIMEOUT)
-        if not result.ok:
+        result = run_when_free(host, command, env=environment, timeout=_TIMEOUT)
+        if not result.ok and not lock_held(result):
             # Lists older than the repository name files that are gone.
             manager.refresh()
-            result = host.run(command, env=environment, timeout=_TIMEOUT)
+            result = run_when_free(host, command, env=environment, timeout=_TIMEOUT)
         if not result.ok:
             raise transaction_failed("Downloading driver %s" % version, result, apt_cause(result))
     finally:

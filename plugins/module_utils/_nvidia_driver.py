@@ -19,6 +19,7 @@ from ._driver_transaction import (
     finish_interrupted,
     guard_removal,
     install_headers,
+    install_later_headers,
     install_prerequisites,
     switch_stream,
 )
@@ -71,6 +72,8 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
             write_blacklist(host)
         elif change.action == "headers":
             install_headers(host, manager, change.data["package"])
+        elif change.action == "later_headers":
+            install_later_headers(manager, change.data["package"])
         elif change.action == "stream":
             switch_stream(host, change.data["stream"])
         elif change.action == "packages":

@@ -38,6 +38,7 @@ QUERY_PATTERNS = (
     "nvlsm",
     "dkms",
     "linux-headers-*",
+    "linux-image-*",
     "kernel-devel*",
     "unattended-upgrades",
     "dnf-automatic",
@@ -71,7 +72,7 @@ class Wish:
         version: Exact driver version, or empty for any of the branch.
         flavour: ``open`` or ``proprietary``.
         signed_modules: Use the distribution's prebuilt signed modules where there are any (Secure Boot).
-        kernel_headers: Install the headers of the running kernel.
+        kernel_headers: Install the headers of the running kernel, and of those that upgrades bring.
         kernel_module: Install the kernel module; False leaves it to somebody else where the packages allow that.
     """
 
@@ -490,6 +491,26 @@ def package_plan(os_release: OsRelease, machine: str, kernel: str, wish: Wish) -
 
 
 # -- reading what is installed --------------------------------------------------------------------
+
+#: Headers of one kernel of Debian or Ubuntu: version, ABI where there is one, flavour.
+_HEADERS_OF_KERNEL = re.compile(r"linux-headers-\d[^-]*(?:-\d[^-]*)?-(.+)")
+
+
+def later_headers(plan: PackagePlan, installed: t.Mapping[str, Package]) -> list[str]:
+    """Metapackages of headers that are missing beside those that bring newer kernels of the running one's flavour, sorted.
+
+    With the headers of the running kernel alone dkms builds nothing for the kernel that an unattended upgrade brings. EL
+    needs none: dnf puts newer kernel-devel beside the one that is there, as it does with kernels.
+    """
+    found = _HEADERS_OF_KERNEL.fullmatch(plan.headers)
+    if found is None:
+        return []
+    # Ubuntu's kernel of virtual machines is the generic one with fewer modules.
+    flavour = "(?:generic|virtual)" if found.group(1) == "generic" else re.escape(found.group(1))
+    image = re.compile(r"linux-image-(%s(?:-(?:hwe|lts)-\d\d\.\d\d(?:-edge)?)?)" % flavour)
+    wanted = {"linux-headers-" + match.group(1) for match in map(image.fullmatch, installed) if match}
+    return sorted(wanted - set(installed))
+
 
 _USER_SPACE = re.compile(
     r"^(libnvidia-compute(-\d{3}.*)?|libcuda1|libnvidia-tesla-\d{3}-cuda1|nvidia-driver-cuda-libs|libnvidia-ml1?"

@@ -35,6 +35,7 @@ from ._nvidia_driver_packages import (
     check_architecture,
     foreign_packages,
     is_driver_package,
+    later_headers,
     package_plan,
     to_hold,
     user_space_version,
@@ -184,6 +185,7 @@ class DriverPlanner(Planner[DriverState]):
         if not module.version and host.which("dkms"):
             dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
         headers = host.exists("/lib/modules/%s/build" % kernel)
+        later = tuple(name for name in later_headers(plan, installed) if headers_offered(manager, name))
         boot = boot_states(host, wish)
         return DriverState(
             os=os_release,
@@ -202,6 +204,8 @@ class DriverPlanner(Planner[DriverState]):
             key_enrolled=module_key_enrolled(host) if secure_boot else False,
             headers=headers,
             headers_offered=headers or not plan.headers or headers_offered(manager, plan.headers),
+            later_headers=later,
+            lists_silent=bool(later) and not manager.available(*later),
             nouveau_loaded="nouveau" in loaded_modules(host),
             runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
             holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
@@ -326,7 +330,22 @@ class DriverPlanner(Planner[DriverState]):
                     data={"package": plan.headers},
                 )
             )
-        changes += self._plan_sources(plan, state)
+        sources = self._plan_sources(plan, state)
+        # Lists that say nothing may be made new by any of these, and then a second look would find more to do.
+        if not state.lists_silent or packages is not None or sources or changes:
+            changes += [
+                Change(
+                    self.name,
+                    "package %s" % name,
+                    None,
+                    "installed",
+                    "the kernel module is built for the kernels that upgrades bring, too",
+                    action="later_headers",
+                    data={"package": name},
+                )
+                for name in state.later_headers
+            ]
+        changes += sources
         changes += self._plan_file(
             state, BLACKLIST, BLACKLIST_CONTENT, "nouveau and the NVIDIA driver exclude each other", "blacklist"
         )

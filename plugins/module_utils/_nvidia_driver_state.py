@@ -52,6 +52,8 @@ class DriverState:
         headers: Whether modules can be compiled for the running kernel.
         runfile: Whether NVIDIA's .run installer put a driver there.
         headers_offered: False when the package lists of the host know headers, but not those of the running kernel.
+        later_headers: Metapackages with the headers of the kernels that upgrades bring; those that are missing and may be had.
+        lists_silent: The package lists of the host know no headers at all, so that nobody knows whether those are on offer.
         dkms: What ``dkms status`` says, asked only while no module is there for the running kernel.
         disabled_units: Services of the driver that this hardware needs and that would not start at boot.
         masked_units: Those of them that somebody has masked.
@@ -76,6 +78,8 @@ class DriverState:
     runfile: bool
     holders: tuple[Holder, ...]
     headers_offered: bool = True
+    later_headers: tuple[str, ...] = ()
+    lists_silent: bool = False
     dkms: str = ""
     disabled_units: tuple[str, ...] = ()
     masked_units: tuple[str, ...] = ()

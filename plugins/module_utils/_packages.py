@@ -27,6 +27,8 @@ from ._resource import Change, FileDiff
 
 #: Seconds after which a package transaction counts as hanging.
 TRANSACTION_TIMEOUT = 3600
+#: What apt and dpkg say of a lock that another process has; not of one that cannot be had for another reason.
+LOCK_SIGNS = re.compile(r"Could not get lock|is another process using it|locked by another process")
 
 Fetch = t.Callable[[str], bytes]
 
@@ -296,7 +298,7 @@ def listing(wanted: t.Mapping[str, t.Optional[str]]) -> str:
 def transaction_failed(doing: str, result: CommandResult, cause: str) -> FleetError:
     reason = "package_failed"
     remedy = "Mend what it says and run again; what was finished stays."
-    if "Could not get lock" in cause or "lock was locked" in cause:
+    if LOCK_SIGNS.search(cause):
         reason = "package_lock"
         remedy = "Another package tool is running on this host; wait for it and run again."
     elif re.search("No space left|more space needed on|Failure writing output to destination", cause):

@@ -71,7 +71,10 @@ options:
     type: bool
     default: true
   kernel_headers:
-    description: Install the headers of the running kernel, which building the module needs.
+    description:
+      - Install the headers of the running kernel, which building the module needs.
+      - On Debian and Ubuntu also the metapackage of headers beside that of the kernel (C(linux-headers-amd64) beside
+        C(linux-image-amd64)) where it is on offer, so that the module is built for the kernels that upgrades bring.
     type: bool
     default: true
   kernel_module:

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 import pytest
-from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import APT_KEYS, Apt
+from ansible_collections.gpu_fleet.nim.plugins.module_utils._apt import APT_KEYS, LOCK_TIMEOUT, Apt
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
 from fake_host import FakeHost
 from package_fakes import ARMORED, FLAT, KEY, REPOSITORY, changes
@@ -166,6 +167,87 @@ def test_repair_waits_for_another_tool(host: FakeHost, apt: Apt) -> None:
     host.commands["dpkg *"] = (1, "", "dpkg: error processing package half (--configure): subprocess failed")
     with pytest.raises(FleetError, match="processing package half"):
         apt.repair()
+
+
+LISTS = (
+    "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)\n"
+    "E: Unable to lock directory /var/lib/apt/lists/\n"
+)
+ARCHIVES = LISTS.replace("/lib/apt/lists", "/cache/apt/archives")
+FRONTEND = (
+    "dpkg: error: dpkg frontend lock was locked by another process with pid 7\nNote: removing the lock file is always wrong\n"
+    "E: Sub-process dpkg --set-selections returned an error code (2)\nE: Executing dpkg failed. Are you root?\n"
+)
+OTHERS = [
+    ("apt-get *", LISTS, lambda apt: apt.refresh()),
+    ("apt-get *", LISTS, lambda apt: apt.apply_repository(REPOSITORY)),
+    ("apt-get *", ARCHIVES, lambda apt: apt.install({"a": None})),
+    ("apt-get *", ARCHIVES, lambda apt: apt.remove("a", purge=True)),
+    ("apt-mark hold a", FRONTEND, lambda apt: apt.hold("a")),
+    ("apt-mark unhold a", FRONTEND, lambda apt: apt.unhold("a")),
+]
+
+
+@pytest.mark.parametrize(("command", "said", "act"), OTHERS)
+def test_what_apt_itself_does_not_wait_for(
+    host: FakeHost, apt: Apt, command: str, said: str, act: t.Callable[[Apt], None]
+) -> None:
+    """DPkg::Lock::Timeout is for dpkg's lock in apt-get alone."""
+    host.commands["dpkg-query -W *"] = "a\t1\tall\tii \n"
+    answers = [(100, "", said)] * 3
+    host.commands[command] = lambda *_: answers.pop() if answers else ""
+    before = host.clock
+    act(apt)
+    assert host.clock - before == 6 and not answers
+
+    host.files.clear()
+    host.commands[command] = (100, "", said)
+    before = host.clock
+    with pytest.raises(FleetError) as caught:
+        act(apt)
+    assert host.clock - before == LOCK_TIMEOUT
+    assert caught.value.reason == "package_lock"
+    assert re.search(r"process (with pid )?7", caught.value.message)
+    assert "Another package tool is running on this host" in caught.value.message
+    assert "URL, the proxy" not in caught.value.message
+    # What was written for a repository is taken back.
+    assert not host.files
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "E: Could not open lock file /var/lib/apt/lists/lock - open (13: Permission denied)",
+        "E: Unable to acquire the dpkg frontend lock (/var/lib/dpkg/lock-frontend), are you root?",
+    ],
+)
+def test_a_lock_that_nobody_has_is_not_waited_for(host: FakeHost, apt: Apt, said: str) -> None:
+    host.commands["apt-get *"] = (100, "Waiting for cache lock: Could not get lock /x. It is held by process 7", said)
+    before = host.clock
+    with pytest.raises(FleetError, match="lock") as caught:
+        apt.install({"a": None})
+    assert caught.value.reason == "package_failed" and host.clock == before
+    host.commands["apt-mark *"] = (100, "", "E: Executing dpkg failed. Are you root?")
+    with pytest.raises(FleetError, match=r"Holding a failed: .*Are you root") as caught:
+        apt.hold("a")
+    assert caught.value.reason == "hold_failed"
+
+
+def test_who_had_the_lock_when_apt_had_waited_itself(host: FakeHost, apt: Apt) -> None:
+    waiting = (
+        "Waiting for cache lock: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 7 (%s)...\n"
+    )
+    said = "E: Unable to acquire the dpkg frontend lock (/var/lib/dpkg/lock-frontend), is another process using it?\n"
+
+    def wait(*_: t.Any) -> t.Any:
+        host.sleep(LOCK_TIMEOUT)
+        return (100, waiting % "apt-get" + waiting % "unattended-upgr", said)
+
+    host.commands["apt-get *"] = wait
+    with pytest.raises(FleetError, match=r"lock-frontend. It is held by process 7 \(unattended-upgr\)") as caught:
+        apt.install({"a": None})
+    assert caught.value.reason == "package_lock"
+    assert len(_fixes(host)) == 1
 
 
 def test_install_refreshes_stale_lists_once(host: FakeHost, apt: Apt) -> None:

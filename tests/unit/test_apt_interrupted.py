@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: The gpu_fleet.nim authors
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a power cut leaves of packages is put right, with the real dpkg and apt in a directory of their own."""
+"""What a power cut leaves of packages is put right, and what others lock is waited for: the real dpkg and apt in a directory."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -108,3 +109,30 @@ def test_a_version_that_is_not_offered_any_more(machine: Machine) -> None:
     subprocess.run(["apt-get", "-q", "update"], check=True, capture_output=True)
     Apt(Host()).repair()
     assert machine.packages() == {"library": "3.0", "program": "2.0"}
+
+
+@pytest.mark.parametrize(
+    ("lock", "act"),
+    [
+        ("state/lists/lock", lambda apt: apt.refresh()),
+        ("cache/archives/lock", lambda apt: apt.install({"library": None})),
+        ("root/var/lib/dpkg/lock-frontend", lambda apt: apt.hold("library")),
+        ("root/var/lib/dpkg/lock", lambda apt: apt.hold("library")),
+    ],
+)
+def test_another_tool_at_work(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, lock: str, act: t.Callable[[Apt], None]
+) -> None:
+    assert machine.dpkg("--install", "pool/library_1.0_all.deb") == 0
+    slept = []
+    with (machine.root / lock).open("a") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+
+        def sleep(_host: Host, seconds: float) -> None:
+            slept.append(seconds)
+            if len(slept) == 2:
+                held.close()
+
+        monkeypatch.setattr(Host, "sleep", sleep)
+        act(Apt(Host()))
+    assert slept == [2, 2]

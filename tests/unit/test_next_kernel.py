@@ -84,6 +84,15 @@ def test_headers_of_the_kernel_that_a_reboot_would_bring_are_downloaded(world: U
     assert world.serves() and world.loaded == "580.95.05"
 
 
+def test_headers_of_kernels_that_upgrades_bring_are_downloaded(world: UpgradeWorld) -> None:
+    world.packages["linux-image-generic"] = ["6.8.0-45.45", "ii"]
+    offer(world, "linux-headers-generic", "linux-headers-" + NEW)
+    call(world, "prestaged")
+    assert world.ran(r"--download-only .* linux-headers-generic( |$)")
+    roll(world)
+    assert world.serves() and world.packages["linux-headers-generic"][1] == "ii"
+
+
 def test_a_kernel_without_headers_is_refused_before_anything_is_stopped(world: UpgradeWorld) -> None:
     offer(world, "linux-headers-generic")
     with pytest.raises(FleetError, match="kernel %s, which is installed.*linux-headers-%s" % (NEW, NEW)) as caught:

@@ -468,6 +468,26 @@ def test_a_half_installed_branch_that_cannot_be_finished_is_replaced(world: Driv
     assert not run(world, version="580.95.05").changed
 
 
+def test_what_another_tool_is_installing_is_left_to_it(world: DriverWorld) -> None:
+    world.install_driver("580.95.05")
+    world.packages["nvidia-dkms-580-open"][1] = "iU"
+    said = "dpkg: error: dpkg frontend lock was locked by another process with pid 7\n"
+    world.commands["dpkg --force-confdef *"] = (2, "", said)
+    with pytest.raises(FleetError) as caught:
+        run(world)
+    assert caught.value.reason == "package_lock"
+    assert not world.ran("apt-get .*purge")
+
+
+def test_a_download_waits_for_another_tool(world: DriverWorld) -> None:
+    said = "E: Could not get lock /var/cache/apt/archives/lock. It is held by process 7 (apt-get)\n"
+    answers = [(100, "", said)] * 2
+    world.commands = {"apt-get * --download-only *": lambda *_: answers.pop() if answers else "", **world.commands}
+    before = world.clock
+    run(world)
+    assert not answers and world.clock - before == 4
+
+
 def test_strangers_that_cannot_be_finished_are_left(world: DriverWorld) -> None:
     world.packages["postfix"] = ["3.8-1", "iF"]
     world.commands["dpkg --force-confdef *"] = (1, "", "dpkg: error processing package postfix\n")
@@ -584,6 +604,104 @@ def test_check_mode_says_that_headers_are_not_on_offer(world: DriverWorld) -> No
     outcome = run(world, check=True)
     with pytest.raises(FleetError, match="the package lists of the host do not have linux-headers-" + KERNEL):
         NvidiaDriver().result(outcome.state)
+
+
+# -- headers of the kernels that upgrades bring
+
+
+def debian(world: DriverWorld, flavour: str = "amd64") -> None:
+    """Its kernel follows the metapackage of the flavour."""
+    world.files["/etc/os-release"] = b"ID=debian\nVERSION_ID=12\nVERSION_CODENAME=bookworm\nPRETTY_NAME=Debian 12\n"
+    world.release = "6.1.0-18-" + flavour
+    world.packages["linux-image-" + flavour] = ["6.1.76-1", "ii"]
+
+
+def offer(world: DriverWorld, *names: str) -> None:
+    real = world._madison
+
+    def madison(host: object, argv: tuple[str, ...], *rest: object) -> str:
+        lines = ["%s | 6.1.133-1 | http://deb.test bookworm/main Packages\n" % name for name in argv if name in names]
+        return real(host, argv, *rest) + "".join(lines)
+
+    world.commands["apt-cache madison *"] = madison
+
+
+@pytest.mark.parametrize("flavour", ["amd64", "cloud-amd64"])
+def test_headers_follow_the_metapackage_of_the_kernel(world: DriverWorld, flavour: str) -> None:
+    """dkms needs those of the kernel that an unattended upgrade brings before that kernel boots."""
+    debian(world, flavour)
+    offer(world, "linux-headers-6.1.0-18-" + flavour, "linux-headers-" + flavour, "linux-headers-amd64")
+    planned = run(world, check=True)
+    # Before the driver: its module is built for all of them at once.
+    assert actions(planned)[:2] == ["headers", "later_headers"]
+    done = run(world)
+    assert actions(done) == actions(planned)
+    assert world.packages["linux-headers-" + flavour][1] == "ii"
+    assert not run(world).changed
+    # A host from before.
+    del world.packages["linux-headers-" + flavour]
+    outcome = run(world)
+    assert [(change.what, change.after) for change in outcome.changes] == [
+        ("package linux-headers-" + flavour, "installed")
+    ]
+    world.dirs.add("/lib/modules/%s/build" % world.release)
+    world.calls.clear()
+    assert not run(world).changed
+    assert not world.ran("apt-cache")
+
+
+@pytest.mark.parametrize("offered", [["linux-headers-6.1.0-18-amd64", "linux-headers-arm64"], []], ids=["others", "no"])
+def test_headers_that_are_not_on_offer_are_not_missed(world: DriverWorld, offered: list[str]) -> None:
+    debian(world)
+    offer(world, *offered)
+    said = (100, "", "E: Unable to locate package linux-headers-amd64\n")
+    world.commands = {"apt-get * linux-headers-amd64": said, **world.commands}
+    # Of lists without any headers the installation makes new ones, and only then it is known.
+    assert ("later_headers" in actions(run(world))) is not offered
+    assert "nvidia-open-580" in world.packages
+    assert not run(world).changed
+
+
+def test_headers_of_later_kernels_where_the_lists_come_during_the_run(world: DriverWorld) -> None:
+    """An image with headers and without package lists: no second run finds more."""
+    debian(world)
+    world.packages["linux-headers-6.1.0-18-amd64"] = ["6.1.76-1", "ii"]
+    real = world._apt_get
+
+    def apt_get(host: object, argv: tuple[str, ...], *rest: object) -> object:
+        offer(world, "linux-headers-amd64")
+        return real(host, argv, *rest)
+
+    world.commands["apt-get *"] = apt_get
+    assert "later_headers" in actions(run(world))
+    assert not run(world).changed
+
+
+@pytest.mark.parametrize("options", [{"kernel_headers": False}, {"kernel_module": False}])
+def test_headers_of_later_kernels_that_are_not_wanted(world: DriverWorld, options: dict[str, bool]) -> None:
+    debian(world)
+    offer(world, "linux-headers-amd64")
+    assert "later_headers" not in actions(run(world, check=True, **options))
+
+
+def test_a_kernel_that_no_metapackage_brings(world: DriverWorld) -> None:
+    debian(world)
+    del world.packages["linux-image-amd64"]
+    offer(world, "linux-headers-6.1.0-18-amd64", "linux-headers-amd64")
+    assert "later_headers" not in actions(run(world))
+    assert "linux-headers-amd64" not in world.packages
+
+
+def test_headers_of_later_kernels_that_cannot_be_installed(world: DriverWorld) -> None:
+    debian(world)
+    offer(world, "linux-headers-6.1.0-18-amd64", "linux-headers-amd64")
+    said = "linux-headers-amd64 : Depends: linux-headers-6.1.0-33-amd64 but it is not installable\n"
+    world.commands = {"apt-get * linux-headers-amd64": (100, said, "E: Unable to correct problems\n"), **world.commands}
+    with pytest.raises(FleetError, match=r"linux-headers-6\.1\.0-33-amd64") as caught:
+        run(world)
+    assert caught.value.reason == "package_failed"
+    assert "nvidia_driver_kernel_headers to false" in caught.value.message
+    assert "nvidia-open-580" not in world.packages
 
 
 def test_without_a_kernel_module_nothing_is_said_about_one(world: DriverWorld) -> None:

@@ -21,6 +21,7 @@ from ansible_collections.gpu_fleet.nim.plugins.module_utils._nvidia_driver_packa
     Wish,
     foreign_packages,
     is_driver_package,
+    later_headers,
     package_plan,
     repository_directory,
     to_hold,
@@ -276,6 +277,8 @@ def test_sources_that_do_not_have_it() -> None:
         ("nvidia-cuda-toolkit", False),
         ("linux-modules-nvidia-580-server-6.8.0-45-generic", False),
         ("dkms", False),
+        ("linux-headers-amd64", False),
+        ("linux-image-amd64", False),
     ],
 )
 def test_what_belongs_to_the_driver(name: str, belongs: bool) -> None:
@@ -284,6 +287,39 @@ def test_what_belongs_to_the_driver(name: str, belongs: bool) -> None:
 
 def packages(*items: str) -> dict[str, Package]:
     return {item.split("=")[0]: Package(item.split("=")[0], item.split("=")[1]) for item in items}
+
+
+@pytest.mark.parametrize(
+    ("system", "kernel", "installed", "missing"),
+    [
+        ("debian12", "6.1.0-18-amd64", ("linux-image-amd64=6.1.76-1",), ["linux-headers-amd64"]),
+        ("debian12", "6.1.0-18-amd64", ("linux-image-amd64=6.1.76-1", "linux-headers-amd64=6.1.76-1"), []),
+        ("debian12", "6.1.0-18-cloud-amd64", ("linux-image-cloud-amd64=6.1.76-1",), ["linux-headers-cloud-amd64"]),
+        ("debian12", "6.1.0-18-rt-amd64", ("linux-image-rt-amd64=6.1.76-1",), ["linux-headers-rt-amd64"]),
+        ("debian12", "6.1.0-18-arm64", ("linux-image-arm64=6.1.76-1",), ["linux-headers-arm64"]),
+        ("debian12", "6.10.11+bpo-amd64", ("linux-image-amd64=6.10.11-1~bpo12+1",), ["linux-headers-amd64"]),
+        ("debian12", "6.1.0-0.deb11.5-amd64", ("linux-image-amd64=6.1.76-1",), ["linux-headers-amd64"]),
+        ("debian13", "6.12.43+deb13-cloud-amd64", ("linux-image-cloud-amd64=6.12.43-1",), ["linux-headers-cloud-amd64"]),
+        # Of another flavour than the one that runs; the kernel itself; none of a distribution; a container.
+        ("debian12", "6.1.0-18-cloud-amd64", ("linux-image-amd64=6.1.76-1",), []),
+        ("debian12", "6.1.0-18-amd64", ("linux-image-6.1.0-18-amd64=6.1.76-1", "linux-image-amd64-dbg=6.1.76-1"), []),
+        ("debian12", "6.8.12-own", ("linux-image-6.8.12-own=1",), []),
+        ("debian12", "6.1.0-18-amd64", (), []),
+        ("ubuntu2404", "6.8.0-45-generic", ("linux-image-generic=6.8.0-45.45",), ["linux-headers-generic"]),
+        ("ubuntu2404", "6.8.0-45-generic", ("linux-image-virtual=6.8.0-45.45",), ["linux-headers-virtual"]),
+        ("ubuntu2204", "6.8.0-45-generic", ("linux-image-generic-hwe-22.04=6.8.0-45.45~22.04.1",), ["linux-headers-generic-hwe-22.04"]),
+        ("ubuntu2404", "6.8.0-1013-nvidia-64k", ("linux-image-nvidia-64k=6.8.0-1013.14",), ["linux-headers-nvidia-64k"]),
+        ("ubuntu2404", "6.8.0-45-generic", ("linux-image-generic=6.8.0-45.45", "linux-headers-generic=6.8.0-45.45"), []),
+        ("ubuntu2404", "6.8.0-45-generic", ("linux-image-6.8.0-45-generic=6.8.0-45.45", "linux-image-aws=6.8.0-1029.31"), []),
+        ("rhel9", "5.14.0-427.el9.x86_64", ("kernel-devel=5.14.0-427.el9",), []),
+    ],
+)  # fmt: skip
+def test_headers_of_the_kernels_that_upgrades_bring(
+    system: str, kernel: str, installed: tuple[str, ...], missing: list[str]
+) -> None:
+    assert later_headers(package_plan(SYSTEMS[system], "x86_64", kernel, wish()), packages(*installed)) == missing
+    without = package_plan(SYSTEMS[system], "x86_64", kernel, wish(kernel_headers=False))
+    assert later_headers(without, packages(*installed)) == []
 
 
 @pytest.mark.parametrize(
