@@ -166,9 +166,11 @@ def progress_text(name: str, progress: t.Mapping[str, t.Any]) -> str:
 # -- errors of the daemon -------------------------------------------------------------------------------
 
 #: Pattern, reason, what to do. The first that matches decides. Texts: moby, containerd, distribution, nvcr.io.
+#: With containerd's image store, moby (daemon/containerd/registry_errors.go) keeps neither code nor status of what a
+#: registry answers but its message, or the code alone where the message is the code's own.
 _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
     (
-        r"no space left on device",
+        r"no space left on device|disk quota exceeded",
         "disk_full",
         "free space (docker system df, docker image prune) or move Docker's data-root to a larger disk",
     ),
@@ -179,7 +181,7 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         "store off in daemon.json (features, containerd-snapshotter)",
     ),
     (
-        r"no matching manifest for|exec format error|does not match the specified platform",
+        r"no matching manifest for|no match for platform in manifest|exec format error|does not match the specified platform",
         "architecture",
         "use a tag or repository for this host's architecture",
     ),
@@ -189,27 +191,49 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         "put the CA certificate into the host's store (update-ca-certificates or update-ca-trust) and restart Docker, or "
         "into /etc/docker/certs.d/REGISTRY/ca.crt",
     ),
-    (r"toomanyrequests|429 Too Many Requests", "rate_limit", "try again later, log in, or use a mirror"),
     (
-        r"402 Payment Required",
+        r"server gave HTTP response to HTTPS client",
+        "tls_error",
+        "give the registry TLS, or name it in Docker's insecure-registries",
+    ),
+    (
+        r"toomanyrequests|429 Too Many Requests|error from registry: .*([Tt]oo many requests|rate limit|Rate exceeded)",
+        "rate_limit",
+        "try again later, log in, or use a mirror",
+    ),
+    (
+        r"402 Payment Required|error from registry: .*Payment Required",
         "no_entitlement",
         "activate an NVIDIA AI Enterprise licence or trial for the key's organisation",
     ),
-    (r"\b451\b", "legal", "use another model: the registry may not hand it out here"),
-    (r"manifest unknown|manifest for .* not found", "no_such_tag", "name a tag that exists"),
+    (r"\b451\b|For Legal Reasons", "legal", "use another model: the registry may not hand it out here"),
     (
-        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access",
+        r"manifest unknown|manifest for .* not found|failed to resolve reference .*: not found",
+        "no_such_tag",
+        "name a tag that exists",
+    ),
+    (
+        r"could not fetch content descriptor .*: not found|blob unknown",
+        "registry_error",
+        "the registry lacks a part of this image: push it there again, or use another tag",
+    ),
+    (
+        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access|"
+        r"^requested access to the resource is denied|error from registry: .*\b[Dd]enied\b",
         "no_entitlement",
         "accept the terms of the image on its NGC page and check the key's organisation and its NGC Catalog service",
     ),
     (
-        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials",
+        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials|missing username or secret|"
+        r"authentication required|error from registry: .*([Uu]nauthorized|[Uu]nauthenticated)",
         "bad_key",
         "check the API key and the name of the repository",
     ),
-    (r"name unknown|repository .* not found", "no_such_repository", "check the name of the repository"),
+    (r"name unknown|name not known|repository .* not found", "no_such_repository", "check the name of the repository"),
     (
-        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|Error while fetching server",
+        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|"
+        r"Error while fetching server|containerd\.sock|client connection is closing|error reading from server|"
+        r"code = (Canceled|Unavailable)|\bcontext canceled",
         "docker_unavailable",
         "see 'systemctl status docker' and 'journalctl -u docker'",
     ),
@@ -217,7 +241,8 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         r"no such host|i/o timeout|connection refused|connection reset|handshake timeout|unexpected EOF|\bEOF\b|"
         r"context deadline exceeded|request canceled|network is unreachable|no route to host|"
         r"\b50[0-9] |server misbehaving|proxyconnect|filesystem layer verification failed|unexpected commit digest|"
-        r"short read|stream error|http2:",
+        r"short read|stream error|http2:|failed size validation|connection timed out|broken pipe|failed to do request|"
+        r"error from registry: (unknown unknown$|.*([Uu]navailable|[Ii]nternal [Ss]erver [Ee]rror|[Bb]ad [Gg]ateway))",
         "registry_unreachable",
         "check the network, DNS and the proxy settings of the Docker service",
     ),
@@ -228,11 +253,12 @@ PULL_TRANSIENT = TRANSIENT | {"docker_unavailable", "pull_stalled"}
 
 def pull_error(image: str, text: str) -> FleetError:
     """Tell the errors of a pull apart by the daemon's text."""
+    text = " ".join(text.split())
     reason, remedy = next(
         ((reason, remedy) for pattern, reason, remedy in _PULL_ERRORS if re.search(pattern, text)),
         ("pull_failed", "see 'journalctl -u docker'"),
     )
-    said = " ".join(text.split())[:400].rstrip(".")
+    said = text[:400].rstrip(".")
     return FleetError(reason, "Pulling %s failed: %s; %s." % (image, said, remedy), image=image)
 
 
