@@ -13,6 +13,7 @@ import http.client
 import json
 import re
 import socket
+import time
 import typing as t
 import urllib.parse
 
@@ -23,8 +24,51 @@ from ._image_reference import ImageReference
 from ._registry import TRANSIENT
 from ._untrusted import json_object, parse_json, real_number
 
-#: Seconds without any event from the daemon until a pull counts as stuck.
+#: Seconds without any event from the daemon, or without one that says anything new, until a pull counts as stuck.
 STALLED_AFTER = 600
+
+
+# -- a pull that comes to a halt ------------------------------------------------------------------------
+
+
+class Standstill:
+    """Since when a pull downloads nothing, although its events go on.
+
+    containerd's image store tells of every layer ten times a second, whether or not anything came (moby
+    ``daemon/containerd/progress.go``); Docker's own tells only what is new.
+    """
+
+    def __init__(self) -> None:
+        self._told: t.Dict[str, t.Tuple[str, float]] = {}
+        self._downloading: t.Set[str] = set()
+        #: Layers that the host unpacks or checks, which takes its time and does not always show.
+        self._worked_on: t.Set[str] = set()
+        self._since = 0.0
+
+    def feed(self, event: t.Mapping[str, t.Any], now: float) -> float:
+        """Take in one event.
+
+        Args:
+            now: Seconds of a monotonic clock.
+
+        Returns:
+            How many seconds the pull has stood still.
+        """
+        layer, status = str(event.get("id") or ""), str(event.get("status") or "")
+        given = event.get("progressDetail")
+        detail: t.Mapping[str, t.Any] = given if isinstance(given, dict) else {}
+        current, total = real_number(detail.get("current")), real_number(detail.get("total"))
+        self._downloading.discard(layer)
+        self._worked_on.discard(layer)
+        if status in ("Extracting", "Verifying Checksum") or (status == "Downloading" and 0 < total <= current):
+            self._worked_on.add(layer)
+        elif status == "Downloading":
+            self._downloading.add(layer)
+        new = self._told.get(layer) != (status, current)
+        self._told[layer] = (status, current)
+        if new or self._worked_on or not self._downloading:
+            self._since = now
+        return now - self._since
 
 
 # -- progress of one pull -------------------------------------------------------------------------------
@@ -286,8 +330,9 @@ class DockerPuller:
         """Pull by digest.
 
         Args:
-            stalled_after: Seconds without any event.
+            stalled_after: Seconds without any event, or without one that says anything new of a download.
         """
+        standstill = Standstill()
         image = "%s@%s" % (source, digest)
         login = {"username": credentials[0], "password": credentials[1]} if credentials else {}
         path = "/images/create?" + urllib.parse.urlencode({"fromImage": source, "tag": digest})
@@ -306,13 +351,11 @@ class DockerPuller:
                         told = detail.get("message") if isinstance(detail, dict) else None
                         raise pull_error(image, str(told or event.get("error") or detail))
                     on_event(event)
+                    if standstill.feed(event, time.monotonic()) >= stalled_after:
+                        # Hanging up makes the daemon give it up too.
+                        raise _stalled(image, stalled_after)
         except socket.timeout:
-            raise FleetError(
-                "pull_stalled",
-                "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
-                % (image, stalled_after),
-                image=image,
-            ) from None
+            raise _stalled(image, stalled_after) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _broken_off(image, error) from None
 
@@ -356,7 +399,9 @@ class DockerPuller:
     ) -> t.Iterator[http.client.HTTPResponse]:
         with contextlib.closing(UnixConnection(self._socket_path, timeout)) as connection:
             connection.request(method, path, headers=dict(headers or {}))
-            yield connection.getresponse()
+            # It has the socket open too.
+            with contextlib.closing(connection.getresponse()) as response:
+                yield response
 
 
 def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
@@ -373,6 +418,15 @@ def _explanation(response: http.client.HTTPResponse) -> str:
     body = response.read()
     said = str(json_object(body).get("message") or "") or body.decode("utf-8", "replace").strip()
     return said or "status %d" % response.status
+
+
+def _stalled(image: str, seconds: float) -> FleetError:
+    return FleetError(
+        "pull_stalled",
+        "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
+        % (image, seconds),
+        image=image,
+    )
 
 
 def _broken_off(image: str, error: Exception) -> FleetError:

@@ -32,7 +32,9 @@ class Daemon(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     Attributes:
         status: Of the answer.
         lines: Of its body, each sent as a chunk of its own.
-        end: What happens after them: ``end``, ``break`` (the connection breaks) or ``hang``.
+        end: What happens after them: ``end``, ``break`` (the connection breaks), ``hang`` or ``repeat`` (the last line is
+            sent again and again, as containerd's image store does).
+        gone: Whether whoever asked has hung up while that went on.
     """
 
     daemon_threads = True
@@ -44,6 +46,7 @@ class Daemon(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.lines: list[bytes] = []
         self.end = "end"
         self.over = threading.Event()
+        self.gone = threading.Event()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,6 +68,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         if self.server.end == "hang":
             self.server.over.wait(20)
+        elif self.server.end == "repeat":
+            try:
+                while not self.server.over.wait(0.02):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            except OSError:
+                self.server.gone.set()
         elif self.server.end == "end":
             self.wfile.write(b"0\r\n\r\n")
         self.close_connection = True
@@ -189,6 +198,24 @@ def test_a_pull_that_comes_to_a_halt(daemon: Daemon, lines: list[bytes]) -> None
     assert caught.value.reason == "pull_stalled"
     # They were handed on as they came, not at the end.
     assert events == [LAYER] * len(lines)
+
+
+def test_a_pull_that_only_seems_to_go_on(daemon: Daemon) -> None:
+    daemon.lines, daemon.end = [event(**LAYER)], "repeat"
+    with pytest.raises(FleetError, match=r"halt: no byte for 0 s; check the network") as caught:
+        pull(daemon, stalled_after=0.3)
+    assert caught.value.reason == "pull_stalled"
+    # The daemon ends a pull whose asker has hung up.
+    assert daemon.gone.wait(5)
+
+
+def test_extraction_longer_than_the_limit(daemon: Daemon) -> None:
+    daemon.lines, daemon.end = [event(status="Extracting", id="0123456789ab")], "repeat"
+    threading.Timer(1.0, daemon.over.set).start()
+    with pytest.raises(FleetError) as caught:
+        pull(daemon, stalled_after=0.3)
+    # The played daemon went away after three times the limit.
+    assert caught.value.reason == "docker_unavailable"
 
 
 @pytest.mark.parametrize("status", [204, 301, 304])

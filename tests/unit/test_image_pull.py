@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._image_pull import (
     PULL_TRANSIENT,
     PullProgress,
+    Standstill,
     progress_text,
     pull_error,
 )
@@ -190,6 +191,84 @@ def test_what_goes_by_itself_is_tried_again() -> None:
         assert pull_error(LLAMA, text).reason in PULL_TRANSIENT
     for text in ("error from registry: unauthorized\nunauthorized", "error from registry: Access Denied"):
         assert pull_error(LLAMA, text).reason not in PULL_TRANSIENT
+
+
+# -- a pull that comes to a halt --------------------------------------------------------------------------
+
+ONE, TWO = "a" * 12, "b" * 12
+
+
+def _event(layer: str, status: str, current: t.Any = None, total: t.Any = 100, **detail: t.Any) -> dict[str, t.Any]:
+    if current is None:
+        return {"id": layer, "status": status}
+    return {"id": layer, "status": status, "progressDetail": {"current": current, "total": total, **detail}}
+
+
+def _stood(*events: dict[str, t.Any], every: float = 60.0) -> float:
+    """How long it stands after the last event, with as many seconds between two of them."""
+    watch = Standstill()
+    return [watch.feed(event, number * every) for number, event in enumerate(events)][-1]
+
+
+def test_a_download_that_is_told_again_and_again_stands_still() -> None:
+    # containerd's image store tells of every layer ten times a second, whether or not anything came.
+    watch = Standstill()
+    for tick in range(7000):
+        stood = watch.feed(_event(ONE if tick % 2 else TWO, "Downloading", 40 + tick % 2), tick / 10)
+    assert stood == pytest.approx(699.9, abs=0.2)
+
+
+def test_any_progress_ends_the_standstill() -> None:
+    same = [_event(ONE, "Downloading", 40), _event(TWO, "Downloading", 7)]
+    assert _stood(*same * 5) == 8 * 60
+    for other in (
+        _event(ONE, "Downloading", 41),
+        # A connection that is made anew begins again.
+        _event(ONE, "Downloading", 1),
+        _event(ONE, "Download complete"),
+        _event("c" * 12, "Pulling fs layer"),
+        _event(ONE, "Retrying in 5 seconds"),
+        {"status": "Status: Downloaded newer image"},
+    ):
+        assert _stood(*same * 5, other) == 0
+        assert _stood(*same * 5, other, other, _event(TWO, "Downloading", 7)) <= 2 * 60
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        [_event(ONE, "Extracting", 1, 0, units="s")],
+        [_event(ONE, "Extracting", 5)],
+        [_event(ONE, "Extracting")],
+        [_event(ONE, "Verifying Checksum")],
+        # All there, and on its way to the disk.
+        [_event(ONE, "Downloading", 100)],
+        [_event(ONE, "Download complete"), _event(ONE, "Pull complete")],
+    ],
+)
+def test_work_on_the_host_is_no_standstill(work: list[dict[str, t.Any]]) -> None:
+    assert _stood(*work * 30) == 0
+
+
+@pytest.mark.parametrize("status", ["Extracting", "Verifying Checksum"])
+def test_no_download_stands_while_a_layer_is_worked_on(status: str) -> None:
+    waits = [_event(TWO, "Downloading", 7)] * 30
+    working = [_event(ONE, status)]
+    assert _stood(*working, *waits) == 0
+    # What counts begins with the end of that work.
+    assert _stood(*working, *waits, _event(ONE, "Pull complete"), *waits) == 30 * 60
+
+
+def test_the_recorded_pull_never_stands(recording: types.SimpleNamespace) -> None:
+    watch = Standstill()
+    assert max(watch.feed(event, event["at"]) for event in recording.events) < 1
+
+
+@pytest.mark.parametrize(
+    "event", [{}, {"id": 7}, {"status": []}, {"status": "Downloading", "progressDetail": {"current": {}, "total": "x"}}]
+)
+def test_an_event_of_no_known_shape_does_not_upset_it(event: dict[str, t.Any]) -> None:
+    assert _stood(event, event) >= 0
 
 
 # -- progress ---------------------------------------------------------------------------------------------
