@@ -19,6 +19,7 @@ import urllib.parse
 
 from ._disk_space import amount
 from ._docker_api import SOCKET, UnixConnection, describe_failure
+from ._docker_config import TOKEN_USER, login_address
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._registry import TRANSIENT
@@ -334,10 +335,9 @@ class DockerPuller:
         """
         standstill = Standstill()
         image = "%s@%s" % (source, digest)
-        login = {"username": credentials[0], "password": credentials[1]} if credentials else {}
         path = "/images/create?" + urllib.parse.urlencode({"fromImage": source, "tag": digest})
-        # An empty login is anonymous.
-        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode("utf-8")).decode("ascii")}
+        login = json.dumps(_login(source, credentials)).encode("utf-8")
+        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(login).decode("ascii")}
         try:
             with self._asked("POST", path, stalled_after, headers) as response:
                 if response.status != 200:
@@ -402,6 +402,16 @@ class DockerPuller:
             # It has the socket open too.
             with contextlib.closing(connection.getresponse()) as response:
                 yield response
+
+
+def _login(source: str, credentials: t.Optional[t.Tuple[str, str]]) -> t.Dict[str, str]:
+    """What Docker's own CLI says of a login; an empty one is anonymous."""
+    if credentials is None:
+        return {}
+    user, secret = credentials
+    login = {"identitytoken": secret} if user == TOKEN_USER else {"username": user, "password": secret}
+    # Engine 24 with containerd's image store takes a login without it for one of Docker Hub.
+    return dict(login, serveraddress=login_address(source.split("/", 1)[0]))
 
 
 def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
