@@ -4,7 +4,8 @@
 # This module util is PRIVATE to the collection; it may change at any time.
 """The logins in a user's Docker configuration.
 
-File format: docker/cli ``cli/config/configfile``; an entry is base64 of ``user:password`` under ``auths``.
+File format: docker/cli ``cli/config/configfile``; an entry is base64 of ``user:password`` under ``auths``, or an identity
+token (an OAuth 2 refresh token) in place of a password.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from dataclasses import dataclass, field
 
 from ._errors import FleetError
 from ._host import FileStat, Host
+from ._image_reference import DOCKER_HUB
 from ._untrusted import is_digits, json_object, parse_json
+
+#: What Docker and its credential helpers call the user of an identity token, here as there.
+TOKEN_USER = "<token>"  # noqa: S105  # no secret
+
+
+def login_address(registry: str) -> str:
+    """Name of a registry among the logins: its host, but for Docker Hub its first address, as Docker itself has it."""
+    return "https://index.docker.io/v1/" if registry == DOCKER_HUB else registry
 
 
 def decode_basic(encoded: str) -> t.Optional[t.Tuple[str, str]]:
@@ -94,10 +104,13 @@ class DockerConfig:
         return self.helper_credentials if self.helper else self.entry(registry)
 
     def entry(self, name: str) -> t.Optional[t.Tuple[str, str]]:
-        """User and password of an entry of the file itself, or None."""
+        """User and password of an entry of the file itself, or None; an identity token is the password of :data:`TOKEN_USER`."""
         entry = (self.content.get("auths") or {}).get(name)
         if not isinstance(entry, dict):
             return None
+        if isinstance(entry.get("identitytoken"), str) and entry["identitytoken"]:
+            # Docker takes it before a password, which is empty beside it.
+            return TOKEN_USER, entry["identitytoken"]
         if isinstance(entry.get("auth"), str) and entry["auth"]:
             return decode_basic(entry["auth"])
         if entry.get("username") and entry.get("password"):
@@ -163,7 +176,14 @@ def _unreadable(path: str, what: str) -> FleetError:
 def stored_credentials(host: Host, registry: str, user: str = "root") -> t.Optional[t.Tuple[str, str]]:
     """User and password that Docker on this host would use for a registry when this user calls it, or None.
 
+    An identity token is the password of :data:`TOKEN_USER`.
+
     Raises:
         FleetError: ``no_such_user``, ``docker_config_unreadable``.
     """
-    return read_docker_config(host, find_account(host, user), registry).credentials(registry)
+    account = find_account(host, user)
+    for name in dict.fromkeys((login_address(registry), registry)):
+        found = read_docker_config(host, account, name).credentials(name)
+        if found is not None:
+            return found
+    return None

@@ -30,6 +30,7 @@ REGISTRY_REASONS = frozenset(
         "registry_unreachable",
         "registry_error",
         "unauthorized",
+        "identity_token",
         "tls_error",
         "architecture",
     )

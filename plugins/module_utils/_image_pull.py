@@ -13,18 +13,63 @@ import http.client
 import json
 import re
 import socket
+import time
 import typing as t
 import urllib.parse
 
 from ._disk_space import amount
 from ._docker_api import SOCKET, UnixConnection, describe_failure
+from ._docker_config import TOKEN_USER, login_address
 from ._errors import FleetError
 from ._image_reference import ImageReference
 from ._registry import TRANSIENT
 from ._untrusted import json_object, parse_json, real_number
 
-#: Seconds without any event from the daemon until a pull counts as stuck.
+#: Seconds without any event from the daemon, or without one that says anything new, until a pull counts as stuck.
 STALLED_AFTER = 600
+
+
+# -- a pull that comes to a halt ------------------------------------------------------------------------
+
+
+class Standstill:
+    """Since when a pull downloads nothing, although its events go on.
+
+    containerd's image store tells of every layer ten times a second, whether or not anything came (moby
+    ``daemon/containerd/progress.go``); Docker's own tells only what is new.
+    """
+
+    def __init__(self) -> None:
+        self._told: t.Dict[str, t.Tuple[str, float]] = {}
+        self._downloading: t.Set[str] = set()
+        #: Layers that the host unpacks or checks, which takes its time and does not always show.
+        self._worked_on: t.Set[str] = set()
+        self._since = 0.0
+
+    def feed(self, event: t.Mapping[str, t.Any], now: float) -> float:
+        """Take in one event.
+
+        Args:
+            now: Seconds of a monotonic clock.
+
+        Returns:
+            How many seconds the pull has stood still.
+        """
+        layer, status = str(event.get("id") or ""), str(event.get("status") or "")
+        given = event.get("progressDetail")
+        detail: t.Mapping[str, t.Any] = given if isinstance(given, dict) else {}
+        current, total = real_number(detail.get("current")), real_number(detail.get("total"))
+        self._downloading.discard(layer)
+        self._worked_on.discard(layer)
+        if status in ("Extracting", "Verifying Checksum") or (status == "Downloading" and 0 < total <= current):
+            self._worked_on.add(layer)
+        elif status == "Downloading":
+            self._downloading.add(layer)
+        new = self._told.get(layer) != (status, current)
+        self._told[layer] = (status, current)
+        if new or self._worked_on or not self._downloading:
+            self._since = now
+        return now - self._since
 
 
 # -- progress of one pull -------------------------------------------------------------------------------
@@ -166,9 +211,11 @@ def progress_text(name: str, progress: t.Mapping[str, t.Any]) -> str:
 # -- errors of the daemon -------------------------------------------------------------------------------
 
 #: Pattern, reason, what to do. The first that matches decides. Texts: moby, containerd, distribution, nvcr.io.
+#: With containerd's image store, moby (daemon/containerd/registry_errors.go) keeps neither code nor status of what a
+#: registry answers but its message, or the code alone where the message is the code's own.
 _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
     (
-        r"no space left on device",
+        r"no space left on device|disk quota exceeded",
         "disk_full",
         "free space (docker system df, docker image prune) or move Docker's data-root to a larger disk",
     ),
@@ -179,7 +226,7 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         "store off in daemon.json (features, containerd-snapshotter)",
     ),
     (
-        r"no matching manifest for|exec format error|does not match the specified platform",
+        r"no matching manifest for|no match for platform in manifest|exec format error|does not match the specified platform",
         "architecture",
         "use a tag or repository for this host's architecture",
     ),
@@ -189,27 +236,49 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         "put the CA certificate into the host's store (update-ca-certificates or update-ca-trust) and restart Docker, or "
         "into /etc/docker/certs.d/REGISTRY/ca.crt",
     ),
-    (r"toomanyrequests|429 Too Many Requests", "rate_limit", "try again later, log in, or use a mirror"),
     (
-        r"402 Payment Required",
+        r"server gave HTTP response to HTTPS client",
+        "tls_error",
+        "give the registry TLS, or name it in Docker's insecure-registries",
+    ),
+    (
+        r"toomanyrequests|429 Too Many Requests|error from registry: .*([Tt]oo many requests|rate limit|Rate exceeded)",
+        "rate_limit",
+        "try again later, log in, or use a mirror",
+    ),
+    (
+        r"402 Payment Required|error from registry: .*Payment Required",
         "no_entitlement",
         "activate an NVIDIA AI Enterprise licence or trial for the key's organisation",
     ),
-    (r"\b451\b", "legal", "use another model: the registry may not hand it out here"),
-    (r"manifest unknown|manifest for .* not found", "no_such_tag", "name a tag that exists"),
+    (r"\b451\b|For Legal Reasons", "legal", "use another model: the registry may not hand it out here"),
     (
-        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access",
+        r"manifest unknown|manifest for .* not found|failed to resolve reference .*: not found",
+        "no_such_tag",
+        "name a tag that exists",
+    ),
+    (
+        r"could not fetch content descriptor .*: not found|blob unknown",
+        "registry_error",
+        "the registry lacks a part of this image: push it there again, or use another tag",
+    ),
+    (
+        r"403 Forbidden|denied: .*(DENIED|Access Denied)|denied: requested access|"
+        r"^requested access to the resource is denied|error from registry: .*\b[Dd]enied\b",
         "no_entitlement",
         "accept the terms of the image on its NGC page and check the key's organisation and its NGC Catalog service",
     ),
     (
-        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials",
+        r"401 Unauthorized|unauthorized:|pull access denied|no basic auth credentials|missing username or secret|"
+        r"authentication required|error from registry: .*([Uu]nauthorized|[Uu]nauthenticated)",
         "bad_key",
         "check the API key and the name of the repository",
     ),
-    (r"name unknown|repository .* not found", "no_such_repository", "check the name of the repository"),
+    (r"name unknown|name not known|repository .* not found", "no_such_repository", "check the name of the repository"),
     (
-        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|Error while fetching server",
+        r"[Cc]annot connect to the Docker daemon|Connection aborted|Connection refused.*docker\.sock|"
+        r"Error while fetching server|containerd\.sock|client connection is closing|error reading from server|"
+        r"code = (Canceled|Unavailable)|\bcontext canceled",
         "docker_unavailable",
         "see 'systemctl status docker' and 'journalctl -u docker'",
     ),
@@ -217,7 +286,8 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         r"no such host|i/o timeout|connection refused|connection reset|handshake timeout|unexpected EOF|\bEOF\b|"
         r"context deadline exceeded|request canceled|network is unreachable|no route to host|"
         r"\b50[0-9] |server misbehaving|proxyconnect|filesystem layer verification failed|unexpected commit digest|"
-        r"short read|stream error|http2:",
+        r"short read|stream error|http2:|failed size validation|connection timed out|broken pipe|failed to do request|"
+        r"error from registry: (unknown unknown$|.*([Uu]navailable|[Ii]nternal [Ss]erver [Ee]rror|[Bb]ad [Gg]ateway))",
         "registry_unreachable",
         "check the network, DNS and the proxy settings of the Docker service",
     ),
@@ -228,11 +298,12 @@ PULL_TRANSIENT = TRANSIENT | {"docker_unavailable", "pull_stalled"}
 
 def pull_error(image: str, text: str) -> FleetError:
     """Tell the errors of a pull apart by the daemon's text."""
+    text = " ".join(text.split())
     reason, remedy = next(
         ((reason, remedy) for pattern, reason, remedy in _PULL_ERRORS if re.search(pattern, text)),
         ("pull_failed", "see 'journalctl -u docker'"),
     )
-    said = " ".join(text.split())[:400].rstrip(".")
+    said = text[:400].rstrip(".")
     return FleetError(reason, "Pulling %s failed: %s; %s." % (image, said, remedy), image=image)
 
 
@@ -260,13 +331,13 @@ class DockerPuller:
         """Pull by digest.
 
         Args:
-            stalled_after: Seconds without any event.
+            stalled_after: Seconds without any event, or without one that says anything new of a download.
         """
+        standstill = Standstill()
         image = "%s@%s" % (source, digest)
-        login = {"username": credentials[0], "password": credentials[1]} if credentials else {}
         path = "/images/create?" + urllib.parse.urlencode({"fromImage": source, "tag": digest})
-        # An empty login is anonymous.
-        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode("utf-8")).decode("ascii")}
+        login = json.dumps(_login(source, credentials)).encode("utf-8")
+        headers = {"X-Registry-Auth": base64.urlsafe_b64encode(login).decode("ascii")}
         try:
             with self._asked("POST", path, stalled_after, headers) as response:
                 if response.status != 200:
@@ -280,13 +351,11 @@ class DockerPuller:
                         told = detail.get("message") if isinstance(detail, dict) else None
                         raise pull_error(image, str(told or event.get("error") or detail))
                     on_event(event)
+                    if standstill.feed(event, time.monotonic()) >= stalled_after:
+                        # Hanging up makes the daemon give it up too.
+                        raise _stalled(image, stalled_after)
         except socket.timeout:
-            raise FleetError(
-                "pull_stalled",
-                "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
-                % (image, stalled_after),
-                image=image,
-            ) from None
+            raise _stalled(image, stalled_after) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise _broken_off(image, error) from None
 
@@ -330,7 +399,19 @@ class DockerPuller:
     ) -> t.Iterator[http.client.HTTPResponse]:
         with contextlib.closing(UnixConnection(self._socket_path, timeout)) as connection:
             connection.request(method, path, headers=dict(headers or {}))
-            yield connection.getresponse()
+            # It has the socket open too.
+            with contextlib.closing(connection.getresponse()) as response:
+                yield response
+
+
+def _login(source: str, credentials: t.Optional[t.Tuple[str, str]]) -> t.Dict[str, str]:
+    """What Docker's own CLI says of a login; an empty one is anonymous."""
+    if credentials is None:
+        return {}
+    user, secret = credentials
+    login = {"identitytoken": secret} if user == TOKEN_USER else {"username": user, "password": secret}
+    # Engine 24 with containerd's image store takes a login without it for one of Docker Hub.
+    return dict(login, serveraddress=login_address(source.split("/", 1)[0]))
 
 
 def _lines(response: http.client.HTTPResponse) -> t.Iterator[bytes]:
@@ -347,6 +428,15 @@ def _explanation(response: http.client.HTTPResponse) -> str:
     body = response.read()
     said = str(json_object(body).get("message") or "") or body.decode("utf-8", "replace").strip()
     return said or "status %d" % response.status
+
+
+def _stalled(image: str, seconds: float) -> FleetError:
+    return FleetError(
+        "pull_stalled",
+        "Pulling %s came to a halt: no byte for %d s; check the network between this host and the registry."
+        % (image, seconds),
+        image=image,
+    )
 
 
 def _broken_off(image: str, error: Exception) -> FleetError:

@@ -24,14 +24,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from ._docker_config import encode_basic
+from ._docker_config import TOKEN_USER, encode_basic
 from ._errors import FleetError
 from ._image_reference import DOCKER_HUB, ImageReference
 from ._registry_image import CONFIGURATION, INDEX, RegistryImage, layers_of, shaped, wrong_architecture
 from ._registry_image import offered as offered_in
 from ._registry_refusals import Answer, Refusals, retry_after
 from ._tls_errors import CERTIFICATES, tls_error
-from ._untrusted import parse_json
+from ._untrusted import json_object, parse_json
 
 USER_AGENT = "gpu_fleet.nim"
 #: Seconds for one request to answer.
@@ -115,7 +115,7 @@ class RegistryClient:
 
     Args:
         registry: Host with optional port, for example ``nvcr.io``.
-        username, password: Credentials; for NGC the user is the literal ``$oauthtoken``.
+        username, password: Credentials; for NGC the user is the literal ``$oauthtoken``, for an identity token ``<token>``.
         insecure: As Docker's insecure-registries: no certificate check, plain HTTP when there is no TLS.
             None: for loopback addresses only, like Docker.
         control_repository: Repository that the credentials may certainly read; None = the known one of the registry.
@@ -167,8 +167,8 @@ class RegistryClient:
 
         Raises:
             FleetError: ``no_key``, ``bad_key``, ``no_entitlement``, ``no_such_repository``, ``no_such_tag``, ``legal``,
-                ``rate_limit``, ``unauthorized``, ``registry_unreachable``, ``tls_error``, ``architecture`` or
-                ``registry_error``.
+                ``rate_limit``, ``unauthorized``, ``identity_token``, ``registry_unreachable``, ``tls_error``,
+                ``architecture`` or ``registry_error``.
         """
         name = str(reference)
         repository = reference.repository
@@ -315,7 +315,7 @@ class RegistryClient:
         if scheme == "basic":
             if not self.has_credentials:
                 raise self._refusals.of(challenged, repository, name, "token")
-            return "Basic " + encode_basic(self._username, self._password)
+            return self._basic(name)
         answer = self._token(parameters, "repository:%s:pull" % repository if repository else "", name)
         if answer.status >= 300:
             raise self._refusals.of(answer, repository, name, "token")
@@ -332,8 +332,17 @@ class RegistryClient:
             )
         return "Bearer %s" % token
 
+    def _basic(self, name: str) -> str:
+        if self._username == TOKEN_USER:
+            raise self._refusals.identity_token(name)
+        return "Basic " + encode_basic(self._username, self._password)
+
     def _token(self, parameters: t.Mapping[str, str], scope: str, name: str) -> Answer:
-        url = token_url(parameters, scope, self._username if self.has_credentials else "")
+        identity = self.has_credentials and self._username == TOKEN_USER
+        if identity:
+            url = token_url({"realm": parameters.get("realm", "")}, "")
+        else:
+            url = token_url(parameters, scope, self._username if self.has_credentials else "")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise FleetError(
@@ -351,8 +360,27 @@ class RegistryClient:
                     "administrator mend its realm." % (self.registry, name, parts.netloc),
                     registry=self.registry,
                 )
-            headers["Authorization"] = "Basic " + encode_basic(self._username, self._password)
+            if identity:
+                return self._exchange_identity(url, parameters, scope, name)
+            headers["Authorization"] = self._basic(name)
         return self._request(url, headers, name)
+
+    def _exchange_identity(self, url: str, parameters: t.Mapping[str, str], scope: str, name: str) -> Answer:
+        """An access token for the identity token (distribution/distribution ``docs/content/spec/auth/oauth.md``)."""
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": self._password,
+            "client_id": USER_AGENT,
+            "service": parameters.get("service", ""),
+            "scope": parameters.get("scope", "") or scope,
+        }
+        answer = self._request(url, {}, name, {key: value for key, value in form.items() if value})
+        if answer.status in (404, 405):
+            raise self._refusals.identity_token(name)
+        if answer.status == 400 and json_object(answer.body.decode("utf-8", "replace")).get("error") == "invalid_grant":
+            # How OAuth 2 says that it has expired or was revoked (RFC 6749, 5.2).
+            return Answer(401, answer.headers, answer.body)
+        return answer
 
     def _control(self) -> t.Optional[bool]:
         """Whether the registry accepts the credentials, asked where nothing else can be the matter; None = it did not say."""
@@ -363,8 +391,7 @@ class RegistryClient:
             return None
         scheme, parameters = parse_challenge(answer.header("Www-Authenticate"))
         if scheme == "basic":
-            sent = {"Authorization": "Basic " + encode_basic(self._username, self._password)}
-            answer = self._request(path, sent, self.registry)
+            answer = self._request(path, {"Authorization": self._basic(self.registry)}, self.registry)
         else:
             answer = self._token(parameters, "repository:%s:pull" % repository if repository else "", self.registry)
         if answer.status == 401:
@@ -378,13 +405,15 @@ class RegistryClient:
 
     # -- transport --------------------------------------------------------------------------------
 
-    def _request(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
+    def _request(
+        self, url: str, headers: t.Mapping[str, str], name: str, form: t.Optional[t.Mapping[str, str]] = None
+    ) -> Answer:
         """Send a request; an absolute path goes to the registry. Transient answers are tried again with back-off."""
         for attempt in range(1, self._attempts + 1):
             pause = float(2 ** (attempt - 1))
             last = attempt == self._attempts
             try:
-                answer = self._send(url, headers, name)
+                answer = self._send(url, headers, name, form)
             except FleetError as error:
                 if last or error.reason not in TRANSIENT or not error.facts.get("transient"):
                     raise
@@ -398,9 +427,11 @@ class RegistryClient:
             self._sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
-    def _send(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
+    def _send(
+        self, url: str, headers: t.Mapping[str, str], name: str, form: t.Optional[t.Mapping[str, str]] = None
+    ) -> Answer:
         if not url.startswith("/"):
-            return self._exchange(url, headers, name)
+            return self._exchange(url, headers, name, form)
         while True:
             try:
                 return self._exchange("%s://%s%s" % (self._schemes[0], self._host, url), headers, name)
@@ -412,8 +443,12 @@ class RegistryClient:
                     raise
                 self._schemes.pop(0)
 
-    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
-        request = urllib.request.Request(url)  # noqa: S310  # the scheme is ours or was checked
+    def _exchange(
+        self, url: str, headers: t.Mapping[str, str], name: str, form: t.Optional[t.Mapping[str, str]] = None
+    ) -> Answer:
+        """One request; with a form a POST."""
+        data = urllib.parse.urlencode(form, errors="replace").encode("ascii") if form else None
+        request = urllib.request.Request(url, data)  # noqa: S310  # the scheme is ours or was checked
         request.add_header("User-Agent", USER_AGENT)
         for key, value in headers.items():
             request.add_header(key, value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
+from ._docker_config import TOKEN_USER
 from ._errors import FleetError
 from ._untrusted import is_digits, json_object
 
@@ -58,12 +59,30 @@ class Refusals:
     control: t.Callable[[], bool | None]
 
     def bad_key(self, name: str) -> FleetError:
+        if self.username == TOKEN_USER:
+            return FleetError(
+                "bad_key",
+                "%s refuses the identity token that is stored for it (asked for %s): it has expired or was revoked; log in "
+                "again with 'docker login %s'." % (self.registry, name, self.registry),
+                registry=self.registry,
+                image=name,
+            )
         return FleetError(
             "bad_key",
             "%s refuses the API key (asked for %s): it is wrong, expired or revoked; create a new one that includes the "
             "NGC Catalog service and set ngc_api_key." % (self.registry, name)
             if self.username == "$oauthtoken"
             else "%s refuses the user name or password (asked for %s); correct them." % (self.registry, name),
+            registry=self.registry,
+            image=name,
+        )
+
+    def identity_token(self, name: str) -> FleetError:
+        """For a registry that makes nothing of one."""
+        return FleetError(
+            "identity_token",
+            "The login stored for %s is an identity token, with which it gives no access token for %s; log in with a user "
+            "name and password instead: 'docker login %s'." % (self.registry, name, self.registry),
             registry=self.registry,
             image=name,
         )

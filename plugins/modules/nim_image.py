@@ -214,7 +214,7 @@ reason:
   description:
     - Stable name of the failure.
     - From the registry V(no_key), V(bad_key), V(no_entitlement), V(no_such_repository), V(no_such_tag), V(legal), V(rate_limit), V(unauthorized),
-      V(registry_unreachable), V(tls_error), V(architecture), V(registry_error).
+      V(identity_token), V(registry_unreachable), V(tls_error), V(architecture), V(registry_error).
     - From the host V(requirement), V(invalid_requirement), V(disk_full), V(docker_unavailable), V(engine_cannot_pull), V(engine_too_old),
       V(image_in_use), V(image_missing), V(pull_stalled), V(pull_failed), V(digest_mismatch), V(job_lost),
       V(state_unreadable), V(docker_config_unreadable).

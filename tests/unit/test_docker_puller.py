@@ -32,7 +32,9 @@ class Daemon(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     Attributes:
         status: Of the answer.
         lines: Of its body, each sent as a chunk of its own.
-        end: What happens after them: ``end``, ``break`` (the connection breaks) or ``hang``.
+        end: What happens after them: ``end``, ``break`` (the connection breaks), ``hang`` or ``repeat`` (the last line is
+            sent again and again, as containerd's image store does).
+        gone: Whether whoever asked has hung up while that went on.
     """
 
     daemon_threads = True
@@ -44,6 +46,7 @@ class Daemon(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.lines: list[bytes] = []
         self.end = "end"
         self.over = threading.Event()
+        self.gone = threading.Event()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,6 +68,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
         if self.server.end == "hang":
             self.server.over.wait(20)
+        elif self.server.end == "repeat":
+            try:
+                while not self.server.over.wait(0.02):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            except OSError:
+                self.server.gone.set()
         elif self.server.end == "end":
             self.wfile.write(b"0\r\n\r\n")
         self.close_connection = True
@@ -104,16 +113,50 @@ def event(**values: t.Any) -> bytes:
 # -- the requests -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("login", [("$oauthtoken", KEY), None])
-def test_a_pull_is_asked_as_the_sdk_asks(daemon: Daemon, login: tuple[str, str] | None) -> None:
+def decoded(login: str) -> dict[str, t.Any]:
+    """A login as the daemon understands it: names in any case, and what is null is not there."""
+    found = json.loads(base64.urlsafe_b64decode(login))
+    return {name.lower(): value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("source", "entry"),
+    [
+        (SOURCE, "nvcr.io"),
+        ("mirror.example:5000/nim/x", "mirror.example:5000"),
+        ("docker.io/library/busybox", "https://index.docker.io/v1/"),
+    ],
+)
+def test_a_pull_is_asked_as_the_sdk_asks(
+    daemon: Daemon, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, source: str, entry: str
+) -> None:
+    login = base64.b64encode(("$oauthtoken:" + KEY).encode()).decode()
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {entry: {"auth": login}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     sdk = docker.APIClient(base_url="unix://%s" % daemon.server_address, version="1.44")
-    auth = {"username": login[0], "password": login[1]} if login else {}
-    list(sdk.pull(SOURCE, tag=DIGEST, auth_config=auth, stream=True, decode=True))
-    puller(daemon).pull(SOURCE, DIGEST, login, lambda event: None)
+    list(sdk.pull(source, tag=DIGEST, stream=True, decode=True))
+    puller(daemon).pull(source, DIGEST, ("$oauthtoken", KEY), lambda event: None)
+    theirs, ours = daemon.asked
+    assert ours[:3] == theirs[:3]
+    assert ours[:2] == ("POST", "/images/create")
+    assert (
+        decoded(ours[3]) == decoded(theirs[3]) == {"username": "$oauthtoken", "password": KEY, "serveraddress": entry}
+    )
+
+
+def test_an_anonymous_pull_is_asked_as_the_sdk_asks(daemon: Daemon) -> None:
+    sdk = docker.APIClient(base_url="unix://%s" % daemon.server_address, version="1.44")
+    list(sdk.pull(SOURCE, tag=DIGEST, auth_config={}, stream=True, decode=True))
+    puller(daemon).pull(SOURCE, DIGEST, None, lambda event: None)
     theirs, ours = daemon.asked
     assert ours == theirs
-    assert ours[:2] == ("POST", "/images/create")
-    assert json.loads(base64.urlsafe_b64decode(ours[3])) == auth
+    assert decoded(ours[3]) == {}
+
+
+def test_an_identity_token_is_passed_on_as_one(daemon: Daemon) -> None:
+    puller(daemon).pull(SOURCE, DIGEST, ("<token>", KEY), lambda event: None)
+    # As Docker's CLI does with what a credential helper has for this user (cli/config/credentials/native_store.go).
+    assert decoded(daemon.asked[0][3]) == {"identitytoken": KEY, "serveraddress": "nvcr.io"}
 
 
 def test_changes_are_asked_as_the_sdk_asks(daemon: Daemon) -> None:
@@ -189,6 +232,24 @@ def test_a_pull_that_comes_to_a_halt(daemon: Daemon, lines: list[bytes]) -> None
     assert caught.value.reason == "pull_stalled"
     # They were handed on as they came, not at the end.
     assert events == [LAYER] * len(lines)
+
+
+def test_a_pull_that_only_seems_to_go_on(daemon: Daemon) -> None:
+    daemon.lines, daemon.end = [event(**LAYER)], "repeat"
+    with pytest.raises(FleetError, match=r"halt: no byte for 0 s; check the network") as caught:
+        pull(daemon, stalled_after=0.3)
+    assert caught.value.reason == "pull_stalled"
+    # The daemon ends a pull whose asker has hung up.
+    assert daemon.gone.wait(5)
+
+
+def test_extraction_longer_than_the_limit(daemon: Daemon) -> None:
+    daemon.lines, daemon.end = [event(status="Extracting", id="0123456789ab")], "repeat"
+    threading.Timer(1.0, daemon.over.set).start()
+    with pytest.raises(FleetError) as caught:
+        pull(daemon, stalled_after=0.3)
+    # The played daemon went away after three times the limit.
+    assert caught.value.reason == "docker_unavailable"
 
 
 @pytest.mark.parametrize("status", [204, 301, 304])

@@ -63,15 +63,17 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 class Strange(RegistryClient):
     """Answers what it was given, one after the other, and then the last one again."""
 
-    def __init__(self, answers: t.Sequence[Answer]) -> None:
-        super().__init__("registry.example", "$oauthtoken", KEY, proxies={}, attempts=2, sleep=lambda seconds: None)
+    def __init__(self, answers: t.Sequence[Answer], user: str = "$oauthtoken") -> None:
+        super().__init__("registry.example", user, KEY, proxies={}, attempts=2, sleep=lambda seconds: None)
         self.answers = list(answers)
 
     def _context(self, directory: str) -> ssl.SSLContext:
         # Reading all the system's certificates takes longer than everything else.
         return CONTEXT
 
-    def _exchange(self, url: str, headers: t.Mapping[str, str], name: str) -> Answer:
+    def _exchange(
+        self, url: str, headers: t.Mapping[str, str], name: str, form: t.Mapping[str, str] | None = None
+    ) -> Answer:
         for value in headers.values():
             assert "\n" not in value
             assert "\r" not in value
@@ -103,13 +105,14 @@ def test_a_registry_that_answers_anything(given_answers: list[Answer]) -> None:
         lambda client: client.check_credentials(),
         lambda client: client.check_credentials(REFERENCE),
     ):
-        with only_told():
-            try:
-                ask(Strange(given_answers))
-            except FleetError as error:
-                assert KEY not in error.message + repr(error.facts)
-                assert "\n" not in error.message
-                raise
+        for user in ("$oauthtoken", "<token>"):
+            with only_told():
+                try:
+                    ask(Strange(given_answers, user))
+                except FleetError as error:
+                    assert KEY not in error.message + repr(error.facts)
+                    assert "\n" not in error.message
+                    raise
 
 
 def _answer(document: t.Any) -> Answer:

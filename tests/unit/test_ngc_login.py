@@ -636,6 +636,43 @@ def test_stored_credentials(host: FakeHost) -> None:
     assert stored_credentials(host, "nvcr.io") == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"identitytoken": KEY},
+        # As 'az acr login' leaves it: a user without a password.
+        {"auth": _auth("00000000-0000-0000-0000-000000000000", ""), "identitytoken": KEY},
+    ],
+)
+def test_a_stored_identity_token(host: FakeHost, entry: dict[str, str]) -> None:
+    host.files[PATH] = json.dumps({"auths": {"x.azurecr.io": entry}}).encode()
+    assert stored_credentials(host, "x.azurecr.io") == ("<token>", KEY)
+    for none in ("", None, 7):
+        host.files[PATH] = json.dumps({"auths": {"x.azurecr.io": {"identitytoken": none}}}).encode()
+        assert stored_credentials(host, "x.azurecr.io") is None
+
+
+def test_an_identity_token_of_a_helper(host: FakeHost) -> None:
+    host.files[PATH] = b'{"credHelpers": {"x.azurecr.io": "acr-env"}}'
+    host.commands["docker-credential-acr-env get"] = json.dumps({"Username": "<token>", "Secret": KEY})
+    assert stored_credentials(host, "x.azurecr.io") == ("<token>", KEY)
+
+
+def test_the_login_of_docker_hub_stands_under_its_old_address(host: FakeHost) -> None:
+    host.files[PATH] = json.dumps({"auths": {"https://index.docker.io/v1/": {"auth": _auth("me", "pw")}}}).encode()
+    assert stored_credentials(host, "docker.io") == ("me", "pw")
+    host.files[PATH] = json.dumps({"auths": {"docker.io": {"auth": _auth("you", "pw")}}}).encode()
+    assert stored_credentials(host, "docker.io") == ("you", "pw")
+
+
+def test_an_identity_token_is_replaced_and_not_shown(host: FakeHost) -> None:
+    host.files[PATH] = json.dumps({"auths": {"nvcr.io": {"identitytoken": "id-token"}}}).encode()
+    (change, *_rest) = _run(host).changes
+    assert change.before == "<token>, a password"
+    assert "id-token" not in repr(change) + repr(change.diff)
+    assert stored_credentials(host, "nvcr.io") == ("$oauthtoken", KEY)
+
+
 def test_precheck(host: FakeHost, registry: type[FakeRegistry]) -> None:
     _login().precheck(host)
     assert len(registry.asked) == 1

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import typing as t
 
@@ -229,6 +230,14 @@ def test_credentials(world: ImageWorld) -> None:
     world.run(NANO)
     assert FakeClient.asked[1][1:] == ("u", "p")
     assert world.docker.pulled[1][2] == ("u", "p")
+
+
+def test_an_identity_token_goes_to_the_registry_and_to_docker(world: ImageWorld) -> None:
+    world.host.files["/root/.docker/config.json"] = json.dumps(
+        {"auths": {"mirror.example": {"auth": "MDAwMDo=", "identitytoken": KEY}}}
+    ).encode()
+    world.run(registry_mirrors={"nvcr.io": "mirror.example"})
+    assert FakeClient.asked[0][1:] == world.docker.pulled[0][2] == ("<token>", KEY)
 
 
 # -- removal ----------------------------------------------------------------------------------------------
@@ -473,12 +482,13 @@ def _work(world: ImageWorld, slept: list[float], **options: t.Any) -> list[dict[
 def test_transient_errors_are_retried_with_growing_pauses(world: ImageWorld) -> None:
     slept: list[float] = []
     world.docker.failures = [
-        FleetError(reason, "x") for reason in ("registry_unreachable", "rate_limit", "docker_unavailable")
+        FleetError(reason, "x")
+        for reason in ("registry_unreachable", "rate_limit", "docker_unavailable", "pull_stalled")
     ]
     reports = _work(world, slept)
-    assert len(world.docker.pulled) == 4
+    assert len(world.docker.pulled) == 5
     assert [round(seconds / 2**number, 2) for number, seconds in enumerate(slept, 1)] == pytest.approx(
-        [1] * 3, abs=0.26
+        [1] * 4, abs=0.26
     )
     retries = [report for report in reports if report.get("phase") == "retrying"]
     assert progress_text("nim/x", retries[0]) == "nim/x: registry unreachable, try 2 of 5 follows"

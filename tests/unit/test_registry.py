@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import threading
 import typing as t
+import urllib.parse
 
 import pytest
 from ansible_collections.gpu_fleet.nim.plugins.module_utils._errors import FleetError
@@ -66,13 +67,14 @@ INDEX, INDEX_DIGEST = _document(
 
 
 class Call(t.NamedTuple):
-    """One expected request and its answer. ``authorization`` None = must be absent."""
+    """One expected request and its answer. ``authorization`` None = must be absent; a ``form`` is a POST."""
 
     path: str
     status: int = 200
     body: bytes = b""
     headers: t.Mapping[str, str] = {}
     authorization: str | None = None
+    form: t.Mapping[str, str] | None = None
 
 
 class Server:
@@ -86,6 +88,10 @@ class Server:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.answer(self)
+
+            def do_POST(self) -> None:
+                length = int(self.headers["Content-Length"])
+                outer.answer(self, dict(urllib.parse.parse_qsl(self.rfile.read(length).decode())))
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -101,7 +107,7 @@ class Server:
     def expect(self, *calls: Call) -> None:
         self.expected += calls
 
-    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, request: http.server.BaseHTTPRequestHandler, form: dict[str, str] | None = None) -> None:
         if not self.expected:
             self.errors.append("unexpected %s" % request.path)
             request.send_error(500)
@@ -109,6 +115,8 @@ class Server:
         call = self.expected.pop(0)
         if request.path != call.path:
             self.errors.append("%s where %s was expected" % (request.path, call.path))
+        if form != call.form:
+            self.errors.append("%s: form %r" % (request.path, form))
         if request.headers.get("Authorization") != call.authorization:
             self.errors.append("%s: Authorization %r" % (request.path, request.headers.get("Authorization")))
         if not str(request.headers.get("User-Agent")).startswith("gpu_fleet"):
@@ -465,6 +473,89 @@ def test_basic_authentication(server: Server) -> None:
         Call("/v2/%s/blobs/%s" % (REPOSITORY, CONFIG_DIGEST), body=CONFIG, authorization=BASIC),
     )
     _resolve(server, _client(server))
+
+
+# -- identity tokens --------------------------------------------------------------------------------------
+
+OAUTH = "/oauth2/token"
+
+
+def _with_token(server: Server) -> RegistryClient:
+    client = RegistryClient(server.name, "<token>", KEY, proxies={}, timeout=5, attempts=1)
+    client._schemes = ["http"]
+    return client
+
+
+def _exchanged(server: Server, status: int = 200, body: bytes = b'{"access_token": "tkn"}', path: str = OAUTH) -> Call:
+    form = {
+        "grant_type": "refresh_token",
+        "refresh_token": KEY,
+        "client_id": "gpu_fleet.nim",
+        "service": "x.azurecr.io",
+        "scope": "repository:%s:pull" % REPOSITORY,
+    }
+    return Call(path, status, body=body, form=form)
+
+
+def _oauth(server: Server) -> Call:
+    challenge = 'Bearer realm="http://%s%s",service="x.azurecr.io",scope="repository:%s:pull"'
+    return Call(MANIFEST_PATH, 401, headers={"Www-Authenticate": challenge % (server.name, OAUTH, REPOSITORY)})
+
+
+def test_an_identity_token_is_exchanged_for_one_of_the_repository(server: Server) -> None:
+    server.expect(
+        _oauth(server),
+        _exchanged(server),
+        Call(MANIFEST_PATH, body=MANIFEST, authorization=BEARER),
+        Call("/v2/%s/blobs/%s" % (REPOSITORY, CONFIG_DIGEST), body=CONFIG, authorization=BEARER),
+    )
+    _resolve(server, _with_token(server))
+
+
+@pytest.mark.parametrize(("status", "body"), [(401, b""), (400, b'{"error": "invalid_grant"}')])
+def test_an_identity_token_that_has_expired(server: Server, status: int, body: bytes) -> None:
+    # The door is asked whether it is the token or the name.
+    door = Call("/v2/", 401, headers=_oauth(server).headers)
+    server.expect(_oauth(server), _exchanged(server, status, body), door, _exchanged(server, status, body))
+    error = _refused(server, _with_token(server))
+    assert error.reason == "bad_key"
+    assert "identity token" in error.message and "docker login %s" % server.name in error.message
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_registry_that_exchanges_no_identity_tokens(server: Server, status: int) -> None:
+    server.expect(_oauth(server), _exchanged(server, status))
+    error = _refused(server, _with_token(server))
+    assert error.reason == "identity_token"
+    assert "docker login %s" % server.name in error.message
+
+
+def test_a_registry_that_wants_a_password_for_an_identity_token(server: Server) -> None:
+    challenged = {"Www-Authenticate": 'Basic realm="r"'}
+    server.expect(Call(MANIFEST_PATH, 401, headers=challenged))
+    assert _refused(server, _with_token(server)).reason == "identity_token"
+    server.expect(Call("/v2/", 401, headers=challenged))
+    with pytest.raises(FleetError) as error:
+        _with_token(server).check_credentials()
+    assert error.value.reason == "identity_token"
+
+
+@pytest.mark.parametrize(("status", "reason"), [(302, "identity_token"), (307, "registry_error")])
+def test_an_identity_token_follows_no_redirect(server: Server, status: int, reason: str) -> None:
+    server.expect(_oauth(server), _exchanged(server, status)._replace(headers={"Location": "/elsewhere"}))
+    if status == 302:
+        # A plain GET, with nothing of the form.
+        server.expect(Call("/elsewhere", 404))
+    assert _refused(server, _with_token(server)).reason == reason
+
+
+def test_no_identity_token_to_a_realm_without_encryption(server: Server) -> None:
+    server.expect(_oauth(server))
+    client = _with_token(server)
+    client._insecure = False
+    error = _refused(server, client)
+    assert error.reason == "registry_error"
+    assert "without encryption" in error.message
 
 
 def test_check_credentials(server: Server) -> None:
