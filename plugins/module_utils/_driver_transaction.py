@@ -23,16 +23,22 @@ _APT_ENVIRONMENT = {"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": 
 
 
 def finish_interrupted(host: Host, manager: PackageManager) -> None:
-    """Finish an interrupted transaction. Driver packages that cannot be finished (their module does not build) are
-    removed: the wanted ones are installed right after."""
+    """Finish an interrupted transaction. Driver packages that cannot be finished (their module does not build), and the
+    headers of other kernels (which dkms builds it for) are removed: the wanted ones are installed right after."""
     try:
         manager.repair()
     except FleetError as error:
         broken = manager.interrupted()
         # Another tool may be about to finish what it has unpacked.
-        if error.reason == "package_lock" or not broken or not all(is_driver_package(name) for name in broken):
+        removable = [name for name in broken if is_driver_package(name) or _of_other_kernel(host, name)]
+        if error.reason == "package_lock" or not broken or removable != list(broken):
             raise
         manager.remove(*broken, purge=True)
+
+
+def _of_other_kernel(host: Host, package: str) -> bool:
+    """Headers that the running kernel can do without."""
+    return package.startswith("linux-headers-") and host.kernel_release() not in package
 
 
 def guard_removal(host: Host, plan: PackagePlan, names: t.Sequence[str]) -> None:
@@ -135,12 +141,28 @@ def install_headers(host: Host, manager: PackageManager, package: str) -> None:
         raise headers_unavailable(host.kernel_release(), error.message.rstrip("."), error.facts) from error
 
 
-def install_later_headers(manager: PackageManager, package: str) -> None:
-    """Headers of kernels that are yet to come are installed where they are on offer, and not missed elsewhere."""
+def install_later_headers(host: Host, manager: PackageManager, package: str) -> None:
+    """Headers of kernels that are yet to come are installed where they are on offer, and not missed elsewhere.
+
+    They are not left half configured where the driver does not build for their kernel: dpkg would fail ever after.
+
+    Raises:
+        FleetError: As the package manager.
+    """
     try:
         manager.install({package: None})
     except FleetError as error:
-        if not manager.available(package):
+        broken = [name for name in manager.interrupted() if _of_other_kernel(host, name)]
+        if broken:
+            manager.remove(*broken, purge=True)
+            error.message += (
+                " It was taken away again. Where the driver does not build for the kernel that upgrades bring, choose a newer "
+                "branch, or set nvidia_driver_kernel_headers to false and keep the kernel as it is."
+            )
+        elif error.reason != "package_failed":
+            pass
+        elif not manager.available(package):
             return
-        error.message += " Or set nvidia_driver_kernel_headers to false when headers come from elsewhere."
+        else:
+            error.message += " Or set nvidia_driver_kernel_headers to false when headers come from elsewhere."
         raise

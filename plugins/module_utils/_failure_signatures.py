@@ -578,7 +578,7 @@ SIGNATURES: tuple[Signature, ...] = (
         r"failed to register layer: .*no space left on device",
         "docker",
         "Docker's disk is full",
-        "free space there (docker system prune), or move its data-root",
+        "free space there (docker system prune), or move the images: Docker's data-root, or the root of containerd",
     ),
     Signature(
         "host-56",

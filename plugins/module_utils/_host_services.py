@@ -13,6 +13,7 @@ from ._docker_api import DockerApi
 from ._errors import FleetError
 from ._health_target import HealthTarget
 from ._host import Host
+from ._image_store import CONTAINERD_ROOT, DOCKER_ROOT
 from ._listeners import listening_sockets
 from ._nim_health import HealthCheck
 from ._nim_log import PHASE_WORDS
@@ -27,7 +28,7 @@ from ._untrusted import json_object, strings
 Json = t.Dict[str, t.Any]
 
 #: Where space is used up on a GPU host.
-SPACE_PATHS = ("/", "/var/lib/docker", "/var/lib/nim")
+SPACE_PATHS = ("/", DOCKER_ROOT, CONTAINERD_ROOT, "/var/lib/nim")
 
 #: What a service that is not ready is called in one word or two.
 _STATES = {

@@ -217,7 +217,8 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
     (
         r"no space left on device|disk quota exceeded",
         "disk_full",
-        "free space (docker system df, docker image prune) or move Docker's data-root to a larger disk",
+        "free space (docker system df, docker image prune) or move the images to a larger disk (Docker's "
+        "data-root; with containerd's image store the root of containerd)",
     ),
     (
         r"Incorrect Repository Format",
@@ -251,7 +252,7 @@ _PULL_ERRORS: t.Tuple[t.Tuple[str, str, str], ...] = (
         "no_entitlement",
         "activate an NVIDIA AI Enterprise licence or trial for the key's organisation",
     ),
-    (r"\b451\b|For Legal Reasons", "legal", "use another model: the registry may not hand it out here"),
+    (r"\b451 Unavailable|For Legal Reasons", "legal", "use another model: the registry may not hand it out here"),
     (
         r"manifest unknown|manifest for .* not found|failed to resolve reference .*: not found",
         "no_such_tag",

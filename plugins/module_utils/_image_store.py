@@ -59,7 +59,7 @@ def image_directory(host: Host, info: Json) -> str:
 
 
 def containerd_root(host: Host) -> str:
-    """``root`` of the system's containerd (containerd-config.toml(5))."""
+    """``root`` of the system's containerd (containerd-config.toml(5)); files that it imports are not read."""
     text = host.read_text(CONTAINERD_CONFIG) or ""
     head = re.split(r"^[ \t]*\[", text, maxsplit=1, flags=re.MULTILINE)[0]
     found = re.search(r"""^[ \t]*root[ \t]*=[ \t]*["'](/[^"'\n]*)["']""", head, re.MULTILINE)

@@ -75,7 +75,8 @@ _SERVED_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@+-]*(,[A-Za-z0-9][A-Za-z0
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _USER = re.compile(r"(\d{1,10})(?::(\d{1,10}))?\Z")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(?:i?[bB])?\Z")
-_MOUNTED = (CACHE_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH, LORA_PATH)
+#: Directories of a container that nothing may be mounted above or below.
+_TAKEN = (CACHE_PATH, NATIVE_CACHE_PATH, WEIGHTS_PATH, LORA_PATH, "/dev", "/proc", "/sys")
 _CONTAINER_DIRECTORY = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*/?\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 #: Docker reads a line of an environment file up to 64 KiB, name included.
@@ -587,9 +588,12 @@ class _Entry:
             directory = posixpath.normpath(entry)
             if directory in found:
                 raise _refuse(path, entry, "is there twice", "name it once")
-            if any((known + "/").startswith(directory + "/") for known in _MOUNTED):
-                # Above them lies what the image starts with.
-                raise _refuse(path, entry, "would hide NIM's own files or a mounted directory", "leave it out")
+            if directory == "/" or any(
+                _inside(known + "/", directory) or _inside(directory + "/", known) for known in _TAKEN
+            ):
+                raise _refuse(
+                    path, entry, "would hide NIM's own files, its cache or those of the system", "leave it out"
+                )
             found.append(directory)
         return tuple(found)
 

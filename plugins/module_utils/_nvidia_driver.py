@@ -73,7 +73,7 @@ class NvidiaDriver(DriverPlanner, Resource[DriverState]):
         elif change.action == "headers":
             install_headers(host, manager, change.data["package"])
         elif change.action == "later_headers":
-            install_later_headers(manager, change.data["package"])
+            install_later_headers(host, manager, change.data["package"])
         elif change.action == "stream":
             switch_stream(host, change.data["stream"])
         elif change.action == "packages":

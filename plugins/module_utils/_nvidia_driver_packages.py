@@ -509,7 +509,7 @@ def later_headers(plan: PackagePlan, installed: t.Mapping[str, Package]) -> list
     flavour = "(?:generic|virtual)" if found.group(1) == "generic" else re.escape(found.group(1))
     image = re.compile(r"linux-image-(%s(?:-(?:hwe|lts)-\d\d\.\d\d(?:-edge)?)?)" % flavour)
     wanted = {"linux-headers-" + match.group(1) for match in map(image.fullmatch, installed) if match}
-    return sorted(wanted - set(installed))
+    return sorted(name for name in wanted if name not in installed or not installed[name].complete)
 
 
 _USER_SPACE = re.compile(

@@ -48,6 +48,7 @@ from ._nvidia_driver_state import (
     DriverState,
     boot_states,
     headers_offered,
+    headers_on_offer,
     headers_unavailable,
     module_on_disk,
 )
@@ -185,7 +186,7 @@ class DriverPlanner(Planner[DriverState]):
         if not module.version and host.which("dkms"):
             dkms = host.run(["dkms", "status"], timeout=60).stdout.strip()
         headers = host.exists("/lib/modules/%s/build" % kernel)
-        later = tuple(name for name in later_headers(plan, installed) if headers_offered(manager, name))
+        later, silent = headers_on_offer(manager, later_headers(plan, installed))
         boot = boot_states(host, wish)
         return DriverState(
             os=os_release,
@@ -205,7 +206,7 @@ class DriverPlanner(Planner[DriverState]):
             headers=headers,
             headers_offered=headers or not plan.headers or headers_offered(manager, plan.headers),
             later_headers=later,
-            lists_silent=bool(later) and not manager.available(*later),
+            lists_silent=silent,
             nouveau_loaded="nouveau" in loaded_modules(host),
             runfile=host.exists("/usr/bin/nvidia-uninstall") and not user_space_version(installed),
             holders=foreign_holders(driver_holders(host)) if inventory.driver else (),
@@ -332,19 +333,7 @@ class DriverPlanner(Planner[DriverState]):
             )
         sources = self._plan_sources(plan, state)
         # Lists that say nothing may be made new by any of these, and then a second look would find more to do.
-        if not state.lists_silent or packages is not None or sources or changes:
-            changes += [
-                Change(
-                    self.name,
-                    "package %s" % name,
-                    None,
-                    "installed",
-                    "the kernel module is built for the kernels that upgrades bring, too",
-                    action="later_headers",
-                    data={"package": name},
-                )
-                for name in state.later_headers
-            ]
+        later_headers = not state.lists_silent or packages is not None or bool(sources or changes)
         changes += sources
         changes += self._plan_file(
             state, BLACKLIST, BLACKLIST_CONTENT, "nouveau and the NVIDIA driver exclude each other", "blacklist"
@@ -375,6 +364,20 @@ class DriverPlanner(Planner[DriverState]):
                 )
             )
         changes += self._plan_holds(plan, state, packages is not None)
+        if later_headers:
+            # Last: an older driver may not build for those kernels, and the wanted one must not wait for them.
+            changes += [
+                Change(
+                    self.name,
+                    "package %s" % name,
+                    None,
+                    "installed",
+                    "the kernel module is built for the kernels that upgrades bring, too",
+                    action="later_headers",
+                    data={"package": name},
+                )
+                for name in state.later_headers
+            ]
         if packages is not None and state.holders and not packages.data["adds"]:
             # Nobody's GPU is pulled away, and nothing is half done either: the whole plan waits.
             blocked = in_use_message(state.holders, "Changing the driver packages")

@@ -140,6 +140,15 @@ def headers_offered(manager: PackageManager, package: str) -> bool:
     return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
 
 
+def headers_on_offer(manager: PackageManager, names: t.Sequence[str]) -> tuple[tuple[str, ...], bool]:
+    """Those of some packages with headers that may be had, and whether that is unknown, as for :func:`headers_offered`."""
+    if not names:
+        return (), False
+    offers = manager.available(*names)
+    silent = not offers and not manager.available(*_ANY_HEADERS[manager.family])
+    return tuple(name for name in names if silent or offers.get(name)), silent
+
+
 def headers_unavailable(kernel: str, cause: str, facts: t.Mapping[str, t.Any] | None = None) -> FleetError:
     return FleetError(
         "kernel_headers_unavailable",

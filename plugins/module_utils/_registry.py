@@ -377,9 +377,10 @@ class RegistryClient:
         answer = self._request(url, {}, name, {key: value for key, value in form.items() if value})
         if answer.status in (404, 405):
             raise self._refusals.identity_token(name)
-        if answer.status == 400 and json_object(answer.body.decode("utf-8", "replace")).get("error") == "invalid_grant":
-            # How OAuth 2 says that it has expired or was revoked (RFC 6749, 5.2).
-            return Answer(401, answer.headers, answer.body)
+        # OAuth 2 says in the second way that it has expired or was revoked (RFC 6749, 5.2).
+        error = json_object(answer.body.decode("utf-8", "replace")).get("error") if answer.status == 400 else ""
+        if answer.status == 401 or error == "invalid_grant":
+            raise self._refusals.bad_key(name)
         return answer
 
     def _control(self) -> t.Optional[bool]:
@@ -401,6 +402,9 @@ class RegistryClient:
         if answer.status in (402, 403):
             # Known, but not allowed to read this one: the key itself is good.
             return True
+        if answer.status == 400 and self._username == TOKEN_USER:
+            # The door asks for no scope, without which some exchange nothing.
+            return None
         raise self._refusals.of(answer, repository, self.registry, "token")
 
     # -- transport --------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_bare_host() -> None:
     assert answer["container_toolkit"]["version"] == ""
     assert answer["nim"] == []
     assert answer["ports"] == []
-    assert set(answer["free_bytes"]) == {"/", "/var/lib/docker", "/var/lib/nim"}
+    assert set(answer["free_bytes"]) == {"/", "/var/lib/docker", "/var/lib/containerd", "/var/lib/nim"}
     assert rows_of("a", answer)[0]["state"] == "no GPU"
 
 

@@ -632,8 +632,9 @@ def test_headers_follow_the_metapackage_of_the_kernel(world: DriverWorld, flavou
     debian(world, flavour)
     offer(world, "linux-headers-6.1.0-18-" + flavour, "linux-headers-" + flavour, "linux-headers-amd64")
     planned = run(world, check=True)
-    # Before the driver: its module is built for all of them at once.
-    assert actions(planned)[:2] == ["headers", "later_headers"]
+    # After the driver: an older one may not build for those kernels.
+    assert actions(planned)[0] == "headers"
+    assert actions(planned).index("packages") < actions(planned).index("later_headers")
     done = run(world)
     assert actions(done) == actions(planned)
     assert world.packages["linux-headers-" + flavour][1] == "ii"
@@ -648,6 +649,58 @@ def test_headers_follow_the_metapackage_of_the_kernel(world: DriverWorld, flavou
     world.calls.clear()
     assert not run(world).changed
     assert not world.ran("apt-cache")
+
+
+#: Of a kernel that has not booted yet, and the metapackage that wants them.
+NEWER = ("linux-headers-6.1.0-40-amd64", "linux-headers-amd64")
+
+
+def test_headers_for_which_the_driver_does_not_build_are_not_left_half_configured(world: DriverWorld) -> None:
+    """dkms fails in the postinst of the headers, and dpkg would fail at every later call."""
+    debian(world)
+    offer(world, "linux-headers-6.1.0-18-amd64", *NEWER)
+    real = world._apt_get
+
+    def apt_get(host: object, argv: tuple[str, ...], *rest: object) -> object:
+        if "linux-headers-amd64" in argv and "install" in argv:
+            world.packages.update({NEWER[0]: ["6.1.150-1", "iF"], NEWER[1]: ["6.1.150-1", "iU"]})
+            return (100, "", "E: Sub-process /usr/bin/dpkg returned an error code (1)\n")
+        return real(host, argv, *rest)
+
+    world.commands["apt-get *"] = apt_get
+    for _run in range(2):
+        with pytest.raises(FleetError) as caught:
+            run(world)
+        assert caught.value.reason == "package_failed"
+        assert "does not build for the kernel that upgrades bring" in caught.value.message
+        assert not set(NEWER) & set(world.packages)
+        assert world.packages["nvidia-open-580"][1] == "hi"
+    # What the message advises.
+    assert not run(world, kernel_headers=False).changed
+
+
+def test_headers_that_an_upgrade_could_not_configure_give_way_to_the_driver_that_builds(world: DriverWorld) -> None:
+    debian(world)
+    offer(world, "linux-headers-6.1.0-18-amd64", *NEWER)
+    run(world)
+    world.packages.update({NEWER[0]: ["6.1.150-1", "iF"], NEWER[1]: ["6.1.150-1", "iU"]})
+    real = world._configure
+
+    def configure(host: object, argv: tuple[str, ...], *rest: object) -> object:
+        if any(name in world.packages and world.packages[name][1] != "ii" for name in NEWER):
+            return (1, "", "dpkg: error processing package %s (--configure):\n" % NEWER[0])
+        return real(host, argv, *rest)
+
+    world.commands["dpkg --force-confdef *"] = configure
+    assert actions(run(world)) == ["repair", "later_headers"]
+    assert world.packages["linux-headers-amd64"][1] == "ii"
+    assert not run(world).changed
+    # Those of the running kernel are nobody's to remove.
+    world.packages["linux-headers-6.1.0-18-amd64"][1] = "iF"
+    world.commands["dpkg --force-confdef *"] = (1, "", "dpkg: error processing package linux-headers-6.1.0-18-amd64\n")
+    with pytest.raises(FleetError):
+        run(world)
+    assert "linux-headers-6.1.0-18-amd64" in world.packages
 
 
 @pytest.mark.parametrize("offered", [["linux-headers-6.1.0-18-amd64", "linux-headers-arm64"], []], ids=["others", "no"])
@@ -701,7 +754,7 @@ def test_headers_of_later_kernels_that_cannot_be_installed(world: DriverWorld) -
         run(world)
     assert caught.value.reason == "package_failed"
     assert "nvidia_driver_kernel_headers to false" in caught.value.message
-    assert "nvidia-open-580" not in world.packages
+    assert world.packages["nvidia-open-580"][1] == "hi"
 
 
 def test_without_a_kernel_module_nothing_is_said_about_one(world: DriverWorld) -> None:

@@ -514,12 +514,31 @@ def test_an_identity_token_is_exchanged_for_one_of_the_repository(server: Server
 
 @pytest.mark.parametrize(("status", "body"), [(401, b""), (400, b'{"error": "invalid_grant"}')])
 def test_an_identity_token_that_has_expired(server: Server, status: int, body: bytes) -> None:
-    # The door is asked whether it is the token or the name.
-    door = Call("/v2/", 401, headers=_oauth(server).headers)
-    server.expect(_oauth(server), _exchanged(server, status, body), door, _exchanged(server, status, body))
+    server.expect(_oauth(server), _exchanged(server, status, body))
     error = _refused(server, _with_token(server))
     assert error.reason == "bad_key"
     assert "identity token" in error.message and "docker login %s" % server.name in error.message
+
+
+def test_a_door_without_a_scope_hides_no_cause(server: Server) -> None:
+    """The token is good and the repository is not to be seen: the exchange without a scope proves nothing."""
+    challenge = 'Bearer realm="http://%s%s",service="x.azurecr.io"' % (server.name, OAUTH)
+    form = {
+        "grant_type": "refresh_token",
+        "refresh_token": KEY,
+        "client_id": "gpu_fleet.nim",
+        "service": "x.azurecr.io",
+    }
+    server.expect(
+        _oauth(server),
+        _exchanged(server),
+        Call(MANIFEST_PATH, 401, authorization=BEARER),
+        Call("/v2/", 401, headers={"Www-Authenticate": challenge}),
+        Call(OAUTH, 400, body=b'{"error": "invalid_request"}', form=form),
+    )
+    error = _refused(server, _with_token(server))
+    assert error.reason == "unauthorized"
+    assert "no proxy in its place" not in error.message
 
 
 @pytest.mark.parametrize("status", [404, 405])
