@@ -30,8 +30,8 @@ def finish_interrupted(host: Host, manager: PackageManager) -> None:
     except FleetError as error:
         broken = manager.interrupted()
         # Another tool may be about to finish what it has unpacked.
-        removable = [name for name in broken if is_driver_package(name) or _of_other_kernel(host, name)]
-        if error.reason == "package_lock" or not broken or removable != list(broken):
+        removable = all(is_driver_package(name) or _of_other_kernel(host, name) for name in broken)
+        if error.reason == "package_lock" or not broken or not removable:
             raise
         manager.remove(*broken, purge=True)
 

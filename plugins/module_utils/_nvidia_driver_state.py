@@ -137,7 +137,7 @@ def boot_states(host: Host, wish: Wish) -> dict[str, str]:
 
 def headers_offered(manager: PackageManager, package: str) -> bool:
     """Whether the lists on the host have a package with headers; yes when they say nothing about headers at all."""
-    return bool(manager.available(package)) or not manager.available(*_ANY_HEADERS[manager.family])
+    return bool(headers_on_offer(manager, [package])[0])
 
 
 def headers_on_offer(manager: PackageManager, names: t.Sequence[str]) -> tuple[tuple[str, ...], bool]:

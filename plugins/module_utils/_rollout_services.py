@@ -121,7 +121,7 @@ def _strangers(host: Host, api: DockerApi, own: t.Collection[str]) -> dict[str, 
         # Without Docker no container uses a GPU; its processes are found below.
         pass
     for holder in foreign_holders(driver_holders(host)):
-        # Docker's own record of the name is only found where Docker keeps its data in the usual place.
+        # Docker's own record of the name is not found where its data were moved by anything but daemon.json.
         name = holder.container or running.get(holder.container_id, "")
         if name not in own:
             found[name or "pid %d" % holder.pid] = replace(holder, container=name).describe()

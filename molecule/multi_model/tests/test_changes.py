@@ -116,7 +116,7 @@ def test_network_of_the_host_another_user_a_gpu_by_its_uuid_and_a_read_only_root
         # Another cache: the container that fetches is read-only, too.
         cache_directory=cache,
         read_only=True,
-        tmpfs=["/tmp", "/scratch"],  # noqa: S108
+        tmpfs=["/tmp", "/scratch"],  # noqa: S108  # of the container
     )
     run = FLEET.nim(changed, "gpu01")
     assert run.restarts(ONE.name) == {"nim-llama.service"}
@@ -129,7 +129,7 @@ def test_network_of_the_host_another_user_a_gpu_by_its_uuid_and_a_read_only_root
     assert "size=1048576k" in ONE.run("grep ' /dev/shm ' %s/mounts" % process)
     mounts = {line.split()[1]: line for line in ONE.run("cat %s/mounts" % process).splitlines()}
     assert mounts["/"].split()[3].startswith("ro,")
-    for directory in ("/scratch", "/tmp"):  # noqa: S108
+    for directory in ("/scratch", "/tmp"):  # noqa: S108  # of the container
         options = mounts[directory].split()[3].split(",")
         assert mounts[directory].split()[2] == "tmpfs" and "rw" in options and "noexec" not in options
         ONE.run("docker exec nim-llama touch %s/written" % directory)
